@@ -1,0 +1,68 @@
+"""The table of diagnostic codes, one module a domain; each entry is its own documentation page.
+
+| prefix | domain | module |
+|---|---|---|
+| IC | captions | ``codes.captions`` |
+| IR | recipes | ``codes.recipe`` |
+| IP | plans and hardware | ``codes.plan`` |
+| IM | base models | ``codes.model`` |
+| ID | pictures, datasets, caches | ``codes.data`` |
+| IE | training engine | ``codes.engine`` |
+| IA | adapter files, checkpoints, outputs | ``codes.artifacts`` |
+
+A page says what the check does, why it matters, an example where one helps, and what to write instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import cleandoc
+from typing import Literal
+
+DOMAINS = {
+    "IC": "captions",
+    "IR": "recipe",
+    "IP": "plan",
+    "IM": "model",
+    "ID": "data",
+    "IE": "engine",
+    "IA": "artifacts",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A stable identifier with its title, default severity and explanation (Markdown)."""
+
+    id: str
+    title: str
+    explanation: str
+    severity: Literal["error", "warning", "note"] = "error"
+
+    def __str__(self) -> str:
+        return self.id
+
+
+_TABLE: dict[str, Code] = {}
+
+
+def define(id: str, title: str, explanation: str,
+           severity: Literal["error", "warning", "note"] = "error") -> Code:  # fmt: skip
+    """Adds a code to the table. Ids are never reused."""
+    if id in _TABLE:
+        raise ValueError(f"diagnostic code {id} is defined twice")
+    _TABLE[id] = Code(id, title, cleandoc(explanation), severity)
+    return _TABLE[id]
+
+
+def all_codes() -> dict[str, Code]:
+    """Every code, by id."""
+    for module in DOMAINS.values():
+        import_module(f"{__name__}.{module}")
+    return dict(sorted(_TABLE.items()))
+
+
+def find_code(id: str) -> Code | None:
+    """The code with this id, in any letter case, or ``None``."""
+    return all_codes().get(id.upper())

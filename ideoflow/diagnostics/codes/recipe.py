@@ -1,0 +1,2 @@
+"""Codes of recipes."""
+from ideoflow.diagnostics.codes import define

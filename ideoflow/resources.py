@@ -1,0 +1,33 @@
+"""Finds the folders that ship beside the code: ``grammar/``, ``schemas/`` and ``recipes/``.
+
+In a checkout they lie at the top level; in a wheel, under ``ideoflow/_data``.
+"""
+
+from functools import cache
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@cache
+def data_root() -> Path:
+    """The folder that holds ``grammar``, ``schemas`` and ``recipes``."""
+    checkout = _PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "grammar").is_dir():
+        return checkout
+    return _PACKAGE / "_data"
+
+
+def grammar(name: str) -> str:
+    """Text of a grammar file, for example ``caption.lark``."""
+    return (data_root() / "grammar" / name).read_text(encoding="utf-8")
+
+
+def schema(name: str) -> str:
+    """Text of a JSON Schema, for example ``recipe`` for ``recipe.schema.json``."""
+    return (data_root() / "schemas" / f"{name}.schema.json").read_text(encoding="utf-8")
+
+
+def recipes() -> Path:
+    """The folder of shipped recipes."""
+    return data_root() / "recipes"
