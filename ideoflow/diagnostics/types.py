@@ -38,7 +38,9 @@ class Span:
         source = text[line_start:] if line_end < 0 else text[line_start:line_end]
         end_line = line + text.count("\n", start, end)
         end_line_start = text.rfind("\n", 0, end) + 1
-        return cls(path, line, start - line_start + 1, end_line, end - end_line_start + 1, source.rstrip("\r"))
+        return cls(
+            path, line, start - line_start + 1, end_line, end - end_line_start + 1, source.rstrip("\r")
+        )
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}:{self.column}" if self.line else self.path

@@ -1,0 +1,86 @@
+"""The architecture of Ideogram 4 as a table, without torch.
+
+Shapes are those of ``diffusers.Ideogram4Transformer2DModel``, ``AutoencoderKLFlux2`` and the text body of
+Qwen3-VL, read from their ``config.json`` files; a test counts the parameters of diffusers' own classes
+against this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+# Decoder layers of the text encoder whose outputs are the text features (diffusers'
+# QWEN3_VL_ACTIVATION_LAYERS); the layer index varies fastest in the feature vector.
+TAPPED_LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)
+# Pixels per image token and side: the VAE's factor 8 times the 2 x 2 patches.
+PIXELS_PER_TOKEN = 16
+MAX_TEXT_TOKENS = 2048
+
+_ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+_MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+TARGET_SETS: Mapping[str, tuple[str, ...]] = {"attention": _ATTENTION, "mlp": _MLP, "all": _ATTENTION + _MLP}
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerSpec:
+    """Sizes of the transformer; the defaults are the released model."""
+
+    in_channels: int = 128
+    num_layers: int = 34
+    attention_head_dim: int = 256
+    num_attention_heads: int = 18
+    intermediate_size: int = 12288
+    adaln_dim: int = 512
+    llm_features_dim: int = 53248
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> TransformerSpec:
+        """From a diffusers ``transformer/config.json``; absent keys take the released model's sizes."""
+        return cls(**{k: int(str(config[k])) for k in cls.__slots__ if k in config})
+
+    @property
+    def hidden(self) -> int:
+        return self.attention_head_dim * self.num_attention_heads
+
+    def block_linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each Linear in one block."""
+        h, f = self.hidden, self.intermediate_size
+        sizes = dict.fromkeys(_ATTENTION, (h, h))
+        sizes |= {"feed_forward.w1": (f, h), "feed_forward.w2": (h, f), "feed_forward.w3": (f, h)}
+        return sizes | {"adaln_modulation": (4 * h, self.adaln_dim)}
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every Linear in all blocks, by diffusers' module name."""
+        block = self.block_linears()
+        return {f"layers.{i}.{name}": size for i in range(self.num_layers) for name, size in block.items()}
+
+    def text_projection_parameters(self) -> int:
+        """``llm_cond_norm`` and ``llm_cond_proj``: not needed once their result is cached."""
+        return self.llm_features_dim + (self.llm_features_dim + 1) * self.hidden
+
+    def parameters(self) -> int:
+        """All parameters, embeddings, biases and norms included."""
+        h, a, c = self.hidden, self.adaln_dim, self.in_channels
+        norms = 4 * h + 2 * self.attention_head_dim
+        block = sum(o * i for o, i in self.block_linears().values()) + 4 * h + norms
+        outer = (c + 1) * h + 2 * (h + 1) * h + (h + 1) * a + 2 * h
+        final = (h + 1) * c + (a + 1) * h
+        return self.num_layers * block + self.text_projection_parameters() + outer + final
+
+
+def match_targets(targets: str | Sequence[str],
+                  spec: TransformerSpec | None = None) -> dict[str, tuple[str, ...]]:  # fmt: skip
+    """Modules that each target names, by target: a set's name (attention, mlp, all) or globs over names."""
+    names = (spec or TransformerSpec()).linears()
+    if isinstance(targets, str):
+        wanted = TARGET_SETS[targets]
+        return {targets: tuple(n for n in names if n.split(".", 2)[2] in wanted)}
+    return {glob: tuple(n for n in names if fnmatchcase(n, glob)) for glob in targets}
+
+
+def target_modules(targets: str | Sequence[str], spec: TransformerSpec | None = None) -> tuple[str, ...]:
+    """Every module that the targets name, once each, in the model's order."""
+    chosen = {n for modules in match_targets(targets, spec).values() for n in modules}
+    return tuple(n for n in (spec or TransformerSpec()).linears() if n in chosen)

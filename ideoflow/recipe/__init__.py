@@ -1,0 +1,35 @@
+"""Recipes: one TOML file that says what to train; read into frozen dataclasses.
+
+Every value keeps its place in the file, so that whatever goes wrong later (a folder that is empty, a rank
+that does not fit) is told at the line that asked for it.
+"""
+
+from ideoflow.recipe.load import Recipe, load_recipe, parse_recipe
+from ideoflow.recipe.settings import (
+    AdapterSettings,
+    CaptionSettings,
+    DataSettings,
+    MemorySettings,
+    ModelSettings,
+    OutputSettings,
+    RecipeTables,
+    ScheduleSettings,
+    TrainSettings,
+    ValidateSettings,
+)
+
+__all__ = [
+    "AdapterSettings",
+    "CaptionSettings",
+    "DataSettings",
+    "MemorySettings",
+    "ModelSettings",
+    "OutputSettings",
+    "Recipe",
+    "RecipeTables",
+    "ScheduleSettings",
+    "TrainSettings",
+    "ValidateSettings",
+    "load_recipe",
+    "parse_recipe",
+]

@@ -1,0 +1,176 @@
+"""Plain data (from TOML or JSON) into the settings dataclasses, and back.
+
+The dataclasses' own annotations say what is allowed; problems go to a callback, so that a recipe reports
+them at their line and a plan file at their path.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ideoflow.diagnostics import closest
+from ideoflow.diagnostics.codes import Code
+from ideoflow.diagnostics.codes.recipe import BAD_VALUE, MISSING_KEY, UNKNOWN_KEY, WRONG_TYPE
+from ideoflow.recipe.places import Path
+
+# report(code, path, message, cure, label)
+Report = Callable[[Code, Path, str, str, str], None]
+
+_FAILED = object()
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def from_plain(cls: Any, data: Mapping[str, Any], report: Report, path: Path = ()) -> Any:
+    """An instance of dataclass ``cls`` from nested mappings, or ``None`` if anything in it was reported."""
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    for key in data:
+        if key not in known:
+            _report_unknown(key, cls, known, (*path, key), report)
+    values: dict[str, Any] = {}
+    complete = True
+    for name, spec in known.items():
+        annotation = hints[name]
+        if name in data:
+            value = _convert(annotation, data[name], spec, (*path, name), report)
+            complete &= value is not _FAILED
+            values[name] = value
+        elif _required(spec):
+            complete = False
+            if is_dataclass(annotation):
+                inner = ", ".join(f.name for f in fields(annotation) if _required(f))
+                report(MISSING_KEY, path, f"the table [{name}] is missing",
+                       f"add [{name}] with {inner} = ...", "")  # fmt: skip
+            else:
+                cure = f"add {name} = ... ({spec.metadata['doc']})"
+                report(MISSING_KEY, path, f"the key '{name}' is missing", cure, f"needs {name}")
+    return cls(**values) if complete else None
+
+
+def _required(spec: Field[Any]) -> bool:
+    return spec.default is MISSING and spec.default_factory is MISSING
+
+
+def _report_unknown(key: str, cls: type, known: Mapping[str, Any], path: Path, report: Report) -> None:
+    near = closest(key, known)
+    cure = f"did you mean '{near}'?" if near else f"known here: {', '.join(known)}"
+    where = f" in [{'.'.join(map(str, path[:-1]))}]" if len(path) > 1 else ""
+    report(UNKNOWN_KEY, path, f"unknown key '{key}'{where}", cure, "not a key of a recipe")
+
+
+def _convert(annotation: Any, value: Any, spec: Field[Any], path: Path, report: Report) -> Any:
+    if is_dataclass(annotation):
+        if not isinstance(value, Mapping):
+            report(WRONG_TYPE, path, f"'{path[-1]}' is a table, not {_kind(value)}",
+                   f"write it as [{'.'.join(map(str, path))}]", "")  # fmt: skip
+            return _FAILED
+        made = from_plain(annotation, value, report, path)
+        return _FAILED if made is None else made
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if value is None and type(None) in options:
+        return None  # only JSON has null
+    for option in options:
+        converted = _match(option, value)
+        if converted is not _FAILED:
+            return converted if _within(converted, spec, path, report) else _FAILED
+    _report_mismatch(options, value, path, report)
+    return _FAILED
+
+
+def _match(annotation: Any, value: Any) -> Any:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return value if isinstance(value, str) and value in get_args(annotation) else _FAILED
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return _FAILED
+        items = [_match(get_args(annotation)[0], item) for item in value]
+        return _FAILED if _FAILED in items else tuple(items)
+    if origin is not None:  # Mapping[str, str]
+        ok = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
+        return dict(value) if ok else _FAILED
+    if annotation is float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if ok else _FAILED
+    if annotation is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _FAILED
+    if annotation is type(None):
+        return _FAILED
+    return value if isinstance(value, annotation) else _FAILED
+
+
+def _within(value: Any, spec: Field[Any], path: Path, report: Report) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return True
+    m = spec.metadata
+    wrong = None
+    if value != value or value in (float("inf"), float("-inf")):
+        wrong = "must be finite"
+    elif "above" in m and value <= m["above"]:
+        wrong = f"must be above {m['above']:g}"
+    elif "minimum" in m and value < m["minimum"]:
+        wrong = f"must be at least {m['minimum']:g}"
+    elif "maximum" in m and value > m["maximum"]:
+        wrong = f"must be at most {m['maximum']:g}"
+    elif "multiple_of" in m and value % m["multiple_of"]:
+        step = m["multiple_of"]
+        below = value // step * step
+        wrong = f"must be a multiple of {step}; the nearest are {below} and {below + step}"
+    if wrong:
+        report(BAD_VALUE, path, f"'{path[-1]}' is {value}, but {wrong}", m["doc"], wrong)
+    return wrong is None
+
+
+def _report_mismatch(options: tuple[Any, ...], value: Any, path: Path, report: Report) -> None:
+    choices = [c for o in options if get_origin(o) is Literal for c in get_args(o)]
+    if choices and isinstance(value, str):
+        near = closest(value, choices)
+        cure = f"did you mean '{near}'?" if near else "one of: " + ", ".join(choices)
+        report(BAD_VALUE, path, f"'{path[-1]}' cannot be '{value}'", cure, "one of: " + ", ".join(choices))
+        return
+    wanted = " or ".join(dict.fromkeys(_wanted(o) for o in options if o is not type(None)))
+    found = _kind(value) + (
+        f" holding {_kind(odd)}" if (odd := _odd_item(options, value)) is not None else ""
+    )
+    report(WRONG_TYPE, path, f"'{path[-1]}' must be {wanted}, not {found}", "", f"expected {wanted}")
+
+
+def _odd_item(options: tuple[Any, ...], value: Any) -> Any:
+    """The first item of a list that none of the list types among ``options`` takes, or ``None``."""
+    kinds = [get_args(o)[0] for o in options if get_origin(o) is tuple]
+    if not kinds or not isinstance(value, list):
+        return None
+    return next((item for item in value if all(_match(k, item) is _FAILED for k in kinds)), None)
+
+
+def _wanted(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(get_args(annotation))
+    if origin is tuple:
+        return "a list of " + {str: "texts", float: "numbers"}[get_args(annotation)[0]]
+    return "a table of texts" if origin is not None else _WORDS[annotation]
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    for kind, words in ((str, "a text"), (int, "a whole number"), (float, "a number"), (list, "a list"),
+                        (Mapping, "a table")):  # fmt: skip
+        if isinstance(value, kind):
+            return words
+    return "a date or time"
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as JSON-ready data; the inverse of :func:`from_plain`."""
+    if is_dataclass(value):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v) for v in value]
+    return value

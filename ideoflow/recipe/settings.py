@@ -1,0 +1,203 @@
+"""Every key of a recipe, as frozen dataclasses: the one place where a key, its default, its bounds and its
+documentation are written. The reader, ``schemas/recipe.schema.json`` and the docs are derived from here.
+
+Paths of things that are read (``data.images``, ``validate.prompts``, a local ``model.base``) are relative to
+the recipe's own folder; ``output.folder``, which is written, is relative to the current one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(default: Any = ..., *, doc: str, minimum: float | None = None, maximum: float | None = None,
+            above: float | None = None, multiple_of: int | None = None) -> Any:  # fmt: skip
+    """A dataclass field with its documentation and bounds; no default means that the key is required.
+
+    ``above`` is an exclusive lower bound.
+    """
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple_of": multiple_of}
+    metadata = {"doc": doc} | {k: v for k, v in bounds.items() if v is not None}
+    if default is ...:
+        return field(metadata=metadata)
+    if isinstance(default, Mapping):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """The base model."""
+
+    base: str = setting(
+        doc="What to train on: 'nano' (a tiny complete model, made on first use), a local folder in "
+        "diffusers' layout, or a Hugging Face hub id."
+    )
+    revision: str | None = setting(None, doc="Commit, tag or branch of a hub id; pin it for exact re-runs.")
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """The pictures and where their captions are."""
+
+    images: str = setting(doc="Folder of pictures, searched with its sub-folders.")
+    caption: Literal["sidecar", "instance", "filename"] = setting(
+        "sidecar",
+        doc="sidecar: PICTURE.icap, .json or .txt beside each picture. instance: one caption for all "
+        "(instance_prompt). filename: the picture's name, as prose.",
+    )
+    instance_prompt: str | None = setting(
+        None, doc="The caption of every picture when caption = 'instance': .icap text, JSON or prose."
+    )
+    resolution: int = setting(
+        1024, doc="Side in pixels of a square of the area that pictures are resized to.",
+        minimum=64, maximum=2048, multiple_of=16,
+    )  # fmt: skip
+    aspect: Literal["preserve", "square"] = setting(
+        "preserve",
+        doc="preserve: the nearest size on the model's 16-pixel grid with the picture's own aspect; "
+        "square: crop the middle.",
+    )
+    upscale_limit: float = setting(
+        1.5, doc="Pictures that would be enlarged by more than this factor are reported.", minimum=1.0
+    )
+    repeats: int = setting(1, doc="How often each picture comes in one epoch.", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionSettings:
+    """What is done with captions before they are encoded."""
+
+    wrap: bool = setting(
+        True, doc="Wrap plain-text captions into valid Ideogram JSON; false makes them an error."
+    )
+    placeholders: Mapping[str, str] = setting(
+        {}, doc="Words for placeholders in captions: token = 'sks sailboat' fills every <token>."
+    )
+    dropout: float = setting(
+        0.0, doc="Share of steps that train with no text at all, for guidance.", minimum=0.0, maximum=1.0
+    )
+    max_tokens: int = setting(2048, doc="Longer captions are an error, never cut.", minimum=1, maximum=2048)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """What is trained."""
+
+    kind: Literal["lora"] = setting("lora", doc="The kind of adapter.")
+    rank: int = setting(32, doc="Rank of the low-rank update.", minimum=1, maximum=1024)
+    alpha: float | None = setting(
+        None, doc="Scale numerator: the update is multiplied by alpha / rank. Default: the rank.", above=0.0
+    )
+    targets: Literal["attention", "mlp", "all"] | tuple[str, ...] = setting(
+        "all",
+        doc="attention (to_q, to_k, to_v, to_out), mlp (w1, w2, w3), all (both), or a list of globs over "
+        "module names such as 'layers.1?.attention.*'.",
+    )
+    init: Literal["default", "gaussian"] = setting(
+        "default",
+        doc="How the first factor starts: PEFT's Kaiming-uniform, or a Gaussian; the second is zero.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSettings:
+    """Density of the noise levels that are trained (resolution-aware logit-normal)."""
+
+    mu: float = setting(0.0, doc="Mean at 512 x 512; 0.5 ln(area / 512^2) is added.")
+    std: float = setting(1.5, doc="Standard deviation.", above=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """The training loop."""
+
+    steps: int = setting(1000, doc="Optimiser steps.", minimum=1)
+    learning_rate: float = setting(1e-4, doc="Peak learning rate.", above=0.0)
+    batch: int = setting(1, doc="Samples in one forward pass.", minimum=1)
+    accumulation: int = setting(1, doc="Forward passes whose gradients make one step.", minimum=1)
+    warmup: int = setting(0, doc="Steps over which the learning rate rises from zero.", minimum=0)
+    decay: Literal["constant", "linear", "cosine"] = setting(
+        "constant", doc="Course of the learning rate after the warm-up."
+    )
+    weight_decay: float = setting(0.01, doc="AdamW's decoupled weight decay.", minimum=0.0)
+    betas: tuple[float, ...] = setting((0.9, 0.999), doc="AdamW's two moment decays.")
+    max_grad_norm: float = setting(
+        1.0, doc="Gradients are scaled down to this global norm; 0 turns clipping off.", minimum=0.0
+    )
+    seed: int = setting(0, doc="Seeds the adapter, the order of pictures, the noise.", minimum=0)
+    checkpoint_every: int = setting(
+        250, doc="Steps between resumable checkpoints; the last step always makes one.", minimum=1
+    )
+    keep_checkpoints: int = setting(2, doc="Newest checkpoints that are kept.", minimum=1)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """What the plan decides unless you do."""
+
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", doc="Where to train.")
+    precision: Literal["auto", "bf16", "float32"] = setting(
+        "auto", doc="Storage of the frozen base weights, and the type of its arithmetic."
+    )
+    checkpointing: Literal["auto", "on", "off"] = setting(
+        "auto", doc="Recompute each block's activations in the backward pass, to save memory."
+    )
+    compile: Literal["auto", "regional", "off"] = setting(
+        "auto", doc="torch.compile: regional compiles the repeated block once; off runs eagerly."
+    )
+    optimizer_state: Literal["float32"] = setting("float32", doc="Type of AdamW's moments.")
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateSettings:
+    """Pictures made before, during and after training, with the same seeds each time."""
+
+    prompts: tuple[str, ...] = setting((), doc="Files or globs of captions (.icap, .json, .txt).")
+    every: int = setting(
+        250, doc="Steps between samplings; the first and the last step always sample.", minimum=1
+    )
+    preset: Literal["quality", "default", "turbo"] = setting(
+        "default",
+        doc="Sampling preset of the model's authors: 48, 20 or 12 steps with its guidance schedule.",
+    )
+    steps: int | None = setting(None, doc="Sampling steps, in place of the preset's.", minimum=1)
+    guidance: float | None = setting(
+        None, doc="Constant guidance, in place of the preset's schedule.", minimum=0.0
+    )
+    width: int | None = setting(
+        None, doc="Width in pixels; default: data.resolution.", minimum=64, multiple_of=16
+    )
+    height: int | None = setting(
+        None, doc="Height in pixels; default: data.resolution.", minimum=64, multiple_of=16
+    )
+    seed: int = setting(
+        42, doc="Seed of the first prompt's noise; the next prompt takes the next.", minimum=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSettings:
+    """Where results go."""
+
+    folder: str | None = setting(None, doc="Default: outputs/NAME-OF-THE-RECIPE.")
+    name: str | None = setting(
+        None, doc="Name of the adapter file, without its suffix. Default: the recipe's."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeTables:
+    """The tables of a recipe, in the order in which a reader wants them."""
+
+    model: ModelSettings
+    data: DataSettings
+    captions: CaptionSettings = field(default_factory=CaptionSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    validate: ValidateSettings = field(default_factory=ValidateSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
