@@ -2,7 +2,7 @@
 
 | prefix | domain | module |
 |---|---|---|
-| IC | captions | ``codes.captions`` |
+| IC | captions | ``codes.captions``, ``codes.caption_tools`` (IC7xx) |
 | IR | recipes | ``codes.recipe`` |
 | IP | plans and hardware | ``codes.plan`` |
 | IM | base models | ``codes.model`` |
@@ -21,13 +21,13 @@ from inspect import cleandoc
 from typing import Literal
 
 DOMAINS = {
-    "IC": "captions",
-    "IR": "recipe",
-    "IP": "plan",
-    "IM": "model",
-    "ID": "data",
-    "IE": "engine",
-    "IA": "artifacts",
+    "IC": ("captions", "caption_tools"),
+    "IR": ("recipe",),
+    "IP": ("plan",),
+    "IM": ("model",),
+    "ID": ("data",),
+    "IE": ("engine",),
+    "IA": ("artifacts",),
 }
 
 
@@ -58,8 +58,9 @@ def define(id: str, title: str, explanation: str,
 
 def all_codes() -> dict[str, Code]:
     """Every code, by id."""
-    for module in DOMAINS.values():
-        import_module(f"{__name__}.{module}")
+    for modules in DOMAINS.values():
+        for module in modules:
+            import_module(f"{__name__}.{module}")
     return dict(sorted(_TABLE.items()))
 
 
