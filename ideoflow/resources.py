@@ -3,6 +3,7 @@
 In a checkout they lie at the top level; in a wheel, under ``ideoflow/_data``.
 """
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -31,3 +32,11 @@ def schema(name: str) -> str:
 def recipes() -> Path:
     """The folder of shipped recipes."""
     return data_root() / "recipes"
+
+
+def user_cache() -> Path:
+    """Where things are kept between runs: ``$IDEOFLOW_CACHE``, else ``ideoflow`` in the user's own."""
+    chosen = os.environ.get("IDEOFLOW_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ideoflow"

@@ -6,7 +6,7 @@ annotations; none of them knows where a diagnostic came from. A traceback is a b
 """
 
 from ideoflow.diagnostics.render import render_github, render_json, render_text
-from ideoflow.diagnostics.types import Collector, Diagnostic, IdeoflowError, Severity, Span, closest
+from ideoflow.diagnostics.types import Collector, Diagnostic, IdeoflowError, Severity, Span, closest, fail
 
 __all__ = [
     "Collector",
@@ -15,6 +15,7 @@ __all__ = [
     "Severity",
     "Span",
     "closest",
+    "fail",
     "render_github",
     "render_json",
     "render_text",

@@ -19,7 +19,8 @@ _WIDTH = 100  # longest piece of a source line that is shown
 def cell_width(text: str) -> int:
     """Terminal cells that ``text`` fills: wide East Asian characters two, combining marks none."""
     return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+        0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
     )
 
 
@@ -56,17 +57,23 @@ def _one(d: Diagnostic, colour: bool) -> str:
 
 def _window(span: Span) -> tuple[str, int, int]:
     """The piece of the source line to show, and the caret's offset and length in cells."""
-    source = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in span.source)
+    source = span.source
     start = min(span.column - 1, len(source))
     end = span.end_column - 1 if span.end_line == span.line else len(source)
     end = max(start, min(end, len(source)))
     left = max(0, start - _WIDTH // 2) if len(source) > _WIDTH else 0
     right = min(len(source), left + _WIDTH)
     prefix = "..." if left else ""
-    shown = prefix + source[left:right] + ("..." if right < len(source) else "")
-    offset = len(prefix) + cell_width(source[left:start])
-    length = max(1, cell_width(source[start : min(end, right)]))
+    shown = prefix + _printable(source[left:right]) + ("..." if right < len(source) else "")
+    offset = len(prefix) + cell_width(_printable(source[left:start]))
+    length = max(1, cell_width(_printable(source[start : min(end, right)])))
     return shown, offset, length
+
+
+def _printable(text: str) -> str:
+    """Tabs, control, format and line-separating characters as one space each, so that carets line up."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(" " if unicodedata.category(c) in hidden else c for c in text)
 
 
 def render_json(diagnostics: Iterable[Diagnostic]) -> str:

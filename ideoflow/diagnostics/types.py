@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ideoflow.diagnostics.codes import Code
 
@@ -81,11 +81,23 @@ class Diagnostic:
         place = None
         if self.span is not None:
             s = self.span
-            place = {"path": s.path, "line": s.line, "column": s.column,
-                     "end_line": s.end_line, "end_column": s.end_column}  # fmt: skip
-        return {"code": self.code.id, "severity": self.severity, "title": self.code.title,
-                "message": self.message, "place": place, "cure": self.cure, "label": self.label,
-                "notes": list(self.notes)}  # fmt: skip
+            place = {
+                "path": s.path,
+                "line": s.line,
+                "column": s.column,
+                "end_line": s.end_line,
+                "end_column": s.end_column,
+            }
+        return {
+            "code": self.code.id,
+            "severity": self.severity,
+            "title": self.code.title,
+            "message": self.message,
+            "place": place,
+            "cure": self.cure,
+            "label": self.label,
+            "notes": list(self.notes),
+        }
 
 
 class IdeoflowError(Exception):
@@ -97,6 +109,19 @@ class IdeoflowError(Exception):
         super().__init__("; ".join(f"{d.code.id} {d.message}" for d in items))
 
 
+def fail(
+    code: Code,
+    message: str,
+    span: Span | None = None,
+    *,
+    cure: str = "",
+    label: str = "",
+    notes: Iterable[str] = (),
+) -> NoReturn:
+    """Raises :class:`IdeoflowError` with this one diagnostic, and without the exception that led here."""
+    raise IdeoflowError(Diagnostic(code, message, span, cure, label, tuple(notes))) from None
+
+
 class Collector:
     """Gathers diagnostics so that a person sees several at once; stops at ``limit`` errors."""
 
@@ -104,8 +129,17 @@ class Collector:
         self.limit = limit
         self.items: list[Diagnostic] = []
 
-    def add(self, code: Code, message: str, span: Span | None = None, *, cure: str = "", label: str = "",
-            notes: Iterable[str] = (), severity: Severity | None = None) -> None:  # fmt: skip
+    def add(
+        self,
+        code: Code,
+        message: str,
+        span: Span | None = None,
+        *,
+        cure: str = "",
+        label: str = "",
+        notes: Iterable[str] = (),
+        severity: Severity | None = None,
+    ) -> None:
         """Adds one; raises :class:`IdeoflowError` when the limit of errors is reached."""
         self.items.append(
             Diagnostic(code, message, span, cure, label, tuple(notes), severity or code.severity)

@@ -70,8 +70,90 @@ class TransformerSpec:
         return self.num_layers * block + self.text_projection_parameters() + outer + final
 
 
-def match_targets(targets: str | Sequence[str],
-                  spec: TransformerSpec | None = None) -> dict[str, tuple[str, ...]]:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class TextEncoderSpec:
+    """Sizes of the text encoder's decoder; the defaults are Qwen3-VL-8B-Instruct."""
+
+    hidden_size: int = 4096
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 12288
+    vocab_size: int = 151936
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> TextEncoderSpec:
+        """From the ``text_config`` of a ``text_encoder/config.json``."""
+        return cls(**{k: int(str(config[k])) for k in cls.__slots__ if k in config})
+
+    def layer_parameters(self) -> int:
+        """Attention with grouped key/value heads and per-head q/k norms, SwiGLU, two RMSNorms."""
+        h, d = self.hidden_size, self.head_dim
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        return h * d * heads + 2 * d + 3 * h * self.intermediate_size + 2 * h
+
+    def parameters(self) -> int:
+        """Embedding, decoder layers and final norm; the vision tower is not counted."""
+        return (
+            self.vocab_size * self.hidden_size
+            + self.num_hidden_layers * self.layer_parameters()
+            + self.hidden_size
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VaeSpec:
+    """Sizes of ``AutoencoderKLFlux2``; the defaults are the released model."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> VaeSpec:
+        """From a diffusers ``vae/config.json``."""
+        known = {k: config[k] for k in cls.__slots__ if k in config}
+        if "block_out_channels" in known:
+            known["block_out_channels"] = tuple(known["block_out_channels"])  # type: ignore[arg-type]
+        return cls(**known)  # type: ignore[arg-type]
+
+    def parameters(self) -> int:
+        """All parameters of encoder, decoder and the 1x1 convolutions between them."""
+        channels, latent = self.block_out_channels, self.latent_channels
+
+        def conv(i: int, o: int, k: int = 3) -> int:
+            return i * o * k * k + o
+
+        def resnet(i: int, o: int) -> int:
+            shortcut = conv(i, o, 1) if i != o else 0
+            return 2 * i + conv(i, o) + 2 * o + conv(o, o) + shortcut
+
+        def middle(c: int) -> int:
+            return 2 * resnet(c, c) + 2 * c + 4 * (c * c + c)
+
+        encoder = conv(3, channels[0])
+        previous = channels[0]
+        for index, c in enumerate(channels):
+            encoder += resnet(previous, c) + (self.layers_per_block - 1) * resnet(c, c)
+            encoder += conv(c, c) if index < len(channels) - 1 else 0
+            previous = c
+        encoder += middle(previous) + 2 * previous + conv(previous, 2 * latent)
+
+        reverse = channels[::-1]
+        decoder = conv(latent, reverse[0]) + middle(reverse[0])
+        previous = reverse[0]
+        for index, c in enumerate(reverse):
+            decoder += resnet(previous, c) + self.layers_per_block * resnet(c, c)
+            decoder += conv(c, c) if index < len(reverse) - 1 else 0
+            previous = c
+        decoder += 2 * previous + conv(previous, 3)
+        return encoder + decoder + conv(2 * latent, 2 * latent, 1) + conv(latent, latent, 1)
+
+
+def match_targets(
+    targets: str | Sequence[str], spec: TransformerSpec | None = None
+) -> dict[str, tuple[str, ...]]:
     """Modules that each target names, by target: a set's name (attention, mlp, all) or globs over names."""
     names = (spec or TransformerSpec()).linears()
     if isinstance(targets, str):

@@ -42,8 +42,13 @@ def from_plain(cls: Any, data: Mapping[str, Any], report: Report, path: Path = (
             complete = False
             if is_dataclass(annotation):
                 inner = ", ".join(f.name for f in fields(annotation) if _required(f))
-                report(MISSING_KEY, path, f"the table [{name}] is missing",
-                       f"add [{name}] with {inner} = ...", "")  # fmt: skip
+                report(
+                    MISSING_KEY,
+                    path,
+                    f"the table [{name}] is missing",
+                    f"add [{name}] with {inner} = ...",
+                    "",
+                )
             else:
                 cure = f"add {name} = ... ({spec.metadata['doc']})"
                 report(MISSING_KEY, path, f"the key '{name}' is missing", cure, f"needs {name}")
@@ -64,8 +69,13 @@ def _report_unknown(key: str, cls: type, known: Mapping[str, Any], path: Path, r
 def _convert(annotation: Any, value: Any, spec: Field[Any], path: Path, report: Report) -> Any:
     if is_dataclass(annotation):
         if not isinstance(value, Mapping):
-            report(WRONG_TYPE, path, f"'{path[-1]}' is a table, not {_kind(value)}",
-                   f"write it as [{'.'.join(map(str, path))}]", "")  # fmt: skip
+            report(
+                WRONG_TYPE,
+                path,
+                f"'{path[-1]}' is a table, not {_kind(value)}",
+                f"write it as [{'.'.join(map(str, path))}]",
+                "",
+            )
             return _FAILED
         made = from_plain(annotation, value, report, path)
         return _FAILED if made is None else made
@@ -158,8 +168,13 @@ def _wanted(annotation: Any) -> str:
 def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
-    for kind, words in ((str, "a text"), (int, "a whole number"), (float, "a number"), (list, "a list"),
-                        (Mapping, "a table")):  # fmt: skip
+    for kind, words in (
+        (str, "a text"),
+        (int, "a whole number"),
+        (float, "a number"),
+        (list, "a list"),
+        (Mapping, "a table"),
+    ):
         if isinstance(value, kind):
             return words
     return "a date or time"

@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli
 
-from ideoflow.diagnostics import Collector, Diagnostic, IdeoflowError, Span
+from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes import Code
 from ideoflow.diagnostics.codes.recipe import (
     BAD_TOML,
@@ -95,11 +95,11 @@ def load_recipe(path: str | FilePath) -> Recipe:
     except FileNotFoundError:
         near = sorted(str(p) for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
         cure = f"recipes here: {', '.join(near[:5])}" if near else "give the path of a .toml recipe"
-        raise IdeoflowError(Diagnostic(NO_FILE, f"there is no recipe {file}", cure=cure)) from None
+        fail(NO_FILE, f"there is no recipe {file}", cure=cure)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
         cure = "give the path of a .toml recipe, in UTF-8"
-        raise IdeoflowError(Diagnostic(NO_FILE, f"cannot read {file}: {reason}", cure=cure)) from None
+        fail(NO_FILE, f"cannot read {file}: {reason}", cure=cure)
     recipe = parse_recipe(text, file)
     _check_paths(recipe)
     return recipe
@@ -120,11 +120,9 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
         span = Span.of(str(file), text, at, at + 1)
         message = error.msg[:1].lower() + error.msg[1:]
         cure = "texts need quotes, lists need [ ], and each key may come once in a table"
-        raise IdeoflowError(Diagnostic(BAD_TOML, f"not valid TOML: {message}", span, cure)) from None
+        fail(BAD_TOML, f"not valid TOML: {message}", span, cure=cure)
     except RecursionError:
-        raise IdeoflowError(
-            Diagnostic(BAD_TOML, "not valid TOML: nested too deeply", Span(str(file)))
-        ) from None
+        fail(BAD_TOML, "not valid TOML: nested too deeply", Span(str(file)))
     places = find_places(text)
     problems = Collector()
 
@@ -150,34 +148,56 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
         problems.add(IMPOSSIBLE_PAIR, message, recipe.span(key), cure=cure)
 
     if t.data.caption == "instance" and not t.data.instance_prompt:
-        contradiction("data.caption", "caption = 'instance' needs an instance_prompt",
-                      "add instance_prompt = ..., or use caption = 'sidecar'")  # fmt: skip
+        contradiction(
+            "data.caption",
+            "caption = 'instance' needs an instance_prompt",
+            "add instance_prompt = ..., or use caption = 'sidecar'",
+        )
     if t.data.caption != "instance" and t.data.instance_prompt is not None:
-        contradiction("data.instance_prompt", f"instance_prompt is set, but caption = '{t.data.caption}' "
-                      "takes captions from elsewhere", "set caption = 'instance', or remove it")  # fmt: skip
+        contradiction(
+            "data.instance_prompt",
+            f"instance_prompt is set, but caption = '{t.data.caption}' takes captions from elsewhere",
+            "set caption = 'instance', or remove it",
+        )
     if t.train.warmup >= t.train.steps and t.train.warmup:
-        contradiction("train.warmup",
-                      f"a warm-up of {t.train.warmup} never ends within {t.train.steps} steps",
-                      "make train.warmup smaller than train.steps")  # fmt: skip
+        contradiction(
+            "train.warmup",
+            f"a warm-up of {t.train.warmup} never ends within {t.train.steps} steps",
+            "make train.warmup smaller than train.steps",
+        )
     if len(t.train.betas) != 2 or not all(0 <= b < 1 for b in t.train.betas):
-        contradiction("train.betas", "betas must be two numbers, each at least 0 and below 1",
-                      "betas = [0.9, 0.999]")  # fmt: skip
+        contradiction(
+            "train.betas", "betas must be two numbers, each at least 0 and below 1", "betas = [0.9, 0.999]"
+        )
     if not t.validate.prompts:
         for key in ("every", "preset", "steps", "guidance", "width", "height", "seed"):
             if recipe.is_set(f"validate.{key}"):
-                contradiction(f"validate.{key}", f"validate.{key} is set, but there are no validate.prompts",
-                              "add prompts = ['prompts/*.icap'], or remove the key")  # fmt: skip
+                contradiction(
+                    f"validate.{key}",
+                    f"validate.{key} is set, but there are no validate.prompts",
+                    "add prompts = ['prompts/*.icap'], or remove the key",
+                )
     if t.memory.device == "cpu" and t.memory.compile == "regional":
-        contradiction("memory.compile", "compile = 'regional' is for GPUs; device is 'cpu'",
-                      "use compile = 'auto' or 'off'")  # fmt: skip
+        contradiction(
+            "memory.compile",
+            "compile = 'regional' is for GPUs; device is 'cpu'",
+            "use compile = 'auto' or 'off'",
+        )
     unmatched = [glob for glob, modules in match_targets(t.adapter.targets).items() if not modules]
     for glob in unmatched:
-        problems.add(NO_TARGETS, f"the target '{glob}' matches no Linear of a block",
-                     recipe.span("adapter.targets"),
-                     cure="for example 'layers.*.attention.*', or targets = 'all'")  # fmt: skip
+        problems.add(
+            NO_TARGETS,
+            f"the target '{glob}' matches no Linear of a block",
+            recipe.span("adapter.targets"),
+            cure="for example 'layers.*.attention.*', or targets = 'all'",
+        )
     if t.adapter.targets == ():
-        problems.add(NO_TARGETS, "targets is an empty list", recipe.span("adapter.targets"),
-                     cure="targets = 'all' trains every Linear of the blocks")  # fmt: skip
+        problems.add(
+            NO_TARGETS,
+            "targets is an empty list",
+            recipe.span("adapter.targets"),
+            cure="targets = 'all' trains every Linear of the blocks",
+        )
 
 
 def _check_paths(recipe: Recipe) -> None:
@@ -185,13 +205,20 @@ def _check_paths(recipe: Recipe) -> None:
     images = recipe.folder / recipe.tables.data.images
     if not images.is_dir():
         what = "is a file, not a folder" if images.exists() else "does not exist"
-        problems.add(NO_SUCH_PATH, f"the folder of pictures {images} {what}", recipe.span("data.images"),
-                     cure="paths in a recipe are relative to the recipe's own folder")  # fmt: skip
+        problems.add(
+            NO_SUCH_PATH,
+            f"the folder of pictures {images} {what}",
+            recipe.span("data.images"),
+            cure="paths in a recipe are relative to the recipe's own folder",
+        )
     for index, pattern in enumerate(recipe.tables.validate.prompts):
         if not matching_files(recipe.folder, pattern):
-            problems.add(NO_SUCH_PATH, f"no file matches the prompt '{pattern}'",
-                         recipe.span(f"validate.prompts.{index}"),
-                         cure="name a caption file or a glob, relative to the recipe's folder")  # fmt: skip
+            problems.add(
+                NO_SUCH_PATH,
+                f"no file matches the prompt '{pattern}'",
+                recipe.span(f"validate.prompts.{index}"),
+                cure="name a caption file or a glob, relative to the recipe's folder",
+            )
     problems.raise_if_errors()
 
 

@@ -12,8 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def setting(default: Any = ..., *, doc: str, minimum: float | None = None, maximum: float | None = None,
-            above: float | None = None, multiple_of: int | None = None) -> Any:  # fmt: skip
+def setting(
+    default: Any = ...,
+    *,
+    doc: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    multiple_of: int | None = None,
+) -> Any:
     """A dataclass field with its documentation and bounds; no default means that the key is required.
 
     ``above`` is an exclusive lower bound.
@@ -52,9 +59,12 @@ class DataSettings:
         None, doc="The caption of every picture when caption = 'instance': .icap text, JSON or prose."
     )
     resolution: int = setting(
-        1024, doc="Side in pixels of a square of the area that pictures are resized to.",
-        minimum=64, maximum=2048, multiple_of=16,
-    )  # fmt: skip
+        1024,
+        doc="Side in pixels of a square of the area that pictures are resized to.",
+        minimum=64,
+        maximum=2048,
+        multiple_of=16,
+    )
     aspect: Literal["preserve", "square"] = setting(
         "preserve",
         doc="preserve: the nearest size on the model's 16-pixel grid with the picture's own aspect; "

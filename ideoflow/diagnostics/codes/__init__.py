@@ -47,8 +47,9 @@ class Code:
 _TABLE: dict[str, Code] = {}
 
 
-def define(id: str, title: str, explanation: str,
-           severity: Literal["error", "warning", "note"] = "error") -> Code:  # fmt: skip
+def define(
+    id: str, title: str, explanation: str, severity: Literal["error", "warning", "note"] = "error"
+) -> Code:
     """Adds a code to the table. Ids are never reused."""
     if id in _TABLE:
         raise ValueError(f"diagnostic code {id} is defined twice")

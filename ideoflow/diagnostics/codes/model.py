@@ -1,1 +1,65 @@
-"""Codes of model."""
+"""Codes of base models."""
+
+from ideoflow.diagnostics.codes import define
+
+NOT_A_BASE = define(
+    "IM001",
+    "base model not found",
+    """
+    `model.base` is neither `nano`, nor a folder, nor a Hugging Face hub id of the form `owner/name`. A
+    relative folder is looked for beside the recipe.
+    """,
+)
+UNSUPPORTED_FORM = define(
+    "IM002",
+    "form of checkpoint not supported",
+    """
+    The files are not in a form that can be trained on yet. Supported: a folder in diffusers' layout
+    (`model_index.json`, `transformer/`, `text_encoder/`, `tokenizer/`, `vae/`) whose weights are safetensors
+    in bf16, float16 or float32. Pickled files (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs
+    whatever code the file holds.
+    """,
+)
+BAD_CONFIG = define(
+    "IM003",
+    "a file of the base model is damaged",
+    """
+    A `config.json` is missing or unreadable, or a weight file is cut short. The usual cause is a download
+    that was interrupted: remove the file and download again.
+    """,
+)
+NO_ACCESS = define(
+    "IM004",
+    "the hub refused the base model",
+    """
+    Ideogram's repositories on the Hugging Face hub are gated. You need a token, and you must have accepted
+    the licence on the model's page with the same account:
+
+    1. open https://huggingface.co/MODEL and accept the licence;
+    2. `hf auth login`, or set `HF_TOKEN`.
+    """,
+)
+NO_DOWNLOAD = define(
+    "IM005",
+    "the base model could not be downloaded",
+    """
+    The hub did not answer, the network is off, the revision does not exist, or the disk is full. What was
+    downloaded is kept: the next try goes on from there. Offline, give a local folder as `model.base`.
+    """,
+)
+WRONG_WEIGHTS = define(
+    "IM006",
+    "weights do not fit the model",
+    """
+    A tensor is missing, left over, or of another shape than the configuration asks for. Nothing is trained on
+    a model that is partly random.
+    """,
+)
+TOO_LONG = define(
+    "IM007",
+    "caption too long",
+    """
+    The text encoder takes 2048 tokens with the chat template. A longer caption is never cut, because half a
+    JSON caption is no caption. Shorten descriptions, or leave out the least important elements.
+    """,
+)

@@ -2,41 +2,77 @@
 
 from ideoflow.diagnostics.codes import define
 
-NO_FILE = define("IR001", "recipe not found", """
+NO_FILE = define(
+    "IR001",
+    "recipe not found",
+    """
     The recipe file does not exist or cannot be read. Give its path: `ideoflow run recipes/quickstart.toml`.
-    """)  # fmt: skip
-BAD_TOML = define("IR002", "not valid TOML", """
+    """,
+)
+BAD_TOML = define(
+    "IR002",
+    "not valid TOML",
+    """
     The recipe is not a TOML document, so nothing in it can be used. The caret stands where reading stopped;
     the mistake is there or just before. The commonest: text without quotes, a missing closing quote or
     bracket, the same key twice.
-    """)  # fmt: skip
-UNKNOWN_KEY = define("IR003", "unknown key", """
+    """,
+)
+UNKNOWN_KEY = define(
+    "IR003",
+    "unknown key",
+    """
     The recipe has a table or key that ideoflow does not know. It is an error rather than ignored, since a
     misspelt `learnign_rate` would otherwise train with the default one.
 
     `docs/recipe.md` lists every key; editors that read `#:schema` complete them.
-    """)  # fmt: skip
-WRONG_TYPE = define("IR004", "wrong type", """
+    """,
+)
+WRONG_TYPE = define(
+    "IR004",
+    "wrong type",
+    """
     The key exists, but its value is of another kind: a text where a number belongs, a single value where a
     list belongs. Write numbers without quotes: `rank = 32`.
-    """)  # fmt: skip
-BAD_VALUE = define("IR005", "value out of range", """
+    """,
+)
+BAD_VALUE = define(
+    "IR005",
+    "value out of range",
+    """
     The value is of the right type but not among those allowed: outside the key's bounds, or not one of its
     choices.
-    """)  # fmt: skip
-MISSING_KEY = define("IR006", "required key missing", """
+    """,
+)
+MISSING_KEY = define(
+    "IR006",
+    "required key missing",
+    """
     A key without a default is missing. Every recipe needs `[model] base` and `[data] images`.
-    """)  # fmt: skip
-IMPOSSIBLE_PAIR = define("IR007", "settings that contradict each other", """
+    """,
+)
+IMPOSSIBLE_PAIR = define(
+    "IR007",
+    "settings that contradict each other",
+    """
     Two settings are each fine but cannot both hold, such as `caption = "instance"` without an
     `instance_prompt`. The message names both; change either.
-    """)  # fmt: skip
-NO_SUCH_PATH = define("IR008", "a path in the recipe does not exist", """
+    """,
+)
+NO_SUCH_PATH = define(
+    "IR008",
+    "a path in the recipe does not exist",
+    """
     A folder or file that the recipe names is not there. Paths that are read are relative to the folder of the
     recipe itself, so that a recipe and its pictures can be moved together.
-    """)  # fmt: skip
-NO_TARGETS = define("IR009", "adapter targets match nothing", """
+    """,
+)
+NO_TARGETS = define(
+    "IR009",
+    "adapter targets match nothing",
+    """
     A glob in `adapter.targets` matches no Linear of the transformer's blocks, so nothing would be trained
     through it. Module names look like `layers.0.attention.to_q`, `layers.33.feed_forward.w2`,
     `layers.5.adaln_modulation`; `*` stands for any run of characters.
-    """)  # fmt: skip
+    """,
+)
