@@ -1,0 +1,41 @@
+"""The data folders are found in a checkout and in an installed wheel."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ideoflow import resources
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_checkout_uses_its_own_folders():
+    assert resources.data_root() == ROOT
+    assert resources.recipes() == ROOT / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "schemas").glob("*.schema.json")), ids=lambda p: p.name)
+def test_schemas_are_json_with_an_id(path):
+    schema = json.loads(resources.schema(path.name.removesuffix(".schema.json")))
+    assert schema["$id"] and schema["$schema"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "grammar").glob("*.lark")), ids=lambda p: p.name)
+def test_grammars_are_read_as_utf8(path):
+    assert resources.grammar(path.name) == path.read_bytes().decode("utf-8")
+
+
+def test_an_installed_package_uses_its_data_folder(tmp_path):
+    package = tmp_path / "site" / "ideoflow"
+    (package / "_data" / "grammar").mkdir(parents=True)
+    shutil.copy(resources.__file__, package / "resources.py")
+    (package / "__init__.py").touch()
+    (package / "_data" / "grammar" / "g.lark").write_text("start: é", encoding="utf-8")
+    script = "from ideoflow import resources as r; print(r.grammar('g.lark').encode(), r.recipes())"
+    run = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(package.parent)!r}); {script}"]
+    out = subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    assert out == f"{'start: é'.encode()!r} {package / '_data' / 'recipes'}"
