@@ -40,10 +40,10 @@ def test_the_whole_text_of_a_diagnostic():
     )
     assert render_text([found]) == (
         "error[IC999]: the box runs backwards\n"
-        " --> a.icap:2:14\n"
+        " --> a.icap:2:15\n"
         "  |\n"
         "2 | obj y380..660 x720..590: boat\n"
-        "  |              ^^^^^^^^^ 720 > 590\n"
+        "  |               ^^^^^^^^^ 720 > 590\n"
         "  = note: x runs from left to right\n"
         "  = help: swap the numbers:\n"
         "          x590..720"
