@@ -62,7 +62,7 @@ def decode(
     special = special or {}
     if annotation in special:
         return special[annotation](data, where)
-    if is_dataclass(annotation):
+    if is_dataclass(annotation) and annotation is not Code:
         return _decode_dataclass(annotation, data, where, special)
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
@@ -141,7 +141,7 @@ def json_schema(annotation: Any, special: Mapping[Any, Any] | None = None) -> di
     special = special or {}
     if annotation in special:
         return dict(special[annotation])
-    if is_dataclass(annotation):
+    if is_dataclass(annotation) and annotation is not Code:
         cls: Any = annotation
         names = [f.name for f in fields(cls)]
         return {

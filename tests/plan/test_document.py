@@ -45,11 +45,7 @@ def made():
         ("layers.1.attention.to_q",),
         Hardware("RTX", "cuda", 120, 120, (8, 9)),
         None,
-        (
-            Decision(
-                "compile", "off", "auto", "few-steps", "why", "", (Rejected("regional", "slow", 5, 1.5),)
-            ),
-        ),
+        (Decision("compile", "off", "auto", "few", "why", "", (Rejected("regional", "slow", 5, 1.5),)),),
         Ledger(lines),
         TimeEstimate((TimePart("matmul", 10.5, ""), TimePart("attention", 3.0, "")), 1, 2, 3, 4, False, ""),
         DiskSizes(1, 2, None, None),
@@ -94,7 +90,7 @@ DAMAGE = {
     "wrong type": (edit(lambda d: d.update(targets="all")), "IP002", "'targets': must be a list"),
     "wrong item": (edit(lambda d: d["targets"].append(3)), "IP002", "'targets.1': must be text"),
     "wrong choice": (edit(lambda d: d["hardware"].update(kind="tpu")), "IP002", "'tpu' is not one of"),
-    "wrong length": (edit(lambda d: d["hardware"].update(compute_capability=[8])), "IP002", "2 values belong"),
+    "wrong length": (edit(lambda d: d["hardware"].update(compute_capability=[8])), "IP002", "2 values"),
     "true for a number": (edit(lambda d: d["sizes"].update(adapter=True)), "IP002", "'sizes.adapter'"),
     "a code that is none": (edit(lambda d: d["warnings"][0].update(code="IP999")), "IP002", "IP999"),
     "recipe value": (edit(lambda d: d["tables"]["train"].update(steps=0)), "IP002", "tables.train.steps"),
