@@ -1,0 +1,70 @@
+"""Brings a base onto this disk: makes nano, downloads a hub id, leaves folders as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ideoflow.diagnostics import Span, fail
+from ideoflow.diagnostics.codes.model import NO_ACCESS, NO_DOWNLOAD, NOT_A_BASE
+from ideoflow.model.base import NANO, BaseFacts, locate_base
+
+
+def fetch_base(
+    facts: BaseFacts,
+    revision: str | None = None,
+    *,
+    span: Span | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> BaseFacts:
+    """The same base with ``present`` true.
+
+    Raises:
+        IdeoflowError: when it cannot be had: gated, unknown, offline, disk full.
+    """
+    if facts.present:
+        return facts
+    if facts.name == NANO:
+        from ideoflow.model.nano import ensure_nano
+
+        assert facts.folder is not None
+        ensure_nano(facts.folder, say)
+        return replace(facts, present=True)
+    say(f"downloading {facts.name}")
+    _download(facts.name, revision, span)
+    return locate_base(facts.name, revision=revision, span=span)
+
+
+def _download(name: str, revision: str | None, span: Span | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"https://huggingface.co/{name}"
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer/*"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        cure = f"accept the licence on {page}, then `hf auth login` (or set HF_TOKEN)"
+        fail(NO_ACCESS, f"{name} is gated, and your token may not read it", span, cure=cure)
+    except RevisionNotFoundError:
+        fail(NO_DOWNLOAD, f"{name} has no revision '{revision}'", span, cure=f"see {page}/commits")
+    except RepositoryNotFoundError:
+        cure = "check the name; a private repository needs `hf auth login`; or give a local folder"
+        fail(NOT_A_BASE, f"the hub has no model '{name}' that you can see", span, cure=cure)
+    except HFValidationError as error:
+        fail(NOT_A_BASE, f"'{name}' is not a hub id: {error}", span, cure="write it as 'owner/name'")
+    except LocalEntryNotFoundError:
+        cure = "check the connection and try again (it resumes), or give a local folder as model.base"
+        fail(NO_DOWNLOAD, f"{name} is not on this disk and the hub cannot be reached", span, cure=cure)
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cure = "check the connection and the free disk space; the next try resumes"
+        fail(NO_DOWNLOAD, f"{name} could not be downloaded: {reason}", span, cure=cure)

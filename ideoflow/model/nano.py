@@ -1,0 +1,168 @@
+"""The nano base: a complete tiny Ideogram 4 in diffusers' own classes and layout, made from a seed.
+
+It has every part of the released model (conditional and unconditional transformer, 36-layer Qwen3-VL text
+body, FLUX.2 autoencoder, byte-level tokenizer with the chat template, scheduler) at sizes that a laptop
+trains in a minute, so that the whole path can be tried, tested and demonstrated without a GPU or a download.
+Its weights are random: it knows nothing, and an adapter trained on it is good for nothing else.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLModel
+
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.model import NO_DOWNLOAD
+from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE
+
+# Qwen's chat template, reduced to the one message with text parts that the model is trained on.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+# What the tokenizer's merges are learnt from: the keys of a caption and the commonest words of descriptions.
+_CORPUS = """
+{"high_level_description":"A photograph of","style_description":{"aesthetics":"","lighting":"","photo":"",
+"medium":"Photograph.","color_palette":["#000000","#FFFFFF"]},"compositional_deconstruction":{"background":"",
+"elements":[{"type":"obj","bbox":[100,200,300,400],"desc":""},{"type":"text","bbox":[0,0,1000,1000],"text":"",
+"desc":""}]}} "art_style":" the a an of and in on at with to from by over under against behind beside between
+left right top bottom centre center edge corner half third upper lower middle foreground background small
+large tall wide long short round dark light bright soft warm cool white black red green blue yellow orange
+brown grey gray purple pink golden wooden metal glass stone water sky cloud sun moon tree grass leaf flower
+house street road wall window door table chair cup plate hand face eye hair person woman man child cat dog
+bird boat car sign letters headline typography font serif sans bold thin light shadow reflection texture
+grain film photograph photo picture image camera lens close-up wide shot portrait landscape scene view
+morning evening night day summer winter natural muted vivid contrast quiet minimal clean simple detailed
+"""
+
+
+def make_nano(folder: Path, seed: int = 0) -> Path:
+    """Writes the nano base to ``folder``, complete or not at all.
+
+    Raises:
+        IdeoflowError: when the folder cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".nano-", dir=folder.parent) as scratch:
+            nano_pipeline(seed).save_pretrained(scratch)
+            Path(scratch).chmod(0o755)
+            _move(Path(scratch), folder)
+    except OSError as error:
+        cure = "free some space (10 MB), or set IDEOFLOW_CACHE to a folder that can be written"
+        fail(
+            NO_DOWNLOAD, f"the nano base cannot be written to {folder}: {error.strerror or error}", cure=cure
+        )
+    return folder
+
+
+def _move(made: Path, folder: Path) -> None:
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        shutil.rmtree(folder)
+    try:
+        made.rename(folder)
+        made.mkdir()  # so that the temporary folder's own clean-up finds something
+    except OSError:
+        if not (folder / "model_index.json").is_file():  # else another process was faster
+            raise
+
+
+def nano_pipeline(seed: int = 0) -> Ideogram4Pipeline:
+    """The whole nano model in memory, float32, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer()
+        return Ideogram4Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=_vae(),
+            text_encoder=_text_encoder(),
+            tokenizer=tokenizer,
+            transformer=_transformer(),
+            unconditional_transformer=_transformer(),
+        )
+
+
+def _transformer() -> Ideogram4Transformer2DModel:
+    sizes = {name: getattr(NANO_TRANSFORMER, name) for name in NANO_TRANSFORMER.__slots__}
+    return Ideogram4Transformer2DModel(**sizes, mrope_section=(6, 5, 5)).eval()
+
+
+def _text_encoder() -> Qwen3VLModel:
+    sizes = {name: getattr(NANO_TEXT, name) for name in NANO_TEXT.__slots__}
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+    }
+    text = {**sizes, "rope_parameters": rope, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=NANO_TEXT.vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_CORPUS.splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _vae() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=NANO_VAE.block_out_channels,
+        layers_per_block=NANO_VAE.layers_per_block,
+        latent_channels=NANO_VAE.latent_channels,
+        norm_num_groups=8,
+    ).eval()
+    _fit_latent_statistics(vae)
+    return vae
+
+
+@torch.no_grad()
+def _fit_latent_statistics(vae: AutoencoderKLFlux2) -> None:
+    """Sets the batch-norm statistics from smooth random pictures, so that latents have unit variance."""
+    from ideoflow.model.latents import patchify
+
+    coarse = torch.rand(8, 3, 8, 8)
+    pictures = torch.nn.functional.interpolate(coarse, size=(128, 128), mode="bicubic") * 2 - 1
+    patches = patchify(vae.encode(pictures.clamp(-1, 1)).latent_dist.mode()).flatten(0, 1)
+    vae.bn.running_mean.copy_(patches.mean(0))
+    vae.bn.running_var.copy_(patches.var(0))
+
+
+def ensure_nano(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path:
+    """The nano base's folder; made first if it is not there."""
+    if not (folder / "model_index.json").is_file():
+        say(f"making the nano base in {folder}")
+        make_nano(folder)
+    return folder
