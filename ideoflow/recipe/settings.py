@@ -73,7 +73,6 @@ class DataSettings:
     upscale_limit: float = setting(
         1.5, doc="Pictures that would be enlarged by more than this factor are reported.", minimum=1.0
     )
-    repeats: int = setting(1, doc="How often each picture comes in one epoch.", minimum=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,344 @@
+"""What there is to train on: pictures, their captions, the size each is trained at (torch-free).
+
+Only headers of pictures are read here; damaged pixels are found when they are decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ideoflow.captions import (
+    CompiledCaption,
+    CompileResult,
+    check_caption,
+    compile_caption,
+    read_json_caption,
+    to_json,
+    wrap_text,
+)
+from ideoflow.captions.boxes import Geometry, transform_caption
+from ideoflow.data.buckets import bucket_size, center_crop
+from ideoflow.diagnostics import Collector, Diagnostic, IdeoflowError, Span
+from ideoflow.diagnostics.codes.data import (
+    BAD_PICTURE,
+    EMPTY_DATASET,
+    NO_CAPTION,
+    NO_PICTURE,
+    NOT_JSON,
+    UPSCALED,
+)
+from ideoflow.plan.document import Bucket, DataSummary
+from ideoflow.recipe import Recipe
+from ideoflow.recipe.load import matching_files
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+CAPTION_SUFFIXES = (".icap", ".json", ".txt")
+# One caption file for a whole folder, each caption under its picture's name.
+FOLDER_CAPTIONS = "captions.icap"
+# Characters of canonical caption JSON per token of Qwen's tokenizer, and tokens of the chat template; only
+# used where the tokenizer itself is not at hand.
+_CHARACTERS_PER_TOKEN, _TEMPLATE_TOKENS = 3.4, 8
+_ORIENTATION_TAG = 0x0112
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its caption, at the size it is trained at.
+
+    Args:
+        picture: the file.
+        size: (width, height) in pixels after cropping and resizing.
+        geometry: what happens to the pixels; the caption's boxes have already followed it.
+        caption: canonical JSON.
+    """
+
+    picture: Path
+    size: tuple[int, int]
+    geometry: Geometry
+    caption: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that a recipe trains on, and what is worth knowing of it."""
+
+    samples: tuple[Sample, ...]
+    warnings: tuple[Diagnostic, ...]
+
+    def summary(self, folder: Path) -> DataSummary:
+        """Counts for the plan; ``folder`` makes the digest independent of where the data lies."""
+        sizes = Counter(s.size for s in self.samples)
+        tokens = sorted(estimate_tokens(s.caption) for s in self.samples)
+        digest = hashlib.sha256()
+        for s in self.samples:
+            name = s.picture.relative_to(folder).as_posix()
+            digest.update(json.dumps([name, s.picture.stat().st_size, s.size, s.caption]).encode())
+        return DataSummary(
+            pictures=len(self.samples),
+            warnings=len(self.warnings),
+            buckets=tuple(Bucket(w, h, n) for (w, h), n in sorted(sizes.items())),
+            text_tokens=(tokens[0], int(statistics.median(tokens)), tokens[-1]),
+            text_tokens_estimated=True,
+            digest=digest.hexdigest(),
+        )
+
+
+def estimate_tokens(caption: str) -> int:
+    """Tokens of a canonical caption in the chat template, from its length alone."""
+    return round(len(caption) / _CHARACTERS_PER_TOKEN) + _TEMPLATE_TOKENS
+
+
+def survey(recipe: Recipe) -> DataSummary:
+    """Counts of the recipe's dataset, for the plan.
+
+    Raises:
+        IdeoflowError: when there is nothing to train on, or something in it is wrong.
+    """
+    return read_dataset(recipe).summary(recipe.folder / recipe.tables.data.images)
+
+
+def read_dataset(recipe: Recipe) -> Dataset:
+    """Finds every picture with its caption.
+
+    Raises:
+        IdeoflowError: with up to 20 problems: no pictures, unreadable ones, missing or wrong captions.
+    """
+    folder = recipe.folder / recipe.tables.data.images
+    pictures = sorted(p for p in _files(folder) if p.suffix.lower() in PICTURE_SUFFIXES)
+    problems = Collector()
+    if not pictures:
+        known = ", ".join(sorted(PICTURE_SUFFIXES))
+        problems.add(
+            EMPTY_DATASET,
+            f"there are no pictures in {folder}",
+            recipe.span("data.images"),
+            cure=f"put pictures there ({known}), or name another folder",
+        )
+        problems.raise_if_errors()
+    captions = _Captions(recipe, problems)
+    samples = []
+    for picture in pictures:
+        size = _picture_size(picture, problems)
+        caption = captions.of(picture, size)
+        if size is not None and caption is not None:
+            samples.append(_sample(recipe, picture, size, caption, problems))
+    if recipe.tables.data.caption == "sidecar":
+        _report_orphans(folder, pictures, captions.named, problems)
+    problems.raise_if_errors()
+    return Dataset(tuple(samples), tuple(problems.items))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _picture_size(picture: Path, problems: Collector) -> tuple[int, int] | None:
+    """(width, height) as the picture is meant to be seen: EXIF orientation applied."""
+    try:
+        with Image.open(picture) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)
+    except Image.DecompressionBombError as error:
+        problems.add(
+            BAD_PICTURE,
+            f"{picture.name} is too large: {error}",
+            Span(str(picture)),
+            cure="scale it down: nothing above 2048 pixels a side is trained anyway",
+        )
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "not a picture that can be read" if "cannot identify" in str(error) else str(error)
+        problems.add(
+            BAD_PICTURE, f"{picture.name}: {reason}", Span(str(picture)), cure="replace or remove the file"
+        )
+    return None
+
+
+def _sample(
+    recipe: Recipe, picture: Path, size: tuple[int, int], caption: Mapping[str, Any], problems: Collector
+) -> Sample:
+    data = recipe.tables.data
+    bucket = bucket_size(*size, data.resolution, data.aspect)
+    geometry = center_crop(*size, bucket)
+    left, top, right, bottom = geometry.window
+    scale = bucket[0] / (right - left)
+    if scale > data.upscale_limit:
+        problems.add(
+            UPSCALED,
+            f"{picture.name} ({size[0]}x{size[1]}) is enlarged {scale:.1f} times to {bucket[0]}x{bucket[1]}",
+            Span(str(picture)),
+            cure="use a larger original, or lower data.resolution",
+        )
+    followed = transform_caption(dict(caption), geometry, path=str(picture))
+    problems.extend(followed.diagnostics)
+    assert followed.caption is not None, "a crop alone is never refused"
+    return Sample(picture, bucket, geometry, to_json(followed.caption))
+
+
+class _Captions:
+    """Finds the caption of each picture, as ``data.caption`` says."""
+
+    def __init__(self, recipe: Recipe, problems: Collector) -> None:
+        self.recipe, self.problems = recipe, problems
+        self.named: set[Path] = set()  # pictures that a captions.icap names
+        self._folders: dict[Path, dict[str, CompiledCaption]] = {}
+
+    def of(self, picture: Path, size: tuple[int, int] | None) -> Mapping[str, Any] | None:
+        way = self.recipe.tables.data.caption
+        if way == "instance":
+            return self._instance(size)
+        if way == "filename":
+            return wrap_text(picture.stem.replace("_", " ").replace("-", " "))
+        return self._sidecar(picture, size)
+
+    def _instance(self, size: tuple[int, int] | None) -> Mapping[str, Any] | None:
+        text = self.recipe.tables.data.instance_prompt or ""
+        result = read_caption(text, str(self.recipe.path), _kind_of(text), self.recipe, size)
+        return self._only(result, self.recipe.span("data.instance_prompt"))
+
+    def _sidecar(self, picture: Path, size: tuple[int, int] | None) -> Mapping[str, Any] | None:
+        for suffix in CAPTION_SUFFIXES:
+            file = picture.with_suffix(suffix)
+            if file.is_file():
+                return self._only(read_caption_file(file, self.recipe, size), Span(str(file)))
+        shared = self._folder_captions(picture.parent).get(picture.name)
+        if shared is not None:
+            return shared.caption
+        cure = f"write {picture.stem}.icap (or .json, .txt) beside it, or set data.caption"
+        self.problems.add(NO_CAPTION, f"{picture.name} has no caption", Span(str(picture)), cure=cure)
+        return None
+
+    def _folder_captions(self, folder: Path) -> dict[str, CompiledCaption]:
+        if folder not in self._folders:
+            file = folder / FOLDER_CAPTIONS
+            found: dict[str, CompiledCaption] = {}
+            if file.is_file():
+                result = read_caption_file(file, self.recipe, None)
+                self._report(result.diagnostics)
+                found = {c.name: c for c in result.captions if c.name}
+                self.named |= {folder / name for name in found}
+            self._folders[folder] = found
+        return self._folders[folder]
+
+    def _only(self, result: CompileResult, span: Span) -> Mapping[str, Any] | None:
+        self._report(result.diagnostics)
+        if len(result.captions) == 1:
+            return result.captions[0].caption
+        if not any(d.is_error for d in result.diagnostics):
+            message = f"one caption was expected here, not {len(result.captions)}"
+            cure = f"captions of several pictures go into {FOLDER_CAPTIONS}, each under its picture's name"
+            self.problems.add(NO_CAPTION, message, span, cure=cure)
+        return None
+
+    def _report(self, diagnostics: Iterable[Diagnostic]) -> None:
+        self.problems.extend(diagnostics)
+        if len(self.problems.errors) >= self.problems.limit:
+            self.problems.raise_if_errors()
+
+
+def _kind_of(text: str) -> str:
+    """How to read a caption that has no suffix: JSON, caption language, or prose."""
+    if text.lstrip().startswith("{"):
+        return ".json"
+    return ".icap" if "\n" in text.strip() else ".txt"
+
+
+def read_caption_file(file: Path, recipe: Recipe, size: tuple[int, int] | None) -> CompileResult:
+    """Captions of one file, by its suffix."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise IdeoflowError(
+            Diagnostic(
+                NO_CAPTION, f"{file} cannot be read: {reason}", Span(str(file)), cure="save it as UTF-8"
+            )
+        ) from None
+    kind = ".json" if text.lstrip().startswith("{") else file.suffix.lower()
+    return read_caption(text, str(file), kind, recipe, size, file.parent)
+
+
+def read_caption(
+    text: str,
+    path: str,
+    kind: str,
+    recipe: Recipe,
+    size: tuple[int, int] | None,
+    base_dir: Path | None = None,
+) -> CompileResult:
+    """Captions of one text: ``.icap``, ``.json``, or ``.txt`` for prose."""
+    placeholders = recipe.tables.captions.placeholders
+    if kind == ".json":
+        return read_json_caption(text, path=path)
+    if kind == ".icap":
+        return compile_caption(text, path=path, placeholders=placeholders, image_size=size, base_dir=base_dir)
+    if not recipe.tables.captions.wrap:
+        problem = Diagnostic(
+            NOT_JSON,
+            f"{path} is plain text, and captions.wrap is off",
+            Span(path),
+            cure="write it as .icap or JSON, or set wrap = true in [captions]",
+        )
+        return CompileResult((), (problem,))
+    caption = wrap_text(text)
+    problems = check_caption(caption, path=path)
+    return CompileResult((CompiledCaption(None, caption, to_json(caption), Span(path)),), tuple(problems))
+
+
+def _report_orphans(folder: Path, pictures: list[Path], named: set[Path], problems: Collector) -> None:
+    stems = {p.with_suffix("") for p in pictures}
+    for file in sorted(_files(folder)):
+        if (
+            file.suffix.lower() == ".icap"
+            and file.name != FOLDER_CAPTIONS
+            and file.with_suffix("") not in stems
+        ):
+            if file.parent == folder or any(p.parent == file.parent for p in pictures):
+                problems.add(
+                    NO_PICTURE,
+                    f"{file.name} has no picture of that name",
+                    Span(str(file)),
+                    cure="rename it after its picture, or remove it",
+                )
+    for picture in sorted(named - set(pictures)):
+        message = f"{FOLDER_CAPTIONS} names {picture.name}, which is not there"
+        problems.add(
+            NO_PICTURE,
+            message,
+            Span(str(picture.parent / FOLDER_CAPTIONS)),
+            cure="add the picture, or remove its caption",
+        )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption to sample pictures of."""
+
+    name: str
+    caption: str
+
+
+def read_prompts(recipe: Recipe) -> tuple[Prompt, ...]:
+    """The captions that ``validate.prompts`` names, in order.
+
+    Raises:
+        IdeoflowError: when a file cannot be read or compiled.
+    """
+    problems = Collector()
+    prompts: dict[Path, list[Prompt]] = {}
+    for pattern in recipe.tables.validate.prompts:
+        for file in matching_files(recipe.folder, pattern):
+            result = read_caption_file(file, recipe, None)
+            problems.extend(result.diagnostics)
+            prompts[file] = [Prompt(c.name or file.stem, c.json) for c in result.captions]
+    problems.raise_if_errors()
+    return tuple(p for found in prompts.values() for p in found)
