@@ -39,3 +39,14 @@ def test_an_installed_package_uses_its_data_folder(tmp_path):
     run = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(package.parent)!r}); {script}"]
     out = subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
     assert out == f"{'start: é'.encode()!r} {package / '_data' / 'recipes'}"
+
+
+def test_the_users_cache_can_be_moved(monkeypatch, tmp_path):
+    monkeypatch.setenv("IDEOFLOW_CACHE", str(tmp_path / "a"))
+    assert resources.user_cache() == tmp_path / "a"
+    monkeypatch.delenv("IDEOFLOW_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert resources.user_cache() == tmp_path / "b" / "ideoflow"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "c"))
+    assert resources.user_cache() == tmp_path / "c" / ".cache" / "ideoflow"

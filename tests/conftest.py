@@ -1,0 +1,26 @@
+"""Before any test: few threads, no network, a cache of their own, and GPU tests only where there is a GPU."""
+
+import os
+import tempfile
+
+import pytest
+
+# The tests run in several processes (pytest -n 2); each would otherwise take every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+_cache = tempfile.TemporaryDirectory(prefix="ideoflow-tests-")
+# Worker processes inherit the variable, so that all of them share one cache and it ends with the run.
+os.environ.setdefault("IDEOFLOW_CACHE", _cache.name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanted:
+        return
+    import torch  # only here: most of the tests need no torch
+
+    if not torch.cuda.is_available():
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
