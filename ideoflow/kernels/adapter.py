@@ -1,0 +1,109 @@
+"""The two thin products of a low-rank adapter (Hu et al. 2021), straight from quantised operands, in Triton.
+
+Both are bound by reading their wide operand, which is why they read the e4m3 copy that the base product reads
+(half the bytes of bf16) and turn it into bf16 in registers. Long sums are split over programs into float32
+partial results that a reduction adds up: no atomics, so results repeat exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ideoflow.kernels.reference import Operand
+
+_PROGRAMS = 264  # two for each multiprocessor of a large card
+
+
+def _rank_block(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _split(blocks: int, tiles: int) -> tuple[int, int]:
+    """Steps of each program along the summed axis, and programs along it, for ``blocks`` blocks to sum.
+
+    Steps are a power of two, four at least: few kernels compile whatever the lengths.
+    """
+    steps = triton.next_power_of_2(max(4, triton.cdiv(blocks * tiles, _PROGRAMS)))
+    return steps, triton.cdiv(blocks, steps)
+
+
+@triton.jit
+def _down(x_ptr, x_scale, matrix, unfold, out, tokens, k_size, rank, parts, stride_k, stride_r,
+          STEPS: tl.constexpr, SCALED: tl.constexpr, UNFOLD: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
+          RANK: tl.constexpr):  # fmt: skip
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    part = tl.program_id(1)
+    split = tl.program_id(2)
+    r = tl.arange(0, RANK)
+    total = tl.zeros((TOKENS, RANK), tl.float32)
+    x_row = x_ptr + t[:, None].to(tl.int64) * (parts * k_size) + part * k_size
+    for step in range(STEPS):
+        k = (split * STEPS + step) * K + tl.arange(0, K)
+        x = tl.load(x_row + k[None, :], mask=(t[:, None] < tokens) & (k[None, :] < k_size), other=0.0)
+        at = (part * k_size + k[:, None]).to(tl.int64) * stride_k + r[None, :] * stride_r
+        m = tl.load(matrix + at, mask=(k[:, None] < k_size) & (r[None, :] < rank), other=0.0)
+        if UNFOLD:
+            u = tl.load(unfold + part * k_size + k, mask=k < k_size, other=0.0)
+            m = (m.to(tl.float32) * u[:, None]).to(m.dtype)
+        total += tl.dot(x.to(m.dtype), m)
+    if SCALED:
+        total *= tl.load(x_scale + t, mask=t < tokens, other=0.0)[:, None]
+    at = (split.to(tl.int64) * tokens + t[:, None]) * (parts * rank) + part * rank + r[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(t[:, None] < tokens) & (r[None, :] < rank))
+
+
+def adapter_down(x: Operand, matrix: Tensor, parts: int = 1, unfold: Tensor | None = None) -> Tensor:
+    """See :func:`ideoflow.kernels.reference.adapter_down`."""
+    tokens, rank, k_size = x.values.shape[0], matrix.shape[1], matrix.shape[0] // parts
+    block_t, block_k = 64, 128
+    steps, splits = _split(triton.cdiv(k_size, block_k), triton.cdiv(tokens, block_t) * parts)
+    dtype = torch.float32 if splits > 1 else matrix.dtype
+    out = torch.empty(splits, tokens, parts * rank, dtype=dtype, device=x.values.device)
+    _down[(triton.cdiv(tokens, block_t), parts, splits)](
+        x.values, x.scale, matrix, unfold, out, tokens, k_size, rank, parts, matrix.stride(0), matrix.stride(1),
+        steps, x.scale is not None, unfold is not None, block_t, block_k, _rank_block(rank), num_warps=4,
+        num_stages=3,
+    )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0).to(matrix.dtype)
+
+
+@triton.jit
+def _gradient(x_ptr, x_scale, z_ptr, unfold, out, tokens, n_size, rank, parts,
+              STEPS: tl.constexpr, SCALED: tl.constexpr, UNFOLD: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr,
+              RANK: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    part = tl.program_id(1)
+    split = tl.program_id(2)
+    r = tl.arange(0, RANK)
+    total = tl.zeros((RANK, N), tl.float32)
+    column = part * n_size + n
+    for step in range(STEPS):
+        t = (split * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+        at = t[:, None].to(tl.int64) * (parts * n_size) + column[None, :]
+        x = tl.load(x_ptr + at, mask=(t[:, None] < tokens) & (n[None, :] < n_size), other=0.0)
+        at = t[None, :] * (parts * rank) + part * rank + r[:, None]
+        z = tl.load(z_ptr + at, mask=(t[None, :] < tokens) & (r[:, None] < rank), other=0.0)
+        if SCALED:
+            s = tl.load(x_scale + t, mask=t < tokens, other=0.0)
+            z = (z.to(tl.float32) * s[None, :]).to(z.dtype)
+        total += tl.dot(z, x.to(z.dtype))
+    if UNFOLD:
+        total *= tl.load(unfold + column, mask=n < n_size, other=0.0)[None, :]
+    at = (split.to(tl.int64) * parts * n_size + column[None, :]) * rank + r[:, None]
+    tl.store(out + at, total, mask=(n[None, :] < n_size) & (r[:, None] < rank))
+
+
+def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | None = None) -> Tensor:
+    """See :func:`ideoflow.kernels.reference.adapter_gradient`."""
+    tokens, n_size, rank = x.values.shape[0], x.values.shape[1] // parts, z.shape[1] // parts
+    block_t, block_n = 64, 128
+    steps, splits = _split(triton.cdiv(tokens, block_t), triton.cdiv(n_size, block_n) * parts)
+    out = torch.empty(splits, parts * n_size, rank, dtype=torch.float32, device=z.device)
+    _gradient[(triton.cdiv(n_size, block_n), parts, splits)](
+        x.values, x.scale, z, unfold, out, tokens, n_size, rank, parts, steps, x.scale is not None,
+        unfold is not None, block_t, block_n, _rank_block(rank), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0)

@@ -1,0 +1,168 @@
+"""Every Triton kernel against the eager truth, at odd shapes: on a GPU, or on the CPU through Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so without a GPU this file sets TRITON_INTERPRET itself.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from ideoflow import kernels
+from ideoflow.kernels.reference import FP8, Operand
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EAGER, FUSED = kernels.load("reference"), kernels.load("triton")
+SHAPES = [(5, 48), (33, 132)]  # tokens, width
+CASES = pytest.mark.parametrize(("tokens", "width"), SHAPES)
+PRECISION = pytest.mark.parametrize("fp8", [False, True], ids=["dense", "fp8"])
+
+
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch):
+    torch.manual_seed(0)
+    if DEVICE == "cpu":
+        _mend_interpreter(monkeypatch)
+
+
+def _mend_interpreter(monkeypatch):
+    """Two faults of Triton's interpreter, mended with PyTorch's arithmetic.
+
+    Its cast to a narrower type drops the carry of rounding (127.9 becomes 64 in e4m3), and its dot multiplies
+    the bit patterns of bf16 numbers as if they were integers.
+    """
+    from triton.runtime import interpreter
+
+    narrow = {"fp8e4nv": (FP8, torch.uint8), "bf16": (torch.bfloat16, torch.uint16)}
+    cast = interpreter._convert_float
+
+    def convert(values, source, target, rounding):
+        if str(source) != "fp32" or str(target) not in narrow:
+            return cast(values, source, target, rounding)
+        dtype, bits = narrow[str(target)]
+        return torch.from_numpy(values.astype("float32")).to(dtype).view(bits).numpy()
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = (x.data if str(x.dtype.scalar) == "fp32" else _widened(x) for x in (a, b))
+        return interpreter.TensorHandle(a @ b + d.data, d.dtype.scalar)
+
+    def _widened(x):
+        return (x.data.astype("uint32") << 16).view("float32")
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def samples(tokens):
+    return torch.randint(0, 2, (tokens,), dtype=torch.int32, device=DEVICE)
+
+
+def same(got, expected):
+    """One unit in the last place of the stored type, measured against the largest number of the row."""
+    if isinstance(got, Operand):
+        if expected.scale is not None:
+            assert got.values.dtype == FP8
+            torch.testing.assert_close(got.scale, expected.scale, rtol=1e-4, atol=0)
+        got, expected, step = got.dense(), expected.dense(), 2**-3 if got.scale is not None else 2**-7
+    else:
+        step = 2**-7 if got.dtype == torch.bfloat16 else 1e-4
+        got, expected = got.float(), expected.float()
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got, expected, rtol=step, atol=float(expected.abs().max()) * min(step, 2**-8))
+
+
+@CASES
+def test_quantize(tokens, width):
+    x = normal(tokens, width)
+    x[0] = 0
+    x[1] *= 1e3
+    x[2] *= 1e-20
+    same(FUSED.quantize(x), EAGER.quantize(x))
+
+
+@CASES
+def test_dequantize_and_transpose(tokens, width):
+    weight = EAGER.quantize(normal(tokens, width))
+    args = (weight.values, weight.scale, torch.bfloat16)
+    same(FUSED.dequantize(*args), EAGER.dequantize(*args))
+    transposed = FUSED.transpose(weight.values)
+    assert transposed.is_contiguous() and torch.equal(transposed.float(), weight.values.float().t())
+
+
+@CASES
+@PRECISION
+def test_norm_modulate(tokens, width, fp8):
+    args = normal(tokens, width), normal(width), normal(2, width), samples(tokens), 1e-5
+    same(FUSED.norm_modulate(*args, fp8), EAGER.norm_modulate(*args, fp8))
+    dx, residual = normal(tokens, width), normal(tokens, width)
+    same(FUSED.norm_modulate_backward(dx, *args, residual), EAGER.norm_modulate_backward(dx, *args, residual))
+
+
+@CASES
+@PRECISION
+@pytest.mark.parametrize("fold", [False, True])
+def test_gated_residual(tokens, width, fp8, fold):
+    h, args = (
+        normal(tokens, width),
+        (normal(tokens, width), normal(width), normal(2, width), samples(tokens), 1e-5),
+    )
+    same(FUSED.gated_residual(h, *args), EAGER.gated_residual(h, *args))
+    scales = torch.rand(width, device=DEVICE) if fold else None
+    same(
+        FUSED.gated_residual_backward(h, *args, scales, fp8),
+        EAGER.gated_residual_backward(h, *args, scales, fp8),
+    )
+
+
+@CASES
+@PRECISION
+@pytest.mark.parametrize("fold", [False, True])
+def test_swiglu(tokens, width, fp8, fold):
+    gate_up, du = 3 * normal(tokens, 2 * width), normal(tokens, width)
+    same(FUSED.swiglu(gate_up, fp8), EAGER.swiglu(gate_up, fp8))
+    scales = torch.rand(2 * width, device=DEVICE) if fold else None
+    same(FUSED.swiglu_backward(du, gate_up, scales, fp8), EAGER.swiglu_backward(du, gate_up, scales, fp8))
+
+
+@PRECISION
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(5, 3, 12), (17, 2, 64)])
+def test_qk_norm_rope(tokens, heads, size, fp8):
+    angle = torch.randn(tokens, size // 2, device=DEVICE)
+    args = normal(size) + 2, normal(size) - 2, angle.cos().bfloat16(), angle.sin().bfloat16()
+    fused = normal(tokens, 3, heads, size)
+    eager, before = fused.clone(), fused.clone()
+    inverse = FUSED.qk_norm_rope(fused, *args, 1e-5)
+    torch.testing.assert_close(inverse, EAGER.qk_norm_rope(eager, *args, 1e-5))
+    same(fused, eager)
+    assert torch.equal(fused[:, 2], before[:, 2])
+    # Gradients come in whatever strides the attention kernel gave: heads before tokens here.
+    dq, dk, dv = (normal(heads, tokens, size).transpose(0, 1) for _ in range(3))
+    for fold in (None, torch.rand(3 * heads * size, device=DEVICE)):
+        rest = dq, dk, dv, eager, inverse, *args, fold, fp8
+        same(FUSED.qk_norm_rope_backward(*rest), EAGER.qk_norm_rope_backward(*rest))
+
+
+@PRECISION
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(5, 48, 3), (70, 160, 32), (260, 1100, 24)])
+def test_adapter_products(tokens, width, rank, parts, fp8):
+    x = EAGER.quantize(normal(tokens, parts * width), fp8)
+    matrix, z = normal(rank, parts * width).t(), normal(tokens, parts * rank)
+    for unfold in (None, torch.rand(parts * width, device=DEVICE) + 0.5):
+        same(FUSED.adapter_down(x, matrix, parts, unfold), EAGER.adapter_down(x, matrix, parts, unfold))
+        # z times the row scale is rounded to bf16 before the product, hence the wider bound.
+        got, expected = (ops.adapter_gradient(x, z, parts, unfold) for ops in (FUSED, EAGER))
+        assert (got - expected).norm() <= 4e-3 * expected.norm()
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError):
+        kernels.load("cuda-c")
