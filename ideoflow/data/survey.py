@@ -132,7 +132,7 @@ def read_dataset(recipe: Recipe) -> Dataset:
         if size is not None and caption is not None:
             samples.append(_sample(recipe, picture, size, caption, problems))
     if recipe.tables.data.caption == "sidecar":
-        _report_orphans(folder, pictures, captions.named, problems)
+        _report_orphans(recipe, pictures, captions.named, problems)
     problems.raise_if_errors()
     return Dataset(tuple(samples), tuple(problems.items))
 
@@ -169,7 +169,7 @@ def _sample(
     data = recipe.tables.data
     bucket = bucket_size(*size, data.resolution, data.aspect)
     geometry = center_crop(*size, bucket)
-    left, top, right, bottom = geometry.window
+    left, _, right, _ = geometry.window
     scale = bucket[0] / (right - left)
     if scale > data.upscale_limit:
         problems.add(
@@ -294,15 +294,14 @@ def read_caption(
     return CompileResult((CompiledCaption(None, caption, to_json(caption), Span(path)),), tuple(problems))
 
 
-def _report_orphans(folder: Path, pictures: list[Path], named: set[Path], problems: Collector) -> None:
+def _report_orphans(recipe: Recipe, pictures: list[Path], named: set[Path], problems: Collector) -> None:
     stems = {p.with_suffix("") for p in pictures}
-    for file in sorted(_files(folder)):
-        if (
-            file.suffix.lower() == ".icap"
-            and file.name != FOLDER_CAPTIONS
-            and file.with_suffix("") not in stems
-        ):
-            if file.parent == folder or any(p.parent == file.parent for p in pictures):
+    for folder in sorted({p.parent for p in pictures}):
+        for file in sorted(folder.glob("*.icap")):
+            if file.name == FOLDER_CAPTIONS or file.with_suffix("") in stems:
+                continue
+            # A file of shared styles has no caption of its own.
+            if read_caption_file(file, recipe, None).captions:
                 problems.add(
                     NO_PICTURE,
                     f"{file.name} has no picture of that name",
@@ -310,10 +309,9 @@ def _report_orphans(folder: Path, pictures: list[Path], named: set[Path], proble
                     cure="rename it after its picture, or remove it",
                 )
     for picture in sorted(named - set(pictures)):
-        message = f"{FOLDER_CAPTIONS} names {picture.name}, which is not there"
         problems.add(
             NO_PICTURE,
-            message,
+            f"{FOLDER_CAPTIONS} names {picture.name}, which is not there",
             Span(str(picture.parent / FOLDER_CAPTIONS)),
             cure="add the picture, or remove its caption",
         )

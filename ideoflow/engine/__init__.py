@@ -1,0 +1,5 @@
+"""Carries a plan out: sets the model up, trains, samples. It decides nothing and prints nothing.
+
+The engine reads a :class:`~ideoflow.plan.document.Plan`, never a recipe, and tells what happens through
+:mod:`ideoflow.engine.events`.
+"""

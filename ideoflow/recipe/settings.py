@@ -193,6 +193,9 @@ class OutputSettings:
     """Where results go."""
 
     folder: str | None = setting(None, doc="Default: outputs/NAME-OF-THE-RECIPE.")
+    dtype: Literal["bf16", "float32"] = setting(
+        "bf16", doc="Type of the numbers in the adapter file; checkpoints are always float32."
+    )
     name: str | None = setting(
         None, doc="Name of the adapter file, without its suffix. Default: the recipe's."
     )

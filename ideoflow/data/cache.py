@@ -1,0 +1,91 @@
+"""Encoded pictures and captions, kept between runs under the digest of everything they depend on.
+
+Each entry is one safetensors file, written beside its place, synchronised, and renamed: it is there whole or
+not at all, whenever the process or the machine stops, and two processes that write the same entry write the
+same bytes. Whatever changes an entry (base, pixels, geometry, caption, type) changes its name, so nothing is
+ever out of date and nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.data import CACHE_UNWRITABLE
+
+# Raise when the meaning of cached values changes.
+FORMAT = 1
+
+
+def cache_key(kind: str, **facts: Any) -> str:
+    """SHA-256 over everything that a cached value depends on; ``facts`` must be JSON data."""
+    plain = json.dumps({"kind": kind, "format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+class TensorCache:
+    """A folder of tensors by key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def __contains__(self, key: str) -> bool:
+        return self._file(key).is_file()
+
+    def get(self, key: str) -> Tensor | None:
+        """The tensor, or ``None`` when it is not there or its file is damaged (it is removed then)."""
+        file = self._file(key)
+        try:
+            return load_file(file)["value"]
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError, OSError, ValueError):
+            file.unlink(missing_ok=True)
+            return None
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Keeps a tensor.
+
+        Raises:
+            IdeoflowError: when the disk is full or the folder may not be written.
+        """
+        try:
+            write_whole(self._file(key), save({"value": value.detach().cpu().contiguous()}))
+        except OSError as error:
+            cure = "free some space, or set IDEOFLOW_CACHE to another folder"
+            fail(CACHE_UNWRITABLE, f"cannot write to {self.folder}: {error.strerror or error}", cure=cure)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all, even if the power goes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(scratch).replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(scratch).unlink()
+        raise
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,88 @@
+"""Decodes pictures: orientation, colour, transparency, depth; crops and resizes them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+
+from ideoflow.data.survey import Sample
+from ideoflow.diagnostics import Span, fail
+from ideoflow.diagnostics.codes.data import BAD_PICTURE
+
+_SRGB = ImageCms.createProfile("sRGB")
+_WHITE = (255, 255, 255, 255)
+
+
+def load_pixels(sample: Sample) -> Tensor:
+    """The sample's pixels, (3, height, width) float32 in [-1, 1], cropped and resized as its geometry says.
+
+    Raises:
+        IdeoflowError: when the file is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(sample.picture) as image:
+                image.load()
+                picture = to_srgb(ImageOps.exif_transpose(image))
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        fail(
+            BAD_PICTURE,
+            f"{sample.picture.name} cannot be decoded: {error}",
+            Span(str(sample.picture)),
+            cure="replace or remove the file",
+        )
+    # Lanczos averages over the whole source area of each pixel, so that shrinking does not alias.
+    resized = picture.resize(sample.size, Image.Resampling.LANCZOS, box=sample.geometry.window)
+    values = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    return values.float() / 127.5 - 1
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit sRGB: embedded profiles applied, 16 bits scaled, transparency laid on white."""
+    profile = image.info.get("icc_profile")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        # Single-channel pictures of more than 8 bits; float ones are taken to run from 0 to 1.
+        scale = 255.0 if image.mode == "F" else 255.0 / 65535.0
+        return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        colours = _apply_profile(image.convert("RGB"), profile).convert("RGBA")
+        colours.putalpha(image.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), colours).convert("RGB")
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    return _apply_profile(image, profile)
+
+
+def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if profile and image.mode in ("RGB", "L", "CMYK", "LAB"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError):
+            pass  # A broken profile, or one of another colour space: the plain values are the best there is.
+    return image.convert("RGB")
+
+
+def picture_digest(picture: Path) -> str:
+    """SHA-256 of the file's bytes."""
+    with picture.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

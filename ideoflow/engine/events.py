@@ -1,0 +1,53 @@
+"""What the engine tells while it works: one small dataclass a kind of news."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``done`` of ``total`` in a stage such as "captions", "pictures", "train" or "samples"."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimiser step: its mean loss, learning rate, gradient norm before clipping, and wall time."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class SampleMade:
+    """A validation picture of prompt ``prompt`` after ``step`` steps."""
+
+    step: int
+    prompt: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence worth showing."""
+
+    text: str
+
+
+Event = Progress | StepDone | CheckpointSaved | SampleMade | Note
+Emit = Callable[[Event], None]

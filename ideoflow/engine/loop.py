@@ -1,0 +1,174 @@
+"""The training loop of the reference path: steps, checkpoints, samples; stops and goes on exactly."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ideoflow.artifacts import Checkpoint, Checkpoints
+from ideoflow.data.encode import Encoded, Encoder
+from ideoflow.data.order import draw, sample_index
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.engine import LOSS_EXPLODED
+from ideoflow.engine.events import CheckpointSaved, Emit, Progress, StepDone
+from ideoflow.engine.schedule import learning_rate_factor
+from ideoflow.engine.setup import Trainable
+from ideoflow.engine.step import TrainingSample, accumulate, prepare
+from ideoflow.plan.document import Plan
+
+
+@dataclass
+class Stop:
+    """Asks the loop to save and stop after the step it is in."""
+
+    requested: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the loop ended: after ``step`` steps, ``finished`` if these were all."""
+
+    step: int
+    finished: bool
+
+
+def run_identity(plan: Plan) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued."""
+    adapter = plan.tables.adapter
+    return {
+        "base": plan.digests.base,
+        "targets": list(plan.targets),
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "kind": adapter.kind,
+    }
+
+
+class Trainer:
+    """Trains a :class:`Trainable` as the plan says."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: Trainable,
+        data: Sequence[Encoded],
+        encoder: Encoder,
+        checkpoints: Checkpoints,
+        emit: Emit,
+        stop: Stop,
+    ) -> None:
+        self.plan, self.model, self.data, self.encoder = plan, model, data, encoder
+        self.checkpoints, self.emit, self.stop = checkpoints, emit, stop
+        self.settings = plan.tables.train
+        self.step = 0
+        self.saved_at: int | None = None
+        beta1, beta2 = self.settings.betas
+        self.optimizer = torch.optim.AdamW(
+            model.parameters.values(),
+            lr=self.settings.learning_rate,
+            betas=(beta1, beta2),
+            weight_decay=self.settings.weight_decay,
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Puts a checkpoint's state in place."""
+        for name, parameter in self.model.parameters.items():
+            parameter.data.copy_(checkpoint.adapter[name])
+            state = {k: checkpoint.optimizer[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {
+                k: v.clone() if k == "step" else v.to(parameter.device, copy=True) for k, v in state.items()
+            }
+        self.step = self.saved_at = checkpoint.step
+
+    def train(self, every: int, at_interval: Callable[[int], None]) -> Trained:
+        """Runs to the last step; calls ``at_interval(step)`` after every ``every`` steps and at the end.
+
+        Raises:
+            IdeoflowError: when the loss stops being a number, or a checkpoint cannot be written.
+        """
+        self.model.transformer.train()
+        total = self.settings.steps
+        self.emit(Progress("train", self.step, total))
+        while self.step < total and not self.stop.requested:
+            self._one_step()
+            self.emit(Progress("train", self.step, total))
+            last = self.step == total
+            if last or self.stop.requested or self.step % self.settings.checkpoint_every == 0:
+                self.save()
+            if last or self.step % every == 0:
+                at_interval(self.step)
+        return Trained(self.step, self.step >= total)
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        factor = learning_rate_factor(
+            self.step, self.settings.steps, self.settings.warmup, self.settings.decay
+        )
+        rate = self.settings.learning_rate * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = self.settings.accumulation
+        loss = sum(
+            float(accumulate(self.model.transformer, self._batch(part), parts)) for part in range(parts)
+        )
+        loss /= parts
+        norm = self._gradient_norm()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            kept = (
+                f"the last checkpoint is of step {self.saved_at}"
+                if self.saved_at
+                else "there is no checkpoint yet"
+            )
+            fail(
+                LOSS_EXPLODED,
+                f"at step {self.step + 1} the loss is {loss} and the gradient norm {norm}",
+                cure="lower train.learning_rate, or add a train.warmup",
+                notes=[kept],
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.emit(StepDone(self.step, loss, rate, norm, time.perf_counter() - started))
+
+    def _gradient_norm(self) -> float:
+        """The global norm before clipping; clips if the plan asks for it."""
+        limit = self.settings.max_grad_norm or math.inf
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(list(self.model.parameters.values()), limit)
+        return float(norm)
+
+    def _batch(self, part: int) -> list[TrainingSample]:
+        first = (self.step * self.settings.accumulation + part) * self.settings.batch
+        return [self._sample(first + slot) for slot in range(self.settings.batch)]
+
+    def _sample(self, number: int) -> TrainingSample:
+        seed = self.settings.seed
+        encoded = self.data[sample_index(number, len(self.data), seed)]
+        latents, text = self.encoder.tensors(encoded)
+        chance = draw(number, *latents.shape, seed, self.plan.tables.captions.dropout)
+        return prepare(latents, text, encoded.grid, chance, self.settings.schedule)
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint of the present step, unless there is one."""
+        if self.saved_at == self.step:
+            return None
+        moments = {
+            f"{name}/{k}": v
+            for name, parameter in self.model.parameters.items()
+            for k, v in self.optimizer.state[parameter].items()
+        }
+        folder = self.checkpoints.save(
+            self.step,
+            self.model.parameters,
+            moments,
+            {"recipe": self.plan.digests.recipe, "captions": self.plan.digests.captions},
+        )
+        self.saved_at = self.step
+        self.emit(CheckpointSaved(self.step, folder))
+        return folder

@@ -1,0 +1,124 @@
+"""Validation pictures: flow-matching Euler steps with guidance, from cached text features.
+
+The same as ``Ideogram4Pipeline.__call__`` with the caption's tokens unpadded; a test compares the two.
+v = g * conditional + (1 - g) * unconditional, where the unconditional velocity is the second transformer's
+(true asymmetric guidance) or, as the plan says, the conditional one's without text tokens (proxy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Transformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from ideoflow.data.encode import release
+from ideoflow.engine.schedule import PRESETS, sampling_sigmas
+from ideoflow.engine.setup import UnpaddedAttention, plan_device, plan_dtype
+from ideoflow.engine.step import predict_velocity
+from ideoflow.model.latents import decode_tokens
+from ideoflow.model.load import load_transformer, load_vae
+from ideoflow.model.spec import PIXELS_PER_TOKEN
+from ideoflow.plan.document import Plan
+
+# velocity(latents (tokens, 128), time (1,)) -> (tokens, 128)
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def denoise(
+    conditional: Velocity,
+    unconditional: Velocity,
+    noise: Tensor,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    sigmas: list[float],
+    guidance: list[float],
+) -> Tensor:
+    """Noise (tokens, 128) float32 -> image tokens (tokens, 128) float32."""
+    scheduler.set_timesteps(sigmas=sigmas, device=noise.device)
+    latents = noise
+    for t, g in zip(scheduler.timesteps, guidance, strict=True):
+        time = (1 - t.float() / scheduler.config.num_train_timesteps).reshape(1)
+        v = conditional(latents, time).float()
+        if g != 1:  # at guidance 1 the unconditional velocity has no weight
+            v = g * v + (1 - g) * unconditional(latents, time).float()
+        # The scheduler integrates noise minus data, the model predicts data minus noise.
+        latents = scheduler.step(-v, t, latents, return_dict=False)[0]
+    return latents
+
+
+class Sampler:
+    """Makes the plan's validation pictures; what it loads stays on the host between samplings."""
+
+    def __init__(self, plan: Plan, transformer: Ideogram4Transformer2DModel) -> None:
+        assert plan.base.folder is not None
+        self.plan, self.transformer, self.folder = plan, transformer, plan.base.folder
+        self.device, self.dtype = plan_device(plan), plan_dtype(plan)
+        host = torch.device("cpu")
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder / "scheduler")
+        self.vae = load_vae(self.folder, dtype=self.dtype, device=host)
+        self.unconditional = None
+        if plan.value("unconditional") == "loaded":
+            self.unconditional = load_transformer(
+                self.folder, "unconditional_transformer", dtype=self.dtype, device=host
+            )
+            self.unconditional.set_attn_processor(UnpaddedAttention())
+
+    def sample(self, texts: list[Tensor]) -> list[Image.Image]:
+        """One picture for each caption's text features (text tokens, hidden)."""
+        training = self.transformer.training
+        self.transformer.eval()
+        if self.unconditional is not None:
+            self.unconditional.to(self.device)
+        tokens = [self._tokens(text, index) for index, text in enumerate(texts)]
+        if self.unconditional is not None:
+            self.unconditional.to("cpu")
+        self.vae.to(self.device)
+        pictures = [self._decode(t) for t in tokens]
+        self.vae.to("cpu")
+        release(self.device)
+        self.transformer.train(training)
+        return pictures
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of image tokens."""
+        settings, resolution = self.plan.tables.validate, self.plan.tables.data.resolution
+        height, width = settings.height or resolution, settings.width or resolution
+        return height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+
+    def _tokens(self, text: Tensor, index: int) -> Tensor:
+        settings, (rows, columns) = self.plan.tables.validate, self.grid
+        preset = PRESETS[settings.preset]
+        steps = settings.steps or preset.steps
+        sigmas = sampling_sigmas(
+            steps, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN, preset.mu, preset.std
+        )
+        channels = self.transformer.config.in_channels
+        seed = torch.Generator().manual_seed(settings.seed + index)
+        noise = torch.randn(rows * columns, channels, generator=seed).to(self.device)
+        other, no_text = self.unconditional or self.transformer, text[:0]
+        return denoise(
+            lambda x, t: predict_velocity(self.transformer, x, t, text, self.grid),
+            lambda x, t: predict_velocity(other, x, t, no_text, self.grid),
+            noise,
+            self.scheduler,
+            sigmas,
+            preset.guidance(steps, settings.guidance),
+        )
+
+    def _decode(self, tokens: Tensor) -> Image.Image:
+        pixels = decode_tokens(self.vae, tokens[None], self.grid)
+        picture: Image.Image = VaeImageProcessor().postprocess(pixels, output_type="pil")[0]
+        return picture
+
+
+def write_picture(picture: Image.Image, file: Path) -> Path:
+    """Writes a PNG."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file, optimize=True)
+    return file

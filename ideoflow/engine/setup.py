@@ -1,0 +1,107 @@
+"""Makes a trainable model out of a plan, in a fixed order: load, adapt, checkpoint, compile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import Ideogram4Transformer2DModel
+from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.engine import NO_DEVICE
+from ideoflow.model.load import load_transformer
+from ideoflow.plan.document import Plan
+
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def plan_device(plan: Plan) -> torch.device:
+    """The device that the plan was made for.
+
+    Raises:
+        IdeoflowError: when this machine has none.
+    """
+    device = torch.device(str(plan.value("device")))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        cure = "set memory.device = 'cpu', or install a torch build for your GPU and driver"
+        fail(NO_DEVICE, "the plan is for a GPU, but torch finds none", cure=cure)
+    return device
+
+
+def plan_dtype(plan: Plan) -> torch.dtype:
+    """Type of the frozen weights and of the arithmetic with them."""
+    return DTYPES[str(plan.value("precision"))]
+
+
+class UnpaddedAttention(Ideogram4AttnProcessor):
+    """Diffusers' attention without its mask.
+
+    Diffusers always passes a [1, 1, L, L] mask of segments. One sample alone, without padding, is one
+    segment, so the mask is all true; leaving it out gives the same result through the fast kernels.
+    """
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        return super().__call__(attn, hidden_states, None, image_rotary_emb)
+
+
+@dataclass
+class Trainable:
+    """The model with its adapter.
+
+    Args:
+        transformer: frozen base with PEFT's LoRA layers, for single samples without padding.
+        parameters: the trained tensors by name, float32.
+    """
+
+    transformer: Ideogram4Transformer2DModel
+    parameters: dict[str, nn.Parameter]
+
+
+def build(plan: Plan) -> Trainable:
+    """Loads the base and puts a fresh adapter on it."""
+    device = plan_device(plan)
+    assert plan.base.folder is not None, "the base is fetched before the engine starts"
+    transformer = load_transformer(plan.base.folder, dtype=plan_dtype(plan), device=device)
+    transformer.set_attn_processor(UnpaddedAttention())
+    parameters = add_adapter(transformer, plan)
+    if plan.value("checkpointing") == "on":
+        transformer.enable_gradient_checkpointing()
+    if plan.value("compile") == "regional":
+        transformer.compile_repeated_blocks()
+    return Trainable(transformer, parameters)
+
+
+def add_adapter(transformer: Ideogram4Transformer2DModel, plan: Plan) -> dict[str, nn.Parameter]:
+    """Puts PEFT's LoRA layers on the plan's targets; returns the trained tensors, float32.
+
+    The adapter learns in float32 whatever the base's type: at a learning rate of 1e-4, most updates of a
+    bf16 weight round away.
+    """
+    adapter = plan.tables.adapter
+    settings: dict[str, Any] = {"init_lora_weights": "gaussian"} if adapter.init == "gaussian" else {}
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.rank if adapter.alpha is None else adapter.alpha,
+        target_modules=list(plan.targets),
+        **settings,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(plan.tables.train.seed)
+        transformer.add_adapter(config)
+    trained = {}
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            trained[name] = parameter
+    return trained
