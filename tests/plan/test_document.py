@@ -47,7 +47,9 @@ def made():
         None,
         (Decision("compile", "off", "auto", "few", "why", "", (Rejected("regional", "slow", 5, 1.5),)),),
         Ledger(lines),
-        TimeEstimate((TimePart("matmul", 10.5, ""), TimePart("attention", 3.0, "")), 1, 2, 3, 4, False, ""),
+        TimeEstimate(
+            (TimePart("matmul", 10.5, ""), TimePart("attention", 3.0, "")), 1.0, 2.0, 3.0, 4.0, False, ""
+        ),
         DiskSizes(1, 2, None, None),
         (Diagnostic(DATA_CHANGED, "m", Span("r.toml", 2, 3, 2, 5, "abc"), "cure", "label", ("n",), "note"),),
     )

@@ -50,3 +50,28 @@ BASE_CHANGED = define(
     recipe, so that a hub id always means the same files; or plan again.
     """,
 )
+UNKNOWN_GPU = define(
+    "IP010",
+    "unknown card",
+    """
+    `--gpu` takes the name of a card (`rtx-4090`, `l40s`, `h100`) or a memory size (`16gb`). For a card that is
+    not in the table, give its memory size: the memory plan is the same, only times are not predicted.
+    """,
+)
+NO_GPU = define(
+    "IP011",
+    "no GPU where one is asked for",
+    """
+    The recipe says `memory.device = "cuda"`, but NVML finds no NVIDIA card that is visible. Look at
+    `nvidia-smi` and at the variable `CUDA_VISIBLE_DEVICES`. To plan for a machine that is not this one, name
+    its card: `ideoflow plan RECIPE --gpu rtx-4090`.
+    """,
+)
+NO_NVML = define(
+    "IP012",
+    "the GPU cannot be asked",
+    """
+    An NVIDIA driver is installed, but the small Python package that asks it for free memory, `nvidia-ml-py`,
+    is not. Without it a plan would be made for the processor, so nothing is planned at all.
+    """,
+)
