@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ideoflow.captions.emit import prose_of
 from ideoflow.diagnostics import Diagnostic, Span
 from ideoflow.diagnostics.codes import Code
 from ideoflow.diagnostics.codes.caption_tools import ELEMENT_DROPPED, MIRROR_REFUSED, TEXT_CUT
@@ -122,12 +123,14 @@ def obstacles(caption: dict[str, Any], geometry: Geometry) -> list[str]:
     if not geometry.mirrors:
         return []
     found = []
-    elements = caption.get("compositional_deconstruction", {}).get("elements", [])
-    texts = [e.get("text", "") for e in elements if e.get("type") == "text"]
+    texts = [e["text"] for e in caption["compositional_deconstruction"]["elements"] if e["type"] == "text"]
     if texts:
         found.append(f"a text element would be mirrored or turned: {_shorten(texts[0])}")
     pattern = _DIRECTIONS if geometry.rotate else _SIDES
-    for place, words in _descriptions(caption):
+    for where, words in prose_of(caption):
+        if where[-1] == "text":
+            continue
+        place = _place_name(where)
         if match := pattern.search(words):
             found.append(f'{place} says "{match.group()}"')
         if match := _QUOTED.search(words):
@@ -220,16 +223,8 @@ _DIRECTIONS = re.compile(
 _QUOTED = re.compile(r'"[^"]+"|“[^”]+”|«[^»]+»|「[^」]+」|『[^』]+』')
 
 
-def _descriptions(caption: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every prose string of a caption with the name of its place; verbatim text is not among them."""
-    yield "high_level_description", caption.get("high_level_description", "")
-    for key, words in caption.get("style_description", {}).items():
-        if isinstance(words, str):
-            yield key, words
-    composition = caption.get("compositional_deconstruction", {})
-    yield "background", composition.get("background", "")
-    for index, element in enumerate(composition.get("elements", [])):
-        yield f"element {index + 1}", element.get("desc", "")
+def _place_name(where: Sequence[str | int]) -> str:
+    return f"element {int(where[2]) + 1}" if len(where) > 2 else str(where[-1])
 
 
 def _dropped(
