@@ -1,0 +1,119 @@
+"""Checks every caption under some paths: form, rules, sense; and what only shows over the whole set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ideoflow.captions.checks import check_caption
+from ideoflow.captions.emit import compile_caption, placeholders_in
+from ideoflow.captions.inputs import Columns, Source, check_paths, find, locate_image, read
+from ideoflow.captions.repair import read_json_caption, wrap_text
+from ideoflow.captions.result import CompiledCaption, CompileResult
+from ideoflow.captions.rules import to_json
+from ideoflow.diagnostics import Diagnostic, Span
+from ideoflow.diagnostics.codes.caption_json import UNUSED_PLACEHOLDER
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def check_captions(
+    paths: Sequence[str | Path],
+    *,
+    placeholders: Mapping[str, str] | None = None,
+    pictures: bool = False,
+    count_tokens: Callable[[str], int] | None = None,
+) -> list[Diagnostic]:
+    """Everything that is wrong, or looks wrong, with the captions under ``paths`` (files and folders).
+
+    Args:
+        paths: ``.icap``, ``.json``, ``.txt``, ``.jsonl``, ``.parquet``, ``.csv`` files, or folders of them.
+        placeholders: the recipe's; unknown ones are errors, unused ones warnings.
+        pictures: open the pictures too, and look for the palettes' colours in them.
+        count_tokens: JSON caption -> tokens, to find captions that the model could not read whole.
+
+    Raises:
+        IdeoflowError: a path does not exist, or is no caption file.
+    """
+    found: list[Diagnostic] = []
+    used: set[str] = set()
+    for part, names in check_each(
+        paths, placeholders=placeholders, pictures=pictures, count_tokens=count_tokens
+    ):
+        found += part
+        used |= names
+    for name in sorted({name.strip("<>") for name in placeholders or {}} - used):
+        found.append(
+            Diagnostic(
+                UNUSED_PLACEHOLDER,
+                f"no caption uses <{name}>",
+                Span(str(paths[0])),
+                "write it where the subject is named",
+                severity="warning",
+            )
+        )
+    return found
+
+
+def check_each(
+    paths: Sequence[str | Path],
+    *,
+    placeholders: Mapping[str, str] | None = None,
+    pictures: bool = False,
+    count_tokens: Callable[[str], int] | None = None,
+) -> Iterator[tuple[list[Diagnostic], frozenset[str]]]:
+    """:func:`check_captions` file by file: diagnostics, and the placeholders that were found."""
+    check_paths(paths)
+    columns = Columns()
+    for item in find(paths, columns):
+        found: list[Diagnostic] = []
+        names: frozenset[str] = frozenset()
+        for source in read(item, columns):
+            if isinstance(source, Diagnostic):
+                found.append(source)
+                continue
+            result = compile_source(source, placeholders)
+            found += result.diagnostics
+            names |= result.placeholders
+            for compiled in result.captions:
+                picture = (
+                    source.image if compiled.name is None else str(Path(source.path).parent / compiled.name)
+                )
+                opened = _open(picture) if pictures else None
+                found += check_caption(
+                    compiled.caption,
+                    path=source.path,
+                    locate=compiled.locate,
+                    image=opened,
+                    count_tokens=count_tokens,
+                )
+        yield found, names
+
+
+def compile_source(source: Source, placeholders: Mapping[str, str] | None = None) -> CompileResult:
+    """The captions of one source, whatever its form."""
+    if source.form == "icap":
+        picture = _open(source.image) if "px" in source.text else None
+        size = picture.size if picture else None
+        return compile_caption(source.text, path=source.path, placeholders=placeholders, image_size=size)
+    if source.form == "json":
+        return read_json_caption(source.text, path=source.path)
+    caption = wrap_text(source.text)
+    compiled = CompiledCaption(None, caption, to_json(caption), Span(source.path, source.line))
+    return CompileResult((compiled,), (), frozenset(placeholders_in(caption)))
+
+
+def _open(place: str) -> Image | None:
+    """The picture, if there is one that can be opened; what is wrong with pictures is not told here."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    path = locate_image(place) if place else None
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return None
