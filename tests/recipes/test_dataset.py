@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ideoflow.cli import main
+from ideoflow.captions import check_captions, format_icap
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FOLDER = RECIPES / "quickstart"
@@ -45,7 +45,11 @@ def test_the_colours_of_a_caption_are_in_its_picture(picture):
         assert near.mean() > 0.002, f"#{colour} fills {near.mean():.2%} of {picture.name}"
 
 
-def test_no_caption_here_has_a_mistake(capsys):
-    assert main(["captions", "check", str(RECIPES)]) == 0
-    err = capsys.readouterr().err
-    assert "error[" not in err and "warning[" not in err
+def test_no_caption_here_has_a_mistake():
+    assert check_captions([RECIPES], pictures=True) == []
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.icap")), ids=lambda p: p.stem)
+def test_captions_are_formatted(path):
+    text = path.read_text("utf-8")
+    assert format_icap(text) == text
