@@ -72,8 +72,8 @@ def adapter_down(x: Operand, matrix: Tensor, parts: int = 1, unfold: Tensor | No
 
 @triton.jit
 def _gradient(x_ptr, x_scale, z_ptr, unfold, out, tokens, n_size, rank, parts,
-              STEPS: tl.constexpr, SCALED: tl.constexpr, UNFOLD: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr,
-              RANK: tl.constexpr):  # fmt: skip
+              STEPS: tl.constexpr, SCALED: tl.constexpr, UNFOLD: tl.constexpr, RANK_FIRST: tl.constexpr,
+              TOKENS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)
     part = tl.program_id(1)
     split = tl.program_id(2)
@@ -92,18 +92,23 @@ def _gradient(x_ptr, x_scale, z_ptr, unfold, out, tokens, n_size, rank, parts,
         total += tl.dot(z, x.to(z.dtype))
     if UNFOLD:
         total *= tl.load(unfold + column, mask=n < n_size, other=0.0)[None, :]
-    at = (split.to(tl.int64) * parts * n_size + column[None, :]) * rank + r[:, None]
+    if RANK_FIRST:
+        at = (split.to(tl.int64) * rank + r[:, None]) * n_size + column[None, :]
+    else:
+        at = (split.to(tl.int64) * parts * n_size + column[None, :]) * rank + r[:, None]
     tl.store(out + at, total, mask=(n[None, :] < n_size) & (r[:, None] < rank))
 
 
-def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | None = None) -> Tensor:
+def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | None = None,
+                     rank_first: bool = False) -> Tensor:  # fmt: skip
     """See :func:`ideoflow.kernels.reference.adapter_gradient`."""
     tokens, n_size, rank = x.values.shape[0], x.values.shape[1] // parts, z.shape[1] // parts
     block_t, block_n = 64, 128
     steps, splits = _split(triton.cdiv(tokens, block_t), triton.cdiv(n_size, block_n) * parts)
-    out = torch.empty(splits, parts * n_size, rank, dtype=torch.float32, device=z.device)
+    shape = (rank, n_size) if rank_first else (parts * n_size, rank)
+    out = torch.empty(splits, *shape, dtype=torch.float32, device=z.device)
     _gradient[(triton.cdiv(n_size, block_n), parts, splits)](
         x.values, x.scale, z, unfold, out, tokens, n_size, rank, parts, steps, x.scale is not None,
-        unfold is not None, block_t, block_n, _rank_block(rank), num_warps=4, num_stages=3,
+        unfold is not None, rank_first, block_t, block_n, _rank_block(rank), num_warps=4, num_stages=3,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)

@@ -179,10 +179,15 @@ def adapter_down(x: Operand, matrix: Tensor, parts: int = 1, unfold: Tensor | No
     return torch.cat(pieces, -1).to(dtype)
 
 
-def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | None = None) -> Tensor:
-    """x^T z summed over tokens, part by part, in float32: [parts * K, R] from x [T, parts * K], z [T, parts * R]."""
+def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | None = None,
+                     rank_first: bool = False) -> Tensor:  # fmt: skip
+    """x^T z summed over tokens, part by part, in float32: [parts * K, R] from x [T, parts * K], z [T, parts * R].
+
+    With ``rank_first`` (one part only) the result comes transposed, [R, K], and contiguous.
+    """
     dense = _wide(x.dense(torch.float32 if x.scale is not None else x.values.dtype))
     if unfold is not None:
         dense = dense * unfold
     pairs = zip(dense.chunk(parts, -1), _wide(z).chunk(parts, -1), strict=True)
-    return torch.cat([left.t() @ right for left, right in pairs])
+    result = torch.cat([left.t() @ right for left, right in pairs])
+    return result.t().contiguous() if rank_first else result

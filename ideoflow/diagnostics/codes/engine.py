@@ -30,3 +30,57 @@ LOSS_EXPLODED = define(
     A loss between 0.3 and 1.3 that jumps about is normal for Ideogram 4, and no sign of this.
     """,
 )
+
+UNFUSED_ADAPTER = define(
+    "IE500",
+    "adapter not covered by the fused engine",
+    """
+    The fused engine computes plain LoRA on the linear layers of the transformer's blocks (`to_q`, `to_k`,
+    `to_v`, `to_out.0`, `w1`, `w2`, `w3`): one active adapter, no dropout, no bias, no DoRA, not merged.
+    Anything else that is trainable, such as `adaln_modulation`, would silently get no gradient, so the engine
+    stops instead. The reference engine trains all of it, slower.
+    """,
+)
+UNFUSED_BASE = define(
+    "IE501",
+    "base weights not covered by the fused engine",
+    """
+    The fused engine reads dense weights (bf16, float16, float32), e4m3 weights with row scales
+    (`Float8Linear`) and bitsandbytes' 4-bit weights. Layers that share one product (q, k and v; w1 and w3)
+    must be stored alike. FP8 products need e4m3 weights.
+    """,
+)
+NO_FP8_UNITS = define(
+    "IE502",
+    "this card has no FP8 units",
+    """
+    FP8 matrix products need compute capability 8.9 or higher (Ada, Hopper, Blackwell). On older cards keep the
+    base in FP8 to save memory and multiply in bf16: the weights are dequantised as they are used.
+    """,
+)
+ATTENTION_MISSING = define(
+    "IE503",
+    "the attention kernel asked for is not available",
+    """
+    `cudnn_varlen` needs an NVIDIA card and the package `nvidia-cudnn-frontend` (extra `cuda`). It takes the
+    samples' lengths as data, so mixed lengths cost no padding, no mask and no new plans. `sdpa` runs
+    everywhere: PyTorch's own attention, once for a batch of equal lengths, otherwise once a sample.
+    """,
+)
+TRITON_MISSING = define(
+    "IE504",
+    "Triton is not installed",
+    """
+    On a GPU the fused engine's operations are Triton kernels. Triton comes with PyTorch's CUDA wheels for
+    Linux; on other systems install it by itself or use the reference engine.
+    """,
+)
+DOES_NOT_FIT = define(
+    "IE004",
+    "the run does not fit",
+    """
+    The plan predicts more memory than the device has free, so the run would end in the middle with an
+    out-of-memory error. `ideoflow plan RECIPE` lists the cheapest changes that make it fit. `--force` runs it
+    all the same.
+    """,
+)

@@ -1,0 +1,58 @@
+"""Attention over packed samples, forward and backward: which kernel is fastest at equal and at mixed lengths.
+
+    python benchmarks/attention.py --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from common import environment, measure, write_json
+
+from ideoflow.engine.fused.attention import make_attention
+from ideoflow.engine.packed import PackedLayout
+
+CASES = {
+    "1 x 4416": PackedLayout((320,), ((64, 64),)),
+    "4 x 4416": PackedLayout((320,) * 4, ((64, 64),) * 4),
+    "4276..4796": PackedLayout((180, 320, 500, 700), ((64, 64),) * 4),
+    "2 x 1344": PackedLayout((320,) * 2, ((32, 32),) * 2),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=18)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = {"environment": environment(device), "rows": []}
+    for name, layout in CASES.items():
+        qkv = torch.randn(layout.total, 3, args.heads, args.size, device=device).bfloat16()
+        dout = torch.randn_like(qkv[:, 0])
+        results = {}
+        for kernel in ("sdpa", "cudnn_varlen") if device.type == "cuda" else ("sdpa",):
+            attention = make_attention(kernel, device)
+            out, saved = attention.forward(qkv, layout)
+            results[kernel] = (out, *attention.backward(dout, qkv, out, saved, layout))
+            forward = measure(lambda a=attention, q=qkv, at=layout: a.forward(q, at), device)
+            backward = measure(
+                lambda a=attention, q=qkv, at=layout, o=out, s=saved, d=dout: a.backward(d, q, o, s, at), device
+            )
+            flop = 4.0 * sum(n * n for n in layout.lengths) * args.heads * args.size
+            row = {"case": name, "kernel": kernel, "forward_ms": forward["ms"], "backward_ms": backward["ms"],
+                   "tflops": 3.5e-9 * flop / (forward["ms"] + backward["ms"])}  # fmt: skip
+            if kernel != "sdpa":
+                row["difference"] = [
+                    float((a.float() - b.float()).norm() / b.float().norm())
+                    for a, b in zip(results[kernel], results["sdpa"], strict=True)
+                ]
+            report["rows"].append(row)
+            print(row, flush=True)
+    write_json(args.json, report)
+
+
+if __name__ == "__main__":
+    main()

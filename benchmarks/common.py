@@ -1,0 +1,174 @@
+"""What the benchmarks share: random models made on the device, layouts, a clock, and what machine this is."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import Ideogram4Transformer2DModel
+from peft import LoraConfig
+from torch import nn
+
+from ideoflow.engine.packed import PackedLayout
+from ideoflow.kernels.float8 import quantize_blocks
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {},
+    # Six small blocks, wide enough that every product's sizes are multiples of 16.
+    "nano": {"num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 6, "intermediate_size": 512,
+             "adaln_dim": 64, "mrope_section": (6, 5, 5)},
+}  # fmt: skip
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Card, versions and commit, to be stored beside every figure."""
+    packages = {}
+    for name in ("torch", "triton", "diffusers", "peft", "nvidia-cudnn-cu13", "nvidia-cudnn-frontend"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "packages": packages,
+        "commit": commit.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def random_transformer(size: str, device: torch.device, dtype: torch.dtype, *, fp8: bool = False,
+                       seed: int = 0) -> Ideogram4Transformer2DModel:  # fmt: skip
+    """A frozen transformer of random numbers, made on the device, for projected text features.
+
+    Weights are N(0, 1 / inputs) and norms near 1, so that activations keep their size through the depth. With
+    ``fp8`` the blocks' weights are quantised as they are made: no bf16 copy of the whole model ever exists.
+    """
+    config = SIZES[size]
+    with torch.device("meta"):
+        model = Ideogram4Transformer2DModel(**config)
+    model.llm_cond_norm = model.llm_cond_proj = nn.Identity()
+    model.to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def fill(module: nn.Module) -> None:
+        module.to_empty(device=device)
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 2:
+                parameter.data.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                parameter.data.zero_()
+            else:
+                parameter.data.normal_(1, 0.05, generator=generator)
+
+    for name, child in model.named_children():
+        if name == "layers":
+            for block in child:
+                fill(block)
+                if fp8:
+                    holder = nn.Module()
+                    holder.layers = nn.ModuleList([block])
+                    quantize_blocks(holder)
+        elif name != "rotary_emb":
+            fill(child)
+    model.rotary_emb = type(model.rotary_emb)(
+        head_dim=model.config.attention_head_dim, base=model.config.rope_theta,
+        mrope_section=model.config.mrope_section,
+    ).to(device)  # fmt: skip
+    return model.requires_grad_(False)
+
+
+def add_adapters(model: nn.Module, rank: int, dtype: torch.dtype, targets: list[str] = TARGETS,
+                 seed: int = 1) -> list[nn.Parameter]:  # fmt: skip
+    """LoRA on every block linear by PEFT, small random numbers in both matrices; returns its parameters."""
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    parameters = []
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+            scale = parameter.shape[1] ** -0.5 if "lora_A" in name else 0.01
+            parameter.data.normal_(0, scale, generator=generator)
+            parameters.append(parameter.requires_grad_(True))
+    return parameters
+
+
+def make_layout(batch: int, pixels: int, text: int, mixed: bool, multiple: int = 16) -> PackedLayout:
+    """``batch`` samples of ``pixels`` squared; mixed ones vary captions and aspect ratio at about equal area."""
+    side = pixels // 16
+    if not mixed:
+        return PackedLayout((text,) * batch, ((side, side),) * batch, multiple)
+    shift = [0, side // 8, -side // 8, side // 16]
+    grids = tuple((side - shift[b % 4], round(side * side / (side - shift[b % 4]))) for b in range(batch))
+    texts = tuple(max(1, text + (b % 4 - 1) * text // 2 - b % 3) for b in range(batch))
+    return PackedLayout(texts, grids, multiple)
+
+
+def random_inputs(model: Ideogram4Transformer2DModel, layout: PackedLayout, seed: int = 2) -> dict[str, torch.Tensor]:
+    """Latents, times, text features and target velocities, packed."""
+    device, dtype = model.input_proj.weight.device, model.input_proj.weight.dtype
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    return {
+        "latents": normal(layout.image_total, model.config.in_channels).to(dtype),
+        "timestep": torch.rand(layout.samples, device=device, generator=generator),
+        "text": normal(layout.text_total, model.hidden_size).to(dtype),
+        "target": normal(layout.image_total, model.config.in_channels),
+    }
+
+
+def measure(run: Callable[[], Any], device: torch.device, *, warmup: int = 3, repeat: int = 6) -> dict[str, float]:
+    """Median and spread of ``run`` in milliseconds, and its peak memory in GiB on a GPU."""
+    for _ in range(warmup):
+        run()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - start) * 1e3)
+        return {"ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    return {
+        "ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times),
+        "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }  # fmt: skip
+
+
+def linear_flop(layout: PackedLayout, config: Any) -> float:
+    """Floating-point operations of all block linears in one pass."""
+    hidden = config.attention_head_dim * config.num_attention_heads
+    weights = 4 * hidden * hidden + 3 * hidden * config.intermediate_size
+    return 2.0 * layout.tokens * weights * config.num_layers
+
+
+def attention_flop(layout: PackedLayout, config: Any) -> float:
+    """Floating-point operations of attention's two forward products over all blocks; backward takes 2.5 times."""
+    hidden = config.attention_head_dim * config.num_attention_heads
+    return 4.0 * sum(length * length for length in layout.lengths) * hidden * config.num_layers
+
+
+def write_json(path: str | None, data: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(data, indent=1) + "\n")

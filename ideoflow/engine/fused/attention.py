@@ -1,0 +1,260 @@
+"""Attention over packed sequences, forward and backward, with no mask ever built.
+
+``sdpa`` is PyTorch's own: one call for a batch of equal lengths, one a sample otherwise. ``cudnn_varlen`` hands
+the samples' lengths to cuDNN as data (ragged offsets and a padding mask by length), so that one plan serves every
+mixture of lengths below its maximum. Both keep the softmax's log-sum-exp for the backward pass (Dao et al. 2022).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.engine import ATTENTION_MISSING
+from ideoflow.engine.packed import PackedLayout
+
+Kernel = Literal["cudnn_varlen", "sdpa"]
+_PLAN_STEP = 256  # plans are built for the longest sample rounded up to a multiple of this
+
+
+def make_attention(kernel: Kernel, device: torch.device) -> SdpaAttention | CudnnVarlenAttention:
+    """The attention asked for by name.
+
+    Raises:
+        IdeoflowError: if it cannot run on this device.
+    """
+    if kernel == "sdpa":
+        return SdpaAttention()
+    if device.type != "cuda" or importlib.util.find_spec("cudnn") is None:
+        missing = "the package nvidia-cudnn-frontend" if device.type == "cuda" else "an NVIDIA GPU"
+        fail(ATTENTION_MISSING, f"attention `cudnn_varlen` needs {missing}",
+             cure="install ideoflow[cuda], or choose attention `sdpa`")  # fmt: skip
+    return CudnnVarlenAttention()
+
+
+class SdpaAttention:
+    """PyTorch's scaled dot product attention: cuDNN on Hopper and later, flash on other cards, flash on the CPU."""
+
+    def forward(self, qkv: Tensor, layout: PackedLayout) -> tuple[Tensor, Any]:
+        """qkv [T, 3, H, E] -> the output [T, H, E] and what the backward pass needs besides."""
+        out = torch.empty_like(qkv[:, 0])
+        out[layout.tokens :] = 0
+        saved = []
+        for start, batch, length in _runs(layout):
+            q, k, v = _heads_first(qkv[start : start + batch * length], batch)
+            result, extra = _aten_forward(q, k, v)
+            out[start : start + batch * length].view(batch, length, *out.shape[1:]).copy_(
+                result.transpose(1, 2)
+            )
+            saved.append(extra)
+        return out, saved
+
+    def backward(self, dout: Tensor, qkv: Tensor, out: Tensor, saved: Any, layout: PackedLayout
+                 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v, each [T, H, E]."""
+        dqkv = torch.empty_like(qkv)
+        dqkv[layout.tokens :] = 0
+        for (start, batch, length), extra in zip(_runs(layout), saved, strict=True):
+            rows = slice(start, start + batch * length)
+            q, k, v = _heads_first(qkv[rows], batch)
+            shape = batch, length, *out.shape[1:]
+            grads = _aten_backward(dout[rows].view(shape).transpose(1, 2), q, k, v,
+                                   out[rows].view(shape).transpose(1, 2), extra)  # fmt: skip
+            target = dqkv[rows].view(batch, length, 3, *out.shape[1:])
+            for i, grad in enumerate(grads):
+                target[:, :, i].copy_(grad.transpose(1, 2))
+        return dqkv[:, 0], dqkv[:, 1], dqkv[:, 2]
+
+
+def _runs(layout: PackedLayout) -> list[tuple[int, int, int]]:
+    """(start, samples, length) of each call: all samples at once where they are equal, else one by one."""
+    if layout.equal:
+        return [(0, layout.samples, layout.lengths[0])]
+    return [(start, 1, length) for start, length in zip(layout.starts, layout.lengths, strict=False)]
+
+
+def _heads_first(qkv: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [B, H, L, E] of packed qkv [B * L, 3, H, E]."""
+    x = qkv.view(batch, -1, *qkv.shape[1:])
+    return x[:, :, 0].transpose(1, 2), x[:, :, 1].transpose(1, 2), x[:, :, 2].transpose(1, 2)
+
+
+@lru_cache
+def _cudnn_preferred(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def _aten_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if _cudnn_preferred(q.device.index or 0):
+        out, *extra, _ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    else:
+        out, *extra, _ = aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, extra
+
+
+def _aten_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Any) -> Any:
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, extra, 0.0, False
+        )
+    lse, cum_q, cum_k, max_q, max_k, seed, offset = extra
+    if _cudnn_preferred(q.device.index or 0):
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, False
+        )
+    return aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset
+    )
+
+
+@dataclass
+class _Plan:
+    """A built cuDNN graph, its tensors by role, and the workspace size that it asks for."""
+
+    graph: Any
+    tensors: dict[str, Any]
+    workspace: int
+
+
+@dataclass
+class _Lengths:
+    """A layout as cuDNN reads it: int32 lengths [B,1,1,1], int64 element offsets [B+1,1,1,1] for qkv and output."""
+
+    lengths: Tensor
+    qkv: Tensor
+    out: Tensor
+
+
+@dataclass
+class CudnnVarlenAttention:
+    """cuDNN's attention with ragged offsets, through its own front end; plans are built once and kept."""
+
+    _plans: dict[tuple[Any, ...], _Plan] = field(default_factory=dict)
+    _lengths: dict[PackedLayout, _Lengths] = field(default_factory=dict)
+    _handle: Any = None
+
+    def forward(self, qkv: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+        """qkv [T, 3, H, E] -> the output [T, H, E] and the log-sum-exp [B, H, S, 1] for the backward pass."""
+        plan, at = self._plan("forward", qkv, layout), self._data(qkv, layout)
+        out = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
+        out[layout.tokens :] = 0
+        stats = torch.empty(layout.samples, qkv.shape[2], _padded(layout), 1, device=qkv.device)
+        self._run(plan, q=qkv[:, 0], k=qkv[:, 1], v=qkv[:, 2], o=out, stats=stats, lengths=at.lengths,
+                  qkv_offset=at.qkv, out_offset=at.out)  # fmt: skip
+        return out, stats
+
+    def backward(self, dout: Tensor, qkv: Tensor, out: Tensor, saved: Tensor, layout: PackedLayout
+                 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v, each [T, H, E]."""
+        plan, at = self._plan("backward", qkv, layout), self._data(qkv, layout)
+        dqkv = torch.empty_like(qkv)
+        dqkv[layout.tokens :] = 0
+        self._run(plan, q=qkv[:, 0], k=qkv[:, 1], v=qkv[:, 2], o=out, do=dout, stats=saved, dq=dqkv[:, 0],
+                  dk=dqkv[:, 1], dv=dqkv[:, 2], lengths=at.lengths, qkv_offset=at.qkv, out_offset=at.out)  # fmt: skip
+        return dqkv[:, 0], dqkv[:, 1], dqkv[:, 2]
+
+    def _run(self, plan: _Plan, **data: Tensor) -> None:
+        import cudnn
+
+        workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=data["q"].device)
+        cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
+        # Pointers rather than tensors: a ragged tensor's shape is the plan's, not the packed one's.
+        pack = {plan.tensors[role]: value.data_ptr() for role, value in data.items()}
+        plan.graph.execute(pack, workspace, handle=self._handle)
+
+    def _data(self, qkv: Tensor, layout: PackedLayout) -> _Lengths:
+        if layout not in self._lengths:
+            if len(self._lengths) >= 256:
+                self._lengths.clear()
+            starts = torch.tensor(layout.starts, dtype=torch.int64).view(-1, 1, 1, 1)
+            width = qkv.shape[2] * qkv.shape[3]
+            lengths = torch.tensor(layout.lengths, dtype=torch.int32).view(-1, 1, 1, 1)
+            self._lengths[layout] = _Lengths(
+                lengths.to(qkv.device), (starts * 3 * width).to(qkv.device), (starts * width).to(qkv.device)
+            )
+        return self._lengths[layout]
+
+    def _plan(self, direction: str, qkv: Tensor, layout: PackedLayout) -> _Plan:
+        _, _, heads, size = qkv.shape
+        key = (direction, layout.samples, _padded(layout), heads, size, qkv.dtype)
+        if key not in self._plans:
+            self._plans[key] = self._build(*key)
+        return self._plans[key]
+
+    def _build(
+        self, direction: str, batch: int, length: int, heads: int, size: int, dtype: torch.dtype
+    ) -> _Plan:
+        import cudnn
+
+        if self._handle is None:
+            self._handle = cudnn.create_handle()
+        io = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}[dtype]
+        graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=cudnn.data_type.FLOAT,
+                              compute_data_type=cudnn.data_type.FLOAT, handle=self._handle)  # fmt: skip
+        width = heads * size
+        shape = [batch, heads, length, size]
+        tensors = {
+            "lengths": graph.tensor(name="lengths", dim=[batch, 1, 1, 1], stride=[1, 1, 1, 1],
+                                    data_type=cudnn.data_type.INT32)
+        }  # fmt: skip
+        for name in ("qkv_offset", "out_offset"):
+            tensors[name] = graph.tensor(name=name, dim=[batch + 1, 1, 1, 1], stride=[1, 1, 1, 1],
+                                         data_type=cudnn.data_type.INT64)  # fmt: skip
+
+        def strides(packed: int) -> list[int]:
+            return [length * packed * width, size, packed * width, 1]
+
+        def ragged(tensor: Any, packed: int) -> Any:
+            tensor.set_ragged_offset(tensors["qkv_offset" if packed == 3 else "out_offset"])
+            return tensor
+
+        def given(name: str, packed: int) -> None:
+            tensor = graph.tensor(name=name, dim=shape, stride=strides(packed), data_type=io)
+            tensors[name] = ragged(tensor, packed)
+
+        def made(name: str, tensor: Any, packed: int) -> None:
+            tensor.set_output(True).set_dim(shape).set_stride(strides(packed)).set_data_type(io)
+            tensors[name] = ragged(tensor, packed)
+
+        for name in "qkv":
+            given(name, 3)
+        common = {"attn_scale": 1 / math.sqrt(size), "use_padding_mask": True,
+                  "seq_len_q": tensors["lengths"], "seq_len_kv": tensors["lengths"]}  # fmt: skip
+        if direction == "forward":
+            out, stats = graph.sdpa(name="sdpa", q=tensors["q"], k=tensors["k"], v=tensors["v"],
+                                    generate_stats=True, **common)  # fmt: skip
+            made("o", out, 1)
+            stats.set_output(True).set_data_type(cudnn.data_type.FLOAT)
+            tensors["stats"] = stats
+        else:
+            given("o", 1)
+            given("do", 1)
+            tensors["stats"] = graph.tensor(
+                name="stats", dim=[batch, heads, length, 1], stride=[heads * length, length, 1, 1],
+                data_type=cudnn.data_type.FLOAT,
+            )  # fmt: skip
+            roles = {name: tensors[name] for name in ("q", "k", "v", "o", "stats")}
+            grads = graph.sdpa_backward(name="sdpa_backward", dO=tensors["do"], **roles, **common)
+            for name, tensor in zip(("dq", "dk", "dv"), grads, strict=True):
+                made(name, tensor, 3)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        return _Plan(graph, tensors, graph.get_workspace_size())
+
+
+def _padded(layout: PackedLayout) -> int:
+    return -(-layout.max_length // _PLAN_STEP) * _PLAN_STEP

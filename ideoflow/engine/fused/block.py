@@ -1,0 +1,244 @@
+"""One transformer block with its backward pass written out.
+
+Shapes: T tokens, B samples, D hidden, F feed-forward, H heads of size E. The block is, with n RMSNorm,
+s and g the modulation of a token's sample (diffusers' ``Ideogram4TransformerBlock``):
+
+    h1  = h  + g_attention * n(W_o attention(rope(n(q)), rope(n(k)), v)),   q, k, v = W_qkv (n(h) * (1 + s))
+    out = h1 + g_ffn * n(W_2 (silu(gate) * up)),                       gate, up = W_13 (n(h1) * (1 + s))
+
+A forward pass is a chain of named values; each is computed from those before it by one method of
+:class:`_Values`. What the budget keeps stays in the dictionary; what it does not keep is computed again by the
+same method when the backward pass asks for it. So there is one definition of the forward pass, and gradients
+are the same at every budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ideoflow.engine.fused.attention import CudnnVarlenAttention, SdpaAttention
+from ideoflow.engine.fused.linear import AdaptedLinear
+from ideoflow.engine.fused.weights import Scratch
+from ideoflow.engine.packed import PackedLayout
+
+# The values of each budget group; "z_*" are the adapters' thin products, which are always kept.
+_GROUPS = {
+    "attention": ("attended",),
+    "ffn_output": ("ffn",),
+    "attention_output": ("projected",),
+    "qkv": ("qkv",),
+    "gate_up": ("gate_up",),
+    "elementwise": ("middle", "x_qkv", "x_o", "x_ffn", "x_w2"),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What all blocks of one step share: the layout, sample of each token, rotary tables [T, E / 2]."""
+
+    layout: PackedLayout
+    sample: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """[B, D] each: scales (to which 1 is added) and gates (after tanh) of the two halves."""
+
+    scale_attention: Tensor
+    gate_attention: Tensor
+    scale_ffn: Tensor
+    gate_ffn: Tensor
+
+
+class FusedBlock:
+    """Reads a ``Ideogram4TransformerBlock`` (PEFT-wrapped or bare); holds no parameters of its own."""
+
+    def __init__(self, name: str, block: nn.Module, *, dtype: torch.dtype, fp8: bool, ops: SimpleNamespace,
+                 attention: SdpaAttention | CudnnVarlenAttention, scratch: Scratch,
+                 keep_transposed: bool) -> None:  # fmt: skip
+        self.ops, self.fp8, self.attention = ops, fp8, attention
+        self.source = block
+        at, ff = block.attention, block.feed_forward
+        self.heads, self.size = at.num_heads, at.head_dim
+
+        def group(*layers: tuple[str, nn.Module]) -> AdaptedLinear:
+            named = [(f"{name}.{part}", layer) for part, layer in layers]
+            return AdaptedLinear(named, dtype=dtype, fp8=fp8, ops=ops, scratch=scratch,
+                                 keep_transposed=keep_transposed)  # fmt: skip
+
+        self.qkv = group(
+            ("attention.to_q", at.to_q), ("attention.to_k", at.to_k), ("attention.to_v", at.to_v)
+        )
+        self.o = group(("attention.to_out.0", at.to_out[0]))
+        self.ffn = group(("feed_forward.w1", ff.w1), ("feed_forward.w3", ff.w3))
+        self.w2 = group(("feed_forward.w2", ff.w2))
+        self.linears = (self.qkv, self.o, self.ffn, self.w2)
+        self.parameters = [p for linear in self.linears for p in linear.parameters]
+
+    def forward(self, h: Tensor, batch: Batch, modulation: Modulation, kept: frozenset[str] | None
+                ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+        """The block's output [T, D] and the values to keep; with ``kept`` None, for inference, none."""
+        values = _Values(self, h, batch, modulation, {})
+        keep = {name for group in kept or () for name in _GROUPS[group]}
+
+        def drop(*names: str) -> None:
+            for name in names:
+                if name not in keep:
+                    values.known.pop(name, None)
+
+        # Each value is dropped as soon as nothing ahead reads it, so that a block's own peak stays low.
+        values["attended"]
+        drop("x_qkv", "qkv")
+        values["middle"]
+        drop("attended", "x_o", "projected")
+        values["gate_up"]
+        drop("x_ffn")
+        values["x_w2"]
+        drop("gate_up")
+        values["ffn"]
+        drop("x_w2")
+        out = self.ops.gated_residual(values["middle"], values["ffn"], self.source.ffn_norm2.weight,
+                                      modulation.gate_ffn, batch.sample, self.source.ffn_norm2.eps)  # fmt: skip
+        drop("middle", "ffn")
+        return out, {} if kept is None else values.known
+
+    def backward(self, dout: Tensor, h: Tensor, batch: Batch, modulation: Modulation, known: dict[str, Any],
+                 input_gradient: bool) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
+        """dh [T, D] (None if not asked for) and gradients in the order of :attr:`parameters`."""
+        ops, block, sample, fp8 = self.ops, self.source, batch.sample, self.fp8
+        values = _Values(self, h, batch, modulation, known)
+        dffn = ops.gated_residual_backward(dout, values["ffn"], block.ffn_norm2.weight, modulation.gate_ffn,
+                                           sample, block.ffn_norm2.eps, self.w2.fold, fp8)  # fmt: skip
+        values.drop("ffn")
+        dinner, d_w2 = self.w2.backward(dffn, values["x_w2"], known.pop("z_w2", None))
+        del dffn
+        values.drop("x_w2")
+        dgate_up = ops.swiglu_backward(dinner, values["gate_up"], self.ffn.fold, fp8)
+        del dinner
+        values.drop("gate_up")
+        dx, d_ffn = self.ffn.backward(dgate_up, values["x_ffn"], known.pop("z_ffn", None))
+        del dgate_up
+        values.drop("x_ffn")
+        dmiddle = ops.norm_modulate_backward(dx, values["middle"], block.ffn_norm1.weight, modulation.scale_ffn,
+                                             sample, block.ffn_norm1.eps, dout)  # fmt: skip
+        del dx, dout
+        values.drop("middle")
+        dprojected = ops.gated_residual_backward(
+            dmiddle, values["projected"], block.attention_norm2.weight, modulation.gate_attention, sample,
+            block.attention_norm2.eps, self.o.fold, fp8,
+        )  # fmt: skip
+        values.drop("projected")
+        dattended, d_o = self.o.backward(dprojected, values["x_o"], known.pop("z_o", None))
+        del dprojected
+        values.drop("x_o")
+        qkv, inverse = values["qkv"]
+        dq, dk, dv = self.attention.backward(
+            dattended.view(-1, self.heads, self.size), qkv, *values["attended"], batch.layout
+        )
+        del dattended
+        values.drop("attended", "qkv")
+        dqkv = ops.qk_norm_rope_backward(
+            dq, dk, dv, qkv, inverse, block.attention.norm_q.weight, block.attention.norm_k.weight, batch.cos,
+            batch.sin, self.qkv.fold, fp8,
+        )  # fmt: skip
+        del dq, dk, dv, qkv
+        dx, d_qkv = self.qkv.backward(dqkv, values["x_qkv"], known.pop("z_qkv", None), input_gradient)
+        gradients = [*d_qkv, *d_o, *d_ffn, *d_w2]
+        if dx is None:
+            return None, gradients
+        dh = ops.norm_modulate_backward(dx, h, block.attention_norm1.weight, modulation.scale_attention, sample,
+                                        block.attention_norm1.eps, dmiddle)  # fmt: skip
+        return dh, gradients
+
+
+class _Values:
+    """The named values of one block's forward pass, each computed when first asked for."""
+
+    def __init__(self, block: FusedBlock, h: Tensor, batch: Batch, modulation: Modulation,
+                 known: dict[str, Any]) -> None:  # fmt: skip
+        self.block, self.h, self.batch, self.modulation, self.known = block, h, batch, modulation, known
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.known:
+            self.known[name] = getattr(self, f"_{name}")()
+        return self.known[name]
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            self.known.pop(name, None)
+
+    def _linear(self, name: str, linear: AdaptedLinear) -> Tensor:
+        y, z = linear.forward(self[f"x_{name}"], self.known.get(f"z_{name}"))
+        if z is not None:
+            self.known[f"z_{name}"] = z
+        return y
+
+    def _normed(self, h: Tensor, norm: nn.Module, scale: Tensor) -> Any:
+        return self.block.ops.norm_modulate(
+            h, norm.weight, scale, self.batch.sample, norm.eps, self.block.fp8
+        )
+
+    def _x_qkv(self) -> Any:
+        return self._normed(self.h, self.block.source.attention_norm1, self.modulation.scale_attention)
+
+    def _qkv(self) -> Any:
+        attention = self.block.source.attention
+        qkv = self._linear("qkv", self.block.qkv).view(-1, 3, self.block.heads, self.block.size)
+        inverse = self.block.ops.qk_norm_rope(qkv, attention.norm_q.weight, attention.norm_k.weight,
+                                              self.batch.cos, self.batch.sin, attention.norm_q.eps)  # fmt: skip
+        return qkv, inverse
+
+    def _attended(self) -> Any:
+        return self.block.attention.forward(self["qkv"][0], self.batch.layout)
+
+    def _x_o(self) -> Any:
+        return self.block.ops.quantize(self["attended"][0].flatten(1), self.block.fp8)
+
+    def _projected(self) -> Any:
+        return self._linear("o", self.block.o)
+
+    def _middle(self) -> Any:
+        norm = self.block.source.attention_norm2
+        return self.block.ops.gated_residual(self.h, self["projected"], norm.weight,
+                                             self.modulation.gate_attention, self.batch.sample, norm.eps)  # fmt: skip
+
+    def _x_ffn(self) -> Any:
+        return self._normed(self["middle"], self.block.source.ffn_norm1, self.modulation.scale_ffn)
+
+    def _gate_up(self) -> Any:
+        return self._linear("ffn", self.block.ffn)
+
+    def _x_w2(self) -> Any:
+        return self.block.ops.swiglu(self["gate_up"], self.block.fp8)
+
+    def _ffn(self) -> Any:
+        return self._linear("w2", self.block.w2)
+
+
+class BlockFunction(torch.autograd.Function):
+    """The autograd node of one block: apply(h, block, batch, modulation, kept, *block.parameters)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, block: FusedBlock, batch: Batch, modulation: Modulation,
+                kept: frozenset[str], *parameters: Tensor) -> Tensor:  # fmt: skip
+        out, ctx.known = block.forward(h, batch, modulation, kept)
+        ctx.save_for_backward(h)
+        ctx.block, ctx.batch, ctx.modulation = block, batch, modulation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        (h,) = ctx.saved_tensors
+        known, ctx.known = ctx.known, None
+        if known is None:
+            raise RuntimeError("a fused block's backward pass runs once: it frees what it kept")
+        dh, gradients = ctx.block.backward(dout.contiguous(), h, ctx.batch, ctx.modulation, known,
+                                           ctx.needs_input_grad[0])  # fmt: skip
+        return dh, None, None, None, None, *gradients

@@ -1,0 +1,60 @@
+"""What each block keeps for its backward pass, and what it computes again.
+
+A block always keeps its input and the adapters' thin products. Everything else belongs to a group below; a
+budget of 1 keeps all groups of all blocks, 0 none. In between, groups are kept in the order of time saved per
+byte, block by block from the last one (whose backward pass comes first). Attention's output and its
+log-sum-exp come first: one hidden-size tensor saves the dearest recompute.
+
+Rejected: ``torch._functorch.config.activation_memory_budget``. Its partitioner decides on a compiled graph, so
+what it keeps changes with versions and shapes, and gradients turned NaN at one budget in a prototype.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Group = Literal["attention", "ffn_output", "attention_output", "qkv", "gate_up", "elementwise"]
+
+
+def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8: bool) -> dict[Group, int]:
+    """Bytes that each group takes in one block, in the order in which groups are kept.
+
+    Args:
+        tokens: length of the packed token axis.
+        hidden, intermediate: widths of the block and of its feed-forward.
+        itemsize: bytes of an activation.
+        fp8: whether operands of products are e4m3 (else they have the activations' size).
+    """
+    row, wide = tokens * hidden * itemsize, tokens * intermediate * itemsize
+    operand = 1 if fp8 else itemsize
+    return {
+        "attention": row,
+        "ffn_output": row,
+        "attention_output": row,
+        "qkv": 3 * row,
+        "gate_up": 2 * wide,
+        # The residual between the halves, and the operands of the four products.
+        "elementwise": row + (3 * tokens * hidden + tokens * intermediate) * operand,
+    }
+
+
+def choose_kept(budget: float, blocks: int, sizes: dict[Group, int]) -> list[frozenset[Group]]:
+    """For each block the groups that it keeps, using at most ``budget`` of the bytes that keeping all takes.
+
+    Args:
+        budget: 0 to 1.
+        sizes: from :func:`group_bytes`.
+
+    Raises:
+        ValueError: for a budget outside 0 to 1.
+    """
+    if not 0 <= budget <= 1:
+        raise ValueError(f"the activation budget is {budget}, not between 0 and 1")
+    left = round(budget * blocks * sum(sizes.values()))
+    kept: list[set[Group]] = [set() for _ in range(blocks)]
+    for group, size in sizes.items():
+        for block in reversed(kept):
+            if size <= left:
+                block.add(group)
+                left -= size
+    return [frozenset(groups) for groups in kept]

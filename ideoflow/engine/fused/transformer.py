@@ -1,0 +1,171 @@
+"""The fused transformer: diffusers' modules and PEFT's adapters, computed on packed tokens.
+
+``FusedTransformer`` owns no weights. It reads ``Ideogram4Transformer2DModel`` after adapters were injected, so
+names, files and gradients stay where diffusers and PEFT put them. What is frozen and depends on shapes alone
+(rotary tables) is kept per layout; modulations, also frozen, are computed once a step for all blocks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import OrderedDict
+
+import torch
+from diffusers.models.transformers.transformer_ideogram4 import (
+    Ideogram4Transformer2DModel,
+    _sinusoidal_embedding,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ideoflow import kernels
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.engine import NO_FP8_UNITS, TRITON_MISSING, UNFUSED_ADAPTER
+from ideoflow.engine.fused.attention import Kernel, make_attention
+from ideoflow.engine.fused.block import Batch, BlockFunction, FusedBlock, Modulation
+from ideoflow.engine.fused.budget import choose_kept, group_bytes
+from ideoflow.engine.fused.weights import Scratch
+from ideoflow.engine.packed import PackedLayout
+
+_TABLES_KEPT = 32  # rotary tables: 2.3 MB for 4416 tokens in bf16
+
+
+class FusedTransformer:
+    """Velocities of packed batches, differentiable for the adapters.
+
+    Args:
+        transformer: the frozen base on its device, with adapters (if any) injected by PEFT.
+        linear: "fp8" multiplies in FP8 both ways and needs ``Float8Linear`` blocks; "bf16" multiplies in the
+            activations' own type, whatever the base is stored as.
+        attention: "cudnn_varlen" (mixed lengths at full speed, needs ``nvidia-cudnn-frontend``) or "sdpa".
+        activation_budget: 0 recomputes every block in the backward pass, 1 recomputes nothing.
+        dtype: of the activations; bf16 in training.
+        keep_transposed: in FP8, keep a second, transposed copy of the weights instead of making it as needed.
+
+    Raises:
+        IdeoflowError: if the base, an adapter or the device is not covered. Nothing falls back in silence.
+    """
+
+    def __init__(self, transformer: Ideogram4Transformer2DModel, *, linear: str = "fp8",
+                 attention: Kernel = "cudnn_varlen", activation_budget: float = 1.0,
+                 dtype: torch.dtype = torch.bfloat16, keep_transposed: bool = False) -> None:  # fmt: skip
+        self.model, self.dtype, self.budget = transformer, dtype, activation_budget
+        self.fp8 = linear == "fp8"
+        self.device = transformer.input_proj.weight.device
+        self.ops = kernels.load(self._backend())
+        choose_kept(activation_budget, 1, {})  # an impossible budget is told now, not in the first step
+        scratch, kernel = Scratch(self.device), make_attention(attention, self.device)
+        self.blocks = [
+            FusedBlock(f"layers.{i}", block, dtype=dtype, fp8=self.fp8, ops=self.ops, attention=kernel,
+                       scratch=scratch, keep_transposed=keep_transposed)
+            for i, block in enumerate(transformer.layers)
+        ]  # fmt: skip
+        self._check_covered()
+        self._copies = [copy for block in self.blocks for part in block.linears for copy in part.copies()]
+        self._tables: OrderedDict[PackedLayout, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def __call__(self, latents: Tensor, timestep: Tensor, text: Tensor, layout: PackedLayout) -> Tensor:
+        """Velocities x0 - noise of every image token.
+
+        Args:
+            latents: [image tokens, 128], noisy, packed over samples.
+            timestep: float32 [B], 0 noise to 1 data.
+            text: [text tokens, hidden], *projected* text features, packed over samples.
+            layout: what the tokens are.
+
+        Returns:
+            [image tokens, 128] in the activations' type, in the order of ``latents``.
+        """
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self._refresh_adapters()
+            index = layout.tensors(self.device)
+            h = self._embed(latents, text, layout)
+            conditioning = self._conditioning(timestep)
+            batch = Batch(layout, index.sample_index, *self._rotary(layout))
+        kept = choose_kept(self.budget, len(self.blocks), self._sizes(layout))
+        training = torch.is_grad_enabled()
+        for block, groups in zip(self.blocks, kept, strict=True):
+            with torch.no_grad():
+                modulation = self._modulation(block, conditioning)
+            if training:
+                h = BlockFunction.apply(h, block, batch, modulation, groups, *block.parameters)
+            else:
+                h, _ = block.forward(h, batch, modulation, None)
+        return self._project(h, conditioning, index.image_index, index.sample_index)
+
+    def _refresh_adapters(self) -> None:
+        """Working copies of all adapters, in two launches rather than two a layer."""
+        if not self._copies:
+            return
+        copies, masters, factors = zip(*self._copies, strict=True)
+        torch._foreach_copy_(copies, [master.detach() for master in masters])
+        scaled = [(copy, factor) for copy, factor in zip(copies, factors, strict=True) if factor != 1]
+        if scaled:
+            torch._foreach_mul_([copy for copy, _ in scaled], [factor for _, factor in scaled])
+
+    def _embed(self, latents: Tensor, text: Tensor, layout: PackedLayout) -> Tensor:
+        model, index = self.model, layout.tensors(self.device)
+        rows = model.embed_image_indicator.weight.to(self.dtype)
+        h = torch.zeros(layout.total, model.hidden_size, dtype=self.dtype, device=self.device)
+        h.index_copy_(0, index.image_index, model.input_proj(latents.to(self.dtype)) + rows[1])
+        h.index_copy_(0, index.text_index, text.to(self.dtype) + rows[0])
+        return h
+
+    def _conditioning(self, timestep: Tensor) -> Tensor:
+        """silu of the projected time embedding, [B, adaLN size]; the sinusoid in float32, then cast."""
+        embed = self.model.t_embedding
+        position = 1e4 * (timestep.float() - embed.range_min) / (embed.range_max - embed.range_min)
+        sinusoid = _sinusoidal_embedding(position, embed.dim).to(self.dtype)
+        time = embed.mlp_out(functional.silu(embed.mlp_in(sinusoid)))
+        return functional.silu(self.model.adaln_proj(time))
+
+    def _rotary(self, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, E / 2]; diffusers' tables repeat each half. Float32 inside, autocast is off here."""
+        if layout not in self._tables:
+            cos, sin = self.model.rotary_emb(layout.tensors(self.device).position_ids[None])
+            half = cos.shape[-1] // 2
+            self._tables[layout] = tuple(x[0, :, :half].to(self.dtype).contiguous() for x in (cos, sin))
+            if len(self._tables) > _TABLES_KEPT:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(layout)
+        return self._tables[layout]
+
+    def _modulation(self, block: FusedBlock, conditioning: Tensor) -> Modulation:
+        parts = block.source.adaln_modulation(conditioning).chunk(4, -1)
+        scale_attention, gate_attention, scale_ffn, gate_ffn = (part.contiguous() for part in parts)
+        return Modulation(scale_attention, gate_attention.tanh(), scale_ffn, gate_ffn.tanh())
+
+    def _project(self, h: Tensor, conditioning: Tensor, image_index: Tensor, sample: Tensor) -> Tensor:
+        layer = self.model.final_layer
+        scale = 1 + layer.adaln_modulation(functional.silu(conditioning))
+        normed = layer.norm_final(h.index_select(0, image_index))
+        return layer.linear(normed * scale[sample[image_index]])
+
+    def _sizes(self, layout: PackedLayout) -> dict:
+        model = self.model
+        return group_bytes(layout.total, model.hidden_size, model.config.intermediate_size, self.dtype.itemsize,
+                           self.fp8)  # fmt: skip
+
+    def _backend(self) -> kernels.Backend:
+        if self.device.type != "cuda":
+            return "reference"
+        if importlib.util.find_spec("triton") is None:
+            fail(TRITON_MISSING, "the fused engine needs Triton on a GPU", cure="install triton, or use the "
+                 "reference engine")  # fmt: skip
+        if self.fp8 and torch.cuda.get_device_capability(self.device) < (8, 9):
+            name = torch.cuda.get_device_name(self.device)
+            fail(NO_FP8_UNITS, f"{name} has no FP8 units", cure='multiply in bf16 (`linear = "bf16"`)')
+        return "triton"
+
+    def _check_covered(self) -> None:
+        """Every trainable parameter must be one that the blocks return a gradient for."""
+        covered = {id(p) for block in self.blocks for p in block.parameters}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in covered:
+                fail(UNFUSED_ADAPTER, f"{name} is trainable, but the fused engine has no gradient for it",
+                     cure='adapt attention and feed-forward layers only, or use `engine = "reference"`')  # fmt: skip
+
+
+def adapter_parameters(fused: FusedTransformer) -> list[nn.Parameter]:
+    """The adapters' parameters in the order of the blocks."""
+    return [p for block in fused.blocks for p in block.parameters]

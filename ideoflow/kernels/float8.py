@@ -1,0 +1,91 @@
+"""A frozen linear layer with an e4m3 weight and a float32 scale a row, as the FP8 checkpoints store it.
+
+The module keeps names and files (``weight``, ``weight_scale``) and runs anywhere by dequantising; the fused
+engine reads its two tensors and never calls it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ideoflow.kernels.reference import FP8, FP8_MAX
+
+
+class _DequantisedLinear(torch.autograd.Function):
+    """x @ (weight * scale)^T whose backward dequantises again instead of keeping the dense weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return functional.linear(x, _dense(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return grad @ _dense(weight, scale, grad.dtype), None, None, None
+
+
+def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight.float() * scale[:, None]).to(dtype)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] as e4m3 values and row scales [N]; a row of zeros gets the scale 1."""
+    scale = weight.float().abs().amax(1) / FP8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+class Float8Linear(nn.Linear):
+    """A frozen ``nn.Linear`` [K -> N] stored as e4m3 values [N, K] and float32 row scales [N].
+
+    It is a subclass so that PEFT adapts it like any linear layer. ``weight`` needs no gradient; the bias, if
+    there is one, keeps its own type.
+    """
+
+    weight_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, dtype=FP8, device=device), requires_grad=False
+        )
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        if bias:
+            self.bias = nn.Parameter(
+                torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
+            )
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Float8Linear:
+        """A dense layer, quantised row by row (relative error of a weight at most 2^-4)."""
+        result = cls(linear.in_features, linear.out_features, linear.bias is not None,
+                     linear.weight.device, linear.weight.dtype)  # fmt: skip
+        values, scale = quantize_weight(linear.weight.detach())
+        result.weight.data, result.weight_scale = values, scale
+        if linear.bias is not None:
+            result.bias.data = linear.bias.detach()
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _DequantisedLinear.apply(x, self.weight, self.weight_scale, self.bias)
+        return result
+
+
+def quantize_blocks(transformer: nn.Module) -> int:
+    """Replaces every dense linear layer inside ``transformer.layers`` by a :class:`Float8Linear`, one at a time.
+
+    Call it before adapters are injected. Returns how many layers were replaced.
+    """
+    count = 0
+    for parent in transformer.layers.modules():
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Float8Linear.of(child))
+                count += 1
+    return count

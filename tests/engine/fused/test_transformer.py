@@ -1,0 +1,199 @@
+"""The fused transformer against plain diffusers + PEFT: outputs and adapter gradients."""
+
+import pytest
+import torch
+from diffusers import Ideogram4Transformer2DModel
+from peft import LoraConfig
+from torch import nn
+
+from ideoflow.diagnostics import IdeoflowError
+from ideoflow.engine.fused import FusedTransformer
+from ideoflow.engine.packed import PackedLayout
+from ideoflow.kernels.float8 import Float8Linear, quantize_blocks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALL = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
+MIXED = PackedLayout((5, 0, 3), ((4, 6), (3, 3), (1, 7)), multiple=16)
+
+
+def tiny(targets=ALL, fp8=False, seed=0, **lora):
+    """A tiny base with projected text features, and adapters whose B is not zero."""
+    torch.manual_seed(seed)
+    model = Ideogram4Transformer2DModel(
+        in_channels=16, num_layers=3, attention_head_dim=32, num_attention_heads=3, intermediate_size=160,
+        adaln_dim=32, llm_features_dim=96, mrope_section=(6, 5, 5),
+    )  # fmt: skip
+    model.llm_cond_norm = model.llm_cond_proj = nn.Identity()
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    if fp8:
+        assert quantize_blocks(model) == 3 * 8
+    model.to(DEVICE)
+    if targets:
+        model.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=targets, **lora))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, device=DEVICE) * 0.2
+    return model
+
+
+def inputs(layout, seed=1):
+    torch.manual_seed(seed)
+    latents = torch.randn(layout.image_total, 16, device=DEVICE)
+    text = torch.randn(layout.text_total, 96, device=DEVICE)
+    return latents, torch.rand(layout.samples, device=DEVICE), text
+
+
+def plain(model, layout, latents, timestep, text):
+    """diffusers' own forward pass on the packed sequence, with its [L, L] mask."""
+    index = layout.tensors(DEVICE)
+    arguments = layout.diffusers_inputs(latents, text)
+    out = model(timestep=timestep[index.sample_index.long()][None], return_dict=False, **arguments)[0]
+    return out[0, index.image_index]
+
+
+def gradients(model, velocity, seed=2):
+    torch.manual_seed(seed)
+    target = torch.randn(velocity.shape, device=DEVICE)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = (velocity.float() - target).square().mean()
+    return dict(zip(trainable, torch.autograd.grad(loss, list(trainable.values())), strict=True))
+
+
+def cosine(a, b):
+    return float(nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+
+
+@pytest.mark.parametrize("layout", [MIXED, PackedLayout((4, 4), ((3, 3), (1, 9)))], ids=["mixed", "equal"])
+@pytest.mark.parametrize("targets", [ALL, ["to_q", "to_v"], ["w3", "to_out.0"]], ids=["all", "qv", "some"])
+def test_float32_matches_diffusers(layout, targets):
+    model = tiny(targets)
+    data = inputs(layout)
+    expected = plain(model, layout, *data)
+    # FusedTransformer lays q, k, v side by side and points the modules at the pieces: the base stays itself.
+    fused = FusedTransformer(model, linear="bf16", attention="sdpa", dtype=torch.float32)
+    got = fused(*data, layout)
+    tolerance = {"rtol": 2e-3, "atol": 2e-3} if DEVICE == "cuda" else {"rtol": 1e-4, "atol": 2e-5}
+    torch.testing.assert_close(got, expected, **tolerance)
+    torch.testing.assert_close(plain(model, layout, *data), expected)
+    want, have = gradients(model, expected), gradients(model, got)
+    assert want.keys() == have.keys()
+    for name in want:
+        assert have[name].dtype == torch.float32
+        torch.testing.assert_close(
+            have[name], want[name], rtol=1e-3, atol=1e-4 * float(want[name].abs().max())
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(fused(*data, layout), expected, **tolerance)
+
+
+@pytest.mark.parametrize("linear", ["bf16", "fp8"])
+def test_low_precision_stays_close(linear):
+    """bf16 activations over an e4m3 base, against float32 arithmetic over the same dequantised base."""
+    model = tiny(fp8=True)
+    data = inputs(MIXED)
+    expected = plain(model, MIXED, *data)
+    want = gradients(model, expected)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    got = FusedTransformer(model, linear=linear, attention="sdpa")(*data, MIXED)
+    assert got.dtype == torch.bfloat16 and torch.isfinite(got).all()
+    assert cosine(got, expected) > (0.995 if linear == "fp8" else 0.9998)
+    have = gradients(model, got)
+    floor = 0.97 if linear == "fp8" else 0.999
+    assert min(cosine(have[name], want[name]) for name in want) > floor
+
+
+@pytest.mark.parametrize("linear", ["bf16", "fp8"])
+def test_gradients_are_the_same_at_every_budget(linear):
+    model = tiny(fp8=linear == "fp8")
+    if linear == "fp8":
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32 and "lora_" not in name:
+                parameter.data = parameter.data.bfloat16()
+    dtype = torch.bfloat16 if linear == "fp8" else torch.float32
+    data = inputs(MIXED)
+    results = []
+    for budget in (0.0, 0.1, 0.3, 0.6, 1.0):
+        fused = FusedTransformer(
+            model, linear=linear, attention="sdpa", activation_budget=budget, dtype=dtype
+        )
+        results.append(gradients(model, fused(*data, MIXED)))
+    for other in results[1:]:
+        for name, gradient in results[0].items():
+            assert torch.equal(gradient, other[name]), name
+
+
+def test_inert_tokens_change_nothing():
+    model = tiny()
+    data = inputs(MIXED)
+    exact = PackedLayout(MIXED.text_lengths, MIXED.grids)
+    fused = FusedTransformer(model, linear="bf16", attention="sdpa", dtype=torch.float32)
+    a, b = fused(*data, exact), fused(*data, MIXED)
+    torch.testing.assert_close(a, b)
+    for one, two in zip(gradients(model, a).values(), gradients(model, b).values(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("linear", ["bf16", "fp8"])
+@pytest.mark.parametrize("spike", [0.0, 1e3])
+def test_spikes_and_zeros_stay_finite(linear, spike):
+    model = tiny(fp8=linear == "fp8").to(torch.bfloat16 if linear == "bf16" else None)
+    layout = PackedLayout((1, 40), ((1, 8), (2, 2)), multiple=64)
+    latents, timestep, text = inputs(layout)
+    latents[::3] = spike
+    text[0] = spike
+    text[1:5, :3] = spike
+    if linear == "fp8":
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32 and "lora_" not in name:
+                parameter.data = parameter.data.bfloat16()
+    fused = FusedTransformer(model, linear=linear, attention="sdpa", activation_budget=0.3)
+    velocity = fused(latents, timestep, text, layout)
+    assert torch.isfinite(velocity).all()
+    assert all(torch.isfinite(g).all() for g in gradients(model, velocity).values())
+
+
+def test_many_rotary_rows_are_distinct_under_autocast():
+    layout = PackedLayout((2,), ((64, 64),))
+    fused = FusedTransformer(tiny(), linear="bf16", attention="sdpa", dtype=torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        cos, sin = fused._rotary(layout)
+    rows = torch.cat((cos, sin), 1)[2:]
+    assert len(torch.unique(rows, dim=0)) == 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ({"targets": ["to_q", "adaln_modulation"]}, "IE500"),
+        ({"targets": ["to_q"], "use_dora": True}, "IE500"),
+        ({"targets": ["to_q"], "lora_dropout": 0.1}, "IE500"),
+    ],
+)
+def test_what_is_not_covered_is_told(arguments, code):
+    with pytest.raises(IdeoflowError) as caught:
+        FusedTransformer(tiny(**arguments), linear="bf16", attention="sdpa", dtype=torch.float32)
+    assert caught.value.diagnostics[0].code.id == code
+
+
+def test_fp8_products_need_an_fp8_base():
+    with pytest.raises(IdeoflowError) as caught:
+        FusedTransformer(tiny(), linear="fp8", attention="sdpa")
+    assert caught.value.diagnostics[0].code.id == "IE501"
+
+
+def test_float8_linear_is_a_linear():
+    torch.manual_seed(0)
+    dense = nn.Linear(32, 48)
+    layer = Float8Linear.of(dense)
+    x = torch.randn(7, 32, requires_grad=True)
+    weight = (layer.weight.float() * layer.weight_scale[:, None]).requires_grad_(False)
+    assert (weight - dense.weight).abs().max() <= dense.weight.abs().max() * 2**-4
+    y, expected = layer(x), nn.functional.linear(x, weight, dense.bias)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)))
+    assert set(layer.state_dict()) == {"weight", "weight_scale", "bias"}
