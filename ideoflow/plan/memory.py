@@ -1,0 +1,351 @@
+"""How much memory each phase of a run needs on the device: the ledger, from the architecture's table.
+
+The lines are derived here from what autograd keeps, for plain diffusers modules with PEFT adapters (the
+*reference* engine: one sample at a time, no padding, no mask). Notation, per token and block: ``h`` hidden
+width, ``f`` feed-forward width, ``e`` bytes of an element of the base (2 for bf16, 4 for float32).
+
+**Kept by an eager block** besides its input:
+
+| what | bytes a token |
+|---|---|
+| float32 copies that the six RMSNorms square (bf16 only) | 6 x 4h |
+| inputs of the norms of q, k, attention's and feed-forward's results, and of the middle norm | 5 e h |
+| q, k, v and the result of attention | 4 e h |
+| w1's result, its SiLU, w3's result | 3 e f |
+| inputs of adapted Linears; PEFT casts each to the adapter's type, so nothing is shared in bf16 | 4 x width |
+| results of the adapters' first factors | 4 x rank |
+| statistics: a number a norm (one a head for q and k), and attention's log-sum-exp a head | 16 + 12 x heads |
+
+Frozen Linears keep nothing: the gradient of a frozen weight is not computed. **Kept by a compiled block** is
+what is not pointwise from something kept: inputs of adapters (once each, ``e`` bytes), q and k before and
+after their norm, v, the results of attention, of its projection and of the feed-forward, the middle hidden
+state, and w1's and w3's results: 11 e h + 2 e f,
+and the statistics.
+
+With **checkpointing** each block keeps only its input (and all share diffusers' mask of tokens^2 bytes, which
+the reference engine then ignores), and one block at a time is recomputed in full. While a block goes
+backward, gradients are alive: three of the feed-forward's width and one of hidden width in bf16, two of the
+feed-forward's width in float32; in a compiled block, which also recomputes into them, six of each. The
+backward workspace of attention comes later, when the feed-forward's tensors are gone, and is smaller.
+
+``tests/plan/test_memory.py`` holds the table to what autograd really saves for diffusers' block, to the byte,
+the peak to what the allocator saw, and both to what plain diffusers was measured to take on an H200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ideoflow.model.base import BaseFacts
+from ideoflow.model.spec import TAPPED_LAYERS, TransformerSpec, VaeSpec
+from ideoflow.plan.document import Ledger, LedgerLine, Phase
+
+ELEMENT_BYTES = {"bf16": 2, "float32": 4}
+ADAPTER_BYTES = 4  # the adapter, its gradients and AdamW's moments are float32
+# A CUDA context with cuBLAS' workspace and the kernels of a training step; a process with torch on a host.
+_CONTEXT = {"cuda": 550 << 20, "cpu": 900 << 20}
+# What the caching allocator holds beyond what is allocated, as a share of what comes and goes.
+_FRAGMENTATION = 0.05
+# Qwen3-VL-8B: 0.58 G parameters of vision tower beside 7.57 G of decoder; loaded with it, and not used.
+_VISION_SHARE = 0.58 / 7.57
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The alternatives that are weighed against each other, one value for each decision."""
+
+    device: str
+    precision: str
+    checkpointing: str
+    compile: str
+    unconditional: str
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number of the frozen base."""
+        return ELEMENT_BYTES[self.precision]
+
+    @property
+    def compiled(self) -> bool:
+        return self.compile != "off"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes that a run works on: the largest for memory, the mean for time.
+
+    ``grid_tokens`` and ``text_tokens`` are the greatest numbers of image and text tokens of a sample;
+    ``pixels`` its greatest area; ``sample_tokens`` and ``sample_pixels`` those of a validation picture, or 0.
+    """
+
+    grid_tokens: int
+    text_tokens: int
+    pixels: int
+    sample_tokens: int
+    sample_pixels: int
+
+    @property
+    def tokens(self) -> int:
+        return self.grid_tokens + self.text_tokens
+
+
+def adapter_parameters(spec: TransformerSpec, targets: Iterable[str], rank: int) -> int:
+    """Numbers in the adapter: rank x (in + out) for each target."""
+    sizes = spec.linears()
+    return sum(rank * sum(sizes[name]) for name in targets)
+
+
+def targets_by_block(targets: Iterable[str]) -> dict[int, frozenset[str]]:
+    """Names of the adapted Linears within each block that has any."""
+    blocks: dict[int, set[str]] = {}
+    for name in targets:
+        _, index, module = name.split(".", 2)
+        blocks.setdefault(int(index), set()).add(module)
+    return {index: frozenset(modules) for index, modules in blocks.items()}
+
+
+def kept_by_block(
+    spec: TransformerSpec,
+    adapted: frozenset[str],
+    rank: int,
+    element: int,
+    *,
+    compiled: bool,
+    adapter: int = ADAPTER_BYTES,
+) -> int:
+    """Bytes a token that autograd keeps of one block besides its input; the module's docstring has the table.
+
+    ``adapter`` is the size of the adapter's numbers: where it is not ``element``, PEFT casts its inputs.
+    """
+    h, f = spec.hidden, spec.intermediate_size
+    widths = {name: size[1] for name, size in spec.block_linears().items() if "adaln" not in name}
+    inputs = {name: width for name, width in widths.items() if name in adapted}
+    rest = len(inputs) * rank * adapter + 4 * 4 + 3 * 4 * spec.num_attention_heads
+    if compiled:
+        shared = {_input_of(name): width for name, width in inputs.items()}
+        # Attention's result and the product of the feed-forward are kept, or pointwise from what is.
+        extra = sum(width for source, width in shared.items() if source in ("norm1", "ffn_norm1"))
+        return element * (9 * h + extra + 2 * f) + rest
+    upcast = 6 * 4 * h if element < 4 else 0
+    if adapter != element:
+        copies = adapter * sum(inputs.values())
+    else:
+        shared = {_input_of(name): width for name, width in inputs.items() if _input_of(name) != "attention"}
+        copies = element * sum(shared.values())
+    return upcast + element * (9 * h + 3 * f) + copies + rest
+
+
+def _input_of(module: str) -> str:
+    """What feeds a Linear; those with one source share one tensor."""
+    sources = {"attention.to_out.0": "attention", "feed_forward.w2": "product"}
+    return sources.get(module, "norm1" if module.startswith("attention") else "ffn_norm1")
+
+
+def backward_workspace(
+    spec: TransformerSpec, element: int, *, compiled: bool, adapter: int = ADAPTER_BYTES
+) -> int:
+    """Bytes a token of gradients that are alive at once while a block goes backward."""
+    h, f = spec.hidden, spec.intermediate_size
+    if compiled:
+        return element * 6 * (h + f) + (2 * adapter * f if adapter != element else 0)
+    return element * (3 * f + h) if element < 4 else element * 2 * f
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes at the peak of one forward and backward pass."""
+
+    checkpoints: int
+    kept: int
+    backward: int
+    mask: int
+    ends: int
+
+    @property
+    def total(self) -> int:
+        return self.checkpoints + self.kept + self.backward + self.mask + self.ends
+
+
+def activations(
+    spec: TransformerSpec,
+    targets: Iterable[str],
+    rank: int,
+    tokens: int,
+    element: int,
+    *,
+    checkpointing: bool,
+    compiled: bool,
+    adapter: int = ADAPTER_BYTES,
+    mask_bytes: int = 0,
+) -> Activations:
+    """What a pass over ``tokens`` tokens (of all samples together) holds at its peak.
+
+    ``mask_bytes`` are those of an attention mask beside diffusers' own boolean one.
+    """
+    blocks = targets_by_block(targets)
+    kept = [
+        kept_by_block(spec, blocks.get(i, frozenset()), rank, element, compiled=compiled, adapter=adapter)
+        for i in range(spec.num_layers)
+    ]
+    # Blocks before the first adapted one carry no gradient, so nothing of them is kept.
+    first = min(blocks, default=spec.num_layers)
+    kept = kept[first:]
+    # The last hidden state, cosines and sines, and the velocity with its target and gradient.
+    ends = element * spec.hidden + 2 * element * spec.attention_head_dim + 14 * spec.in_channels
+    return Activations(
+        checkpoints=tokens * len(kept) * element * spec.hidden,
+        kept=tokens * (max(kept, default=0) if checkpointing else sum(kept)),
+        backward=tokens * backward_workspace(spec, element, compiled=compiled, adapter=adapter),
+        mask=mask_bytes + (tokens * tokens if checkpointing else 0),
+        ends=tokens * ends,
+    )
+
+
+def resident_parameters(spec: TransformerSpec) -> int:
+    """Parameters on the device in training: the text projection's result is cached instead."""
+    return spec.parameters() - spec.text_projection_parameters()
+
+
+def build_ledger(
+    base: BaseFacts,
+    targets: tuple[str, ...],
+    rank: int,
+    shapes: Shapes,
+    choice: Choice,
+    *,
+    memory_factor: float = 1.0,
+    calibrated_by: str = "",
+) -> Ledger:
+    """Every phase's lines for one choice.
+
+    ``memory_factor`` scales what comes and goes (activations and workspaces), as measured by the runs that
+    ``calibrated_by`` names.
+    """
+    lines: list[LedgerLine] = []
+
+    def add(phase: Phase, name: str, size: float, evidence: str, *, transient: bool = False) -> None:
+        if transient and calibrated_by:
+            size, evidence = size * memory_factor, f"{evidence}; x {memory_factor:.2f} by {calibrated_by}"
+        if size > 0:
+            lines.append(LedgerLine(phase, name, int(size), transient and bool(calibrated_by), evidence))
+
+    def finish(phase: Phase) -> None:
+        moving = sum(line.bytes for line in lines if line.phase == phase and line.name in _TRANSIENT)
+        kind = "CUDA context" if choice.device == "cuda" else "Python and torch"
+        add(phase, kind, _CONTEXT[choice.device], "usual size; depends on driver and card")
+        add(phase, "fragmentation", _FRAGMENTATION * moving, f"{_FRAGMENTATION:.0%} of what comes and goes")
+
+    _text(add, base, shapes, choice)
+    finish("text")
+    _latents(add, base.vae, shapes, choice)
+    finish("latents")
+    _train(add, base.transformer, targets, rank, shapes, choice)
+    finish("train")
+    if shapes.sample_tokens:
+        _sample(add, base, targets, rank, shapes, choice)
+        finish("sample")
+    return Ledger(tuple(lines))
+
+
+class _Add(Protocol):
+    def __call__(
+        self, phase: Phase, name: str, size: float, evidence: str, *, transient: bool = False
+    ) -> None: ...
+
+
+_TRANSIENT = frozenset(
+    {
+        "activations",
+        "checkpoints",
+        "recomputed block",
+        "saved activations",
+        "backward workspace",
+        "attention mask",
+        "inputs and loss",
+        "optimizer step",
+    }
+)
+
+
+def _text(add: _Add, base: BaseFacts, shapes: Shapes, choice: Choice) -> None:
+    spec, e, tokens = base.text_encoder, choice.element, shapes.text_tokens
+    add("text", "text encoder", spec.parameters() * e, f"decoder, {_count(spec.parameters())} x {e} bytes")
+    vision = int(_VISION_SHARE * spec.parameters())
+    add("text", "vision tower", vision * e, "loaded with the decoder, 7.7 % of it (Qwen3-VL-8B)")
+    projection = base.transformer.text_projection_parameters()
+    add("text", "text projection", projection * e, f"{_count(projection)} x {e} bytes")
+    features = len(TAPPED_LAYERS) * spec.hidden_size
+    # The tapped layers, their stacked copy, and that in float32; one layer's widest tensors.
+    layer = e * (3 * spec.intermediate_size + 6 * spec.hidden_size)
+    held = tokens * (features * (2 * e + 4 + e) + layer) + tokens * tokens * (1 + e)
+    add("text", "activations", held, f"a caption of {tokens} tokens", transient=True)
+
+
+def _latents(add: _Add, spec: VaeSpec, shapes: Shapes, choice: Choice) -> None:
+    e = choice.element
+    add("latents", "autoencoder", spec.parameters() * e, f"{_count(spec.parameters())} x {e} bytes")
+    # A residual block at full resolution: its input, norm, activation, convolution and sum.
+    held = 5 * spec.block_out_channels[0] * shapes.pixels * e
+    add("latents", "activations", held, f"encoding {shapes.pixels / 1e6:.2f} megapixels", transient=True)
+
+
+def _train(
+    add: _Add, spec: TransformerSpec, targets: tuple[str, ...], rank: int, shapes: Shapes, choice: Choice
+) -> None:
+    e = choice.element
+    weights = resident_parameters(spec)
+    adapter = adapter_parameters(spec, targets, rank)
+    on = choice.checkpointing == "on"
+    a = activations(spec, targets, rank, shapes.tokens, e, checkpointing=on, compiled=choice.compiled)
+    add("train", "weights", weights * e, f"{_count(weights)} parameters x {e} bytes ({choice.precision})")
+    _adapter(add, "train", adapter)
+    add("train", "gradients", adapter * ADAPTER_BYTES, f"{_count(adapter)} x {ADAPTER_BYTES} bytes")
+    where = f"{shapes.tokens} tokens ({shapes.grid_tokens} image, {shapes.text_tokens} text)"
+    if on:
+        add("train", "checkpoints", a.checkpoints, f"each block's input; {where}", transient=True)
+        add("train", "recomputed block", a.kept, "one block's activations", transient=True)
+    else:
+        kept = a.checkpoints + a.kept
+        add("train", "saved activations", kept, f"{spec.num_layers} blocks; {where}", transient=True)
+    add("train", "backward workspace", a.backward, "gradients alive at once in a block", transient=True)
+    add("train", "attention mask", a.mask, "kept by the checkpoints", transient=True)
+    add("train", "inputs and loss", a.ends, "last hidden state, rotary tables, velocity", transient=True)
+    # AdamW's foreach step makes one temporary of the adapter's size, when the activations are gone.
+    extra = adapter * ADAPTER_BYTES - a.total
+    add("train", "optimizer step", extra, "AdamW's temporary, beyond the activations' space", transient=True)
+
+
+def _sample(
+    add: _Add, base: BaseFacts, targets: tuple[str, ...], rank: int, shapes: Shapes, choice: Choice
+) -> None:
+    """Denoising needs both transformers, decoding one and the autoencoder: whichever is more."""
+    spec, e = base.transformer, choice.element
+    weights, h, f = resident_parameters(spec), spec.hidden, spec.intermediate_size
+    add("sample", "weights", weights * e, f"{_count(weights)} parameters x {e} bytes ({choice.precision})")
+    _adapter(add, "sample", adapter_parameters(spec, targets, rank))
+    other = weights * e if choice.unconditional == "loaded" else 0
+    cast = ADAPTER_BYTES if targets else 0
+    denoise = shapes.sample_tokens * (e * (6 * h + 2 * f) + 2 * 4 * h + 3 * cast * f)
+    channels = base.vae.block_out_channels
+    # The last upsampling works at full resolution on the channels of the level below it.
+    decode = 4 * channels[min(1, len(channels) - 1)] * shapes.sample_pixels * e
+    vae = base.vae.parameters() * e
+    if other + denoise >= vae + decode:
+        add("sample", "unconditional weights", other, "the second transformer, for guidance")
+        add("sample", "activations", denoise, f"{shapes.sample_tokens} tokens", transient=True)
+    else:
+        add("sample", "autoencoder", vae, f"{_count(base.vae.parameters())} x {e} bytes")
+        megapixels = shapes.sample_pixels / 1e6
+        add("sample", "activations", decode, f"decoding {megapixels:.2f} megapixels", transient=True)
+
+
+def _adapter(add: _Add, phase: Phase, parameters: int) -> None:
+    size = parameters * ADAPTER_BYTES
+    add(phase, "adapter", size, f"{_count(parameters)} x {ADAPTER_BYTES} bytes")
+    add(phase, "optimizer state", 2 * size, "AdamW's two moments, float32")
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} G" if parameters >= 1e8 else f"{parameters / 1e6:.1f} M"
