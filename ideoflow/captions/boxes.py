@@ -125,7 +125,7 @@ def obstacles(caption: dict[str, Any], geometry: Geometry) -> list[str]:
     found = []
     texts = [e["text"] for e in caption["compositional_deconstruction"]["elements"] if e["type"] == "text"]
     if texts:
-        found.append(f"a text element would be mirrored or turned: {_shorten(texts[0])}")
+        found.append(f"a text element would be mirrored or turned: {shorten(texts[0])}")
     pattern = _DIRECTIONS if geometry.rotate else _SIDES
     for where, words in prose_of(caption):
         if where[-1] == "text":
@@ -134,7 +134,7 @@ def obstacles(caption: dict[str, Any], geometry: Geometry) -> list[str]:
         if match := pattern.search(words):
             found.append(f'{place} says "{match.group()}"')
         if match := _QUOTED.search(words):
-            found.append(f"{place} quotes words that would be mirrored or turned: {_shorten(match.group())}")
+            found.append(f"{place} quotes words that would be mirrored or turned: {shorten(match.group())}")
     return found
 
 
@@ -232,7 +232,7 @@ def _dropped(
 ) -> Diagnostic:
     is_text = element["type"] == "text"
     code: Code = TEXT_CUT if is_text else ELEMENT_DROPPED
-    what = _shorten(element.get("text", "") if is_text else element.get("desc", ""))
+    what = shorten(element.get("text", "") if is_text else element.get("desc", ""))
     return Diagnostic(
         code,
         f"element {index + 1} ({what}) was dropped: {share:.0%} of its box is left, {wanted:.0%} is needed",
@@ -240,6 +240,7 @@ def _dropped(
     )  # fmt: skip
 
 
-def _shorten(words: str, limit: int = 40) -> str:
+def shorten(words: str, limit: int = 40) -> str:
+    """Words on one line, cut for a message."""
     words = " ".join(words.split())
     return words if len(words) <= limit else words[: limit - 3] + "..."
