@@ -180,8 +180,8 @@ def _explain(d: Diagnostic) -> str:
 
 
 def _path(document: TextDocument) -> str:
-    return to_fs_path(document.uri) or document.uri
+    return str(to_fs_path(document.uri) or document.uri)
 
 
 def _is_json(document: TextDocument) -> bool:
-    return document.uri.lower().endswith(".json")
+    return str(document.uri).lower().endswith(".json")
