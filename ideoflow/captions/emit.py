@@ -27,7 +27,7 @@ from ideoflow.captions.nodes import (
     StyleLine,
 )
 from ideoflow.captions.parser import parse_source
-from ideoflow.captions.regions import Size, resolve_box
+from ideoflow.captions.regions import PLACES, REGIONS, Size, resolve_box
 from ideoflow.captions.result import CompiledCaption, CompileResult, SourceOrigin
 from ideoflow.captions.rules import STYLE_ART, STYLE_PHOTO, follows_rules, to_json
 from ideoflow.captions.rules import Path as Where
@@ -106,8 +106,9 @@ class _Compiler:
                     )
                     continue
                 images[item.name] = item
-                if good and not self._touches(bad_lines, item):
-                    self._caption(item.name, item.body, item.at)
+                self._caption(
+                    item.name, item.body, item.at, whole=good and not self._touches(bad_lines, item)
+                )
             elif (not hasattr(item, "path") and not hasattr(item, "colours")) or isinstance(
                 item, PaletteLine
             ):
@@ -120,8 +121,8 @@ class _Compiler:
                 first_line.at,
                 "put it into an image block, or under `defaults`",
             )
-        elif sidecar and good and not bad_lines:
-            self._caption(None, sidecar, sidecar[0].at)
+        elif sidecar:
+            self._caption(None, sidecar, sidecar[0].at, whole=good and not bad_lines)
         elif not images and not items and not library.styles and not library.palettes:
             self.report(codes.NO_CAPTION, "there is no caption in this file", (0, 0), "describe the image")
         self._look_at_styles()
@@ -153,22 +154,24 @@ class _Compiler:
         before = len(self.report.items)
         self.defaults = blocks[0].body
         check_lines(self.defaults, "defaults", self.report)
-        self._layer(self.default_style, self.defaults)
+        known = self._layer(self.default_style, self.defaults) is not None
         broken = any(isinstance(line, Broken) for line in self.defaults)
-        return not broken and not any(d.is_error for d in self.report.items[before:])
+        return known and not broken and not any(d.is_error for d in self.report.items[before:])
 
-    def _layer(self, style: Style, body: Sequence[Statement]) -> bool:
-        """Lays a body's style, texts and palette over ``style``; returns whether it says anything of one."""
-        says = False
+    def _layer(self, style: Style, body: Sequence[Statement]) -> bool | None:
+        """Lays a body's style, texts and palette over ``style``; returns whether it says anything of a style,
+        ``None`` where it names one that cannot be had."""
+        says: bool | None = False
         for line in body:
             if isinstance(line, StyleLine):
-                says = True
                 named = self.library.style(line.name, line.at, self.report)
-                if named is not None:
-                    for key, value in named.texts.items():
-                        set_text(style.texts, key, value)
-                    if named.palette is not None:
-                        style.palette = named.palette
+                if named is None:
+                    return None
+                says = True
+                for key, value in named.texts.items():
+                    set_text(style.texts, key, value)
+                if named.palette is not None:
+                    style.palette = named.palette
         for line in body:
             if isinstance(line, Field):
                 if line.key != "description" and line.key != "background":
@@ -179,12 +182,15 @@ class _Compiler:
                 style.palette = self.library.colours(line.colours, 16, "a style", self.report)
         return says
 
-    def _caption(self, name: str | None, body: Sequence[Statement], at: At) -> None:
+    def _caption(self, name: str | None, body: Sequence[Statement], at: At, *, whole: bool) -> None:
+        """Compiles one caption; where lines of it could not be read (not ``whole``), only looks for mistakes."""
         report, items = self.report, self.report.items
         before = len(items)
         check_lines(body, "image", report)
         style = Style(dict(self.default_style.texts), self.default_style.palette)
         says = self._layer(style, body)
+        if says is None or any(d.is_error for d in items[before:]):
+            whole = False  # then what the style lacks is no news
         texts: dict[str, str] = {}
         size = self.image_size
         elements: list[dict[str, Any]] = []
@@ -199,7 +205,9 @@ class _Compiler:
             if isinstance(line, Element):
                 elements.append(self._element(line, size))
             elif isinstance(line, Broken):
-                return
+                whole = False
+        if not whole:
+            return
         caption: dict[str, Any] = {}
         if "description" in texts:
             caption["high_level_description"] = texts["description"]
@@ -272,22 +280,17 @@ class _Compiler:
     def _element(self, line: Element, size: Size | None) -> dict[str, Any]:
         element: dict[str, Any] = {"type": line.kind}
         marks = line.marks
-        if marks:
-            box = resolve_box(marks, size, line.kind, self.report)
+        words = [mark for mark in marks if mark.kind == "words"]
+        if line.kind == "text" and not words:
+            self._no_words(line)
+        elif marks:
+            box = resolve_box(marks, size, self.report)
             if box is not None:
                 element["bbox"] = box
-        words = [mark for mark in marks if mark.kind == "words"]
         if line.kind == "text":
             if len(words) == 1:
                 element["text"] = words[0].value
-            elif not words:
-                self.report(
-                    codes.UNQUOTED_WORDS,
-                    "this text has no words",
-                    (line.at[0], line.at[0] + 4),
-                    'give them in front of the colon: text "STILL WATER": ...',
-                )
-            else:
+            elif words:
                 self.report(
                     codes.REPEATED, "this text has words twice", words[1].at, "keep one, or write two texts"
                 )
@@ -314,6 +317,20 @@ class _Compiler:
                     "write colours in front of the colon",
                 )
         return element
+
+    def _no_words(self, line: Element) -> None:
+        """Reports a text element without words, or with words that are not in quotes."""
+        bare = [
+            m for m in line.marks if m.kind == "place" and m.value not in PLACES and m.value not in REGIONS
+        ]
+        if bare:
+            at = (min(mark.at[0] for mark in bare), max(mark.at[1] for mark in bare))
+            said = self.source.text[slice(*at)]
+            cure = f'put them in quotes: "{said}"'
+            self.report(codes.UNQUOTED_WORDS, "these words stand outside of quotes", at, cure)
+        else:
+            cure = 'give them in front of the colon: text "STILL WATER": ...'
+            self.report(codes.UNQUOTED_WORDS, "this text has no words", (line.at[0], line.at[0] + 4), cure)
 
     def _fill(self, caption: dict[str, Any], origin: SourceOrigin, at: At) -> dict[str, Any]:
         """Fills in placeholders and reports unknown ones."""

@@ -19,6 +19,8 @@ from ideoflow.captions.source import Source
 
 LINE_WORDS = ("USE", "STYLE", "PALETTE", "DEFAULTS", "IMAGE", "SIZE", "ELEMENT")
 PIECES = ("COLON", "COLOUR", "PALETTE_NAME", "AXIS", "EXTENT", "DIMENSIONS", "STRING", "NAME")
+# On lines of names and colours nothing else is looked for, so that a style may be called w40.
+LIST_PIECES = ("COLON", "COLOUR", "PALETTE_NAME", "NAME")
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", '"': '"', "\\": "\\", "/": "/"}
 
 _ESCAPE = re.compile(r"\\(u[0-9A-Fa-f]{4}|.)", re.DOTALL)
@@ -30,6 +32,7 @@ LOOKS_LIKE_STATEMENT = re.compile(
 )
 _KEY_LIKE = re.compile(r"([^\W\d][\w-]*)[ \t]*:(?!/)")
 _WORD = re.compile(r"[^\W\d][\w-]*")
+_JSON_LINE = re.compile(r'[{\[]|"[^"]*"[ \t]*:')
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]|\r(?!\n)")
 
 
@@ -68,9 +71,14 @@ class LineLexer(Lexer):  # type: ignore[misc]
         patterns: dict[str, str] = {t.name: t.pattern.to_regexp() for t in lexer_conf.terminals}
         words = "|".join(f"(?P<{name}>(?:{patterns[name]})(?![\\w-]))" for name in LINE_WORDS)
         self.line_start = re.compile(f"(?P<FIELD>{patterns['FIELD']})|{words}")
-        pieces = "|".join(f"(?P<{name}>{patterns[name]})" for name in PIECES)
-        # UNKNOWN is no terminal of the grammar, so it always ends in a diagnostic.
-        self.piece = re.compile(f'{pieces}|(?P<UNKNOWN>"[^\\n]*|[^\\s:]+)')
+
+        def scanner(names: tuple[str, ...]) -> re.Pattern[str]:
+            # UNKNOWN is no terminal of the grammar, so it always ends in a diagnostic.
+            pieces = "|".join(f"(?P<{name}>{patterns[name]})" for name in names)
+            return re.compile(f'{pieces}|(?P<UNKNOWN>"[^\\n]*|[^\\s:]+)')
+
+        self.piece = scanner(PIECES)
+        self.list_piece = scanner(LIST_PIECES)
         self.colour = re.compile(patterns["COLOUR"])
         keys = re.findall(r"[a-z_]{3,}", patterns["FIELD"])
         self.words = frozenset([*keys, "use", "style", "palette", "defaults", "image", "size", "obj", "text"])
@@ -182,7 +190,7 @@ class LineLexer(Lexer):  # type: ignore[misc]
     def _pieces(self, line: _Line, given: ScanInput) -> Iterator[Tok]:
         """The exact part of a line; behind the colon of an element, its prose."""
         text = given.source.text
-        match_piece = self.piece.match
+        match_piece = (self.list_piece if line.kind in ("STYLE", "PALETTE") else self.piece).match
         line.pieces[0] = (line.after, line.pieces[0][1])
         for number, (at, end) in enumerate(line.pieces):
             while True:
@@ -236,7 +244,8 @@ class LineLexer(Lexer):  # type: ignore[misc]
         """Whether a description can be written without its key: it is not taken for something else."""
         word = _WORD.match(text, start, end)
         known = word is not None and word.group() in self.words
-        return not known and text[start] not in "{[#" and not _KEY_LIKE.match(text, start, end)
+        other = _JSON_LINE.match(text, start, end) or _KEY_LIKE.match(text, start, end)
+        return not known and text[start] != "#" and other is None
 
     def _prose(self, pieces: list[tuple[int, int]], given: ScanInput, kind: str) -> Iterator[Tok]:
         text = given.source.text

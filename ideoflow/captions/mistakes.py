@@ -107,7 +107,7 @@ def explain(
 ) -> Diagnostic:
     """The diagnostic for ``tokens[at]``, misfit of the line that begins with ``tokens[line_at]``."""
     token, first = tokens[at], tokens[line_at]
-    if expected and "_INDENT" in expected:
+    if set(expected) == {"_INDENT"}:
         return _empty_block(source, tokens, line_at)
     stop = at
     while tokens[stop].type not in ("_NL", "TAIL"):
@@ -133,6 +133,8 @@ def explain(
             return _header_colon(source, tokens, line_at, at, line_end)
     elif token.type == "_NL" and at > line_at:
         previous = tokens[at - 1]
+        if first.type == "STYLE" and tokens[at + 1].type == "_INDENT":
+            return _header_colon(source, tokens, line_at, at - 1, line_end)
         if previous.type in ("COLON", "FIELD"):
             what = "a description" if first.type == "ELEMENT" else f"the value of `{_word(first)}`"
             return _at(
@@ -229,7 +231,7 @@ def unknown_key_cure(word: str) -> str:
 def _unknown_line(source: Source, first: Tok) -> Diagnostic:
     """A line that begins with nothing known."""
     text = first.value
-    if text[0] == '"':
+    if text[0] == '"' and not re.match(r'"[^"]*"\s*:', text):
         return _unclosed(source, first)
     if _BOX.match(text):
         return _pasted_box(source, first)
@@ -293,7 +295,7 @@ def _unknown_piece(source: Source, token: Tok, first: Tok) -> Diagnostic | None:
         )
     if value[0] == "#":
         return bad_colour(source, value, token.start)
-    if first.type == "ELEMENT" and re.match(r"-?\d|[\[(]", value):
+    if first.type == "ELEMENT" and first.value == "obj" and re.match(r"-?\d|[\[(]", value):
         return _at(
             source,
             codes.BAD_BOX,
@@ -357,7 +359,6 @@ def _unclosed(source: Source, token: Tok) -> Diagnostic:
 
 def _header_colon(source: Source, tokens: Sequence[Tok], line_at: int, at: int, line_end: int) -> Diagnostic:
     first, token = tokens[line_at], tokens[at]
-    after = tokens[at + 1]
     if first.type == "STYLE" and at == line_at + 1:
         return _at(
             source,
@@ -367,7 +368,7 @@ def _header_colon(source: Source, tokens: Sequence[Tok], line_at: int, at: int, 
             token.end,
             "`style NAME` begins a style; `style: NAME` uses one",
         )
-    name = source.text[token.end : line_end].strip() if after.type != "_NL" else ""
+    name = source.text[token.end : line_end].strip()
     head = source.text[first.start : token.start].rstrip()
     return _at(
         source,

@@ -62,13 +62,12 @@ def _normal(measure: str) -> str:
     return (whole.lstrip("0") or "0") + (point + fraction if fraction else "") + (unit or "")
 
 
-def resolve_box(marks: Sequence[Mark], size: Size | None, kind: str, report: Report) -> list[int] | None:
+def resolve_box(marks: Sequence[Mark], size: Size | None, report: Report) -> list[int] | None:
     """The box that an element's marks describe, or ``None`` where there is none or it is wrong (reported).
 
     Args:
         marks: the element's marks, of all kinds.
         size: width and height of the image in pixels, where known.
-        kind: ``obj`` or ``text``, for the cure of an unknown word.
         report: takes a code, a message, a place and a cure.
     """
     boxes = [mark for mark in marks if mark.kind not in ("colour", "words")]
@@ -78,10 +77,10 @@ def resolve_box(marks: Sequence[Mark], size: Size | None, kind: str, report: Rep
         return [y[0], x[0], y[1], x[1]] if y and x else None
     if not boxes:
         return None
-    return _mixed(boxes, size, kind, report)
+    return _mixed(boxes, size, report)
 
 
-def _mixed(boxes: Sequence[Mark], size: Size | None, kind: str, report: Report) -> list[int] | None:
+def _mixed(boxes: Sequence[Mark], size: Size | None, report: Report) -> list[int] | None:
     axes: dict[str, tuple[int, int]] = {}
     extents: dict[str, tuple[int, Mark]] = {}
     place: Mark | None = None
@@ -106,7 +105,7 @@ def _mixed(boxes: Sequence[Mark], size: Size | None, kind: str, report: Report) 
                 good = False
             place = mark
         elif mark.kind == "place" and mark.value not in REGIONS:
-            _unknown_place(mark, kind, report)
+            _unknown_place(mark, report)
             good = False
         else:
             ranges = REGIONS[mark.value] if mark.kind == "place" else (None, None)
@@ -178,7 +177,7 @@ def _placed(
     return [top, left, top + height, left + width]
 
 
-def _unknown_place(mark: Mark, kind: str, report: Report) -> None:
+def _unknown_place(mark: Mark, report: Report) -> None:
     word = mark.value
     axis = re.match(r"([xy])(\d+)(?:[-:_]|\.)(\d+)", word)
     if axis:
@@ -188,16 +187,11 @@ def _unknown_place(mark: Mark, kind: str, report: Report) -> None:
     if re.fullmatch(r"[xy]\d+", word):
         report(codes.BAD_BOX, f"`{word}` is one end of a range", mark.at, f"write `{word}..1000`")
         return
-    near = closest(word, (*PLACES, *REGIONS))
-    if kind == "text" and near is None:
-        report(
-            codes.UNQUOTED_WORDS,
-            f"`{word}` stands outside of quotes",
-            mark.at,
-            f'put the words in quotes: "{word}"',
-        )
+    if re.match(r"[xywh]-?\d", word):
+        report(codes.BAD_BOX, f"`{word}` is not a range", mark.at, "write it as `y380..660`, from 0 to 1000")
         return
-    cure = f"did you mean `{near}`?" if near else "the description stands behind a colon"
+    near = None if word in ("bbox", "box") else closest(word, (*PLACES, *REGIONS))
+    cure = f"did you mean `{near}`?" if near else "name the axes: `y380..660 x590..720`"
     report(codes.BAD_BOX, f"`{word}` is no place and no region", mark.at, cure)
 
 
