@@ -1,9 +1,12 @@
 """Finds the folders that ship beside the code: ``grammar/``, ``schemas/`` and ``recipes/``.
 
-In a checkout they lie at the top level; in a wheel, under ``ideoflow/_data``.
+In a checkout they lie at the top level; in a wheel, under ``ideoflow/_data``. Knows the user's cache folder
+too, and how to write a file so that it is never half there.
 """
 
+import contextlib
 import os
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -40,3 +43,23 @@ def user_cache() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ideoflow"
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all, even if the power goes.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(scratch).replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(scratch).unlink()
+        raise

@@ -50,3 +50,17 @@ def test_the_users_cache_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "c"))
     assert resources.user_cache() == tmp_path / "c" / ".cache" / "ideoflow"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path):
+    file = tmp_path / "new" / "a.bin"
+    resources.write_whole(file, b"first")
+
+    def power_cut(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(resources.os, "fsync", power_cut)
+    with pytest.raises(OSError, match="no space left"):
+        resources.write_whole(file, b"second")
+    assert file.read_bytes() == b"first"
+    assert list(file.parent.iterdir()) == [file]

@@ -8,11 +8,8 @@ ever out of date and nothing needs a lock.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.data import CACHE_UNWRITABLE
+from ideoflow.resources import write_whole
 
 # Raise when the meaning of cached values changes.
 FORMAT = 1
@@ -68,22 +66,6 @@ class TensorCache:
         except OSError as error:
             cure = "free some space, or set IDEOFLOW_CACHE to another folder"
             fail(CACHE_UNWRITABLE, f"cannot write to {self.folder}: {error.strerror or error}", cure=cure)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, even if the power goes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(scratch).replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(scratch).unlink()
-        raise
 
 
 def dtype_name(dtype: torch.dtype) -> str:
