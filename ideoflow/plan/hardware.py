@@ -11,7 +11,7 @@ from typing import Any
 
 from ideoflow.diagnostics import Span, closest, fail
 from ideoflow.diagnostics.codes.plan import NO_GPU, NO_NVML, UNKNOWN_GPU
-from ideoflow.plan.document import Hardware, Rates
+from ideoflow.plan.document import Hardware
 from ideoflow.plan.profiles import (
     find_profile,
     hardware_from_profile,
@@ -155,11 +155,3 @@ def _with_host(hardware: Hardware, folder: Path) -> Hardware:
         host_free_bytes=memory.available,
         disk_free_bytes=shutil.disk_usage(existing).free if existing else None,
     )
-
-
-def host_rates(cores: int) -> Rates:
-    """A guess at a processor's speed, to rank alternatives with; never shown as a time.
-
-    Two 256-bit multiply-add units at 3 GHz do 96 GFLOP/s a core; a third of that is usual in a Linear.
-    """
-    return Rates(0.032 * cores, 0.032 * cores, 10.0 * max(1, cores // 2), 10.0, source="a guess")

@@ -242,6 +242,11 @@ def build_ledger(
     _latents(add, base.vae, shapes, choice)
     finish("latents")
     _train(add, base.transformer, targets, rank, shapes, choice)
+    if choice.device == "cpu" and shapes.sample_tokens:
+        # On a GPU these wait in the host's memory; on a CPU that is the same memory.
+        waiting = base.vae.parameters() * choice.element
+        waiting += _unconditional_bytes(base, choice)
+        add("train", "waiting models", waiting, "what samples are made with")
     finish("train")
     if shapes.sample_tokens:
         _sample(add, base, targets, rank, shapes, choice)
@@ -325,20 +330,29 @@ def _sample(
     weights, h, f = resident_parameters(spec), spec.hidden, spec.intermediate_size
     add("sample", "weights", weights * e, f"{_count(weights)} parameters x {e} bytes ({choice.precision})")
     _adapter(add, "sample", adapter_parameters(spec, targets, rank))
-    other = weights * e if choice.unconditional == "loaded" else 0
+    other = _unconditional_bytes(base, choice)
     cast = ADAPTER_BYTES if targets else 0
     denoise = shapes.sample_tokens * (e * (6 * h + 2 * f) + 2 * 4 * h + 3 * cast * f)
     channels = base.vae.block_out_channels
     # The last upsampling works at full resolution on the channels of the level below it.
     decode = 4 * channels[min(1, len(channels) - 1)] * shapes.sample_pixels * e
     vae = base.vae.parameters() * e
-    if other + denoise >= vae + decode:
+    denoising = other + denoise >= vae + decode
+    together = choice.device == "cpu"
+    if denoising or together:
         add("sample", "unconditional weights", other, "the second transformer, for guidance")
+    if together or not denoising:
+        add("sample", "autoencoder", vae, f"{_count(base.vae.parameters())} x {e} bytes")
+    if denoise > decode if together else denoising:
         add("sample", "activations", denoise, f"{shapes.sample_tokens} tokens", transient=True)
     else:
-        add("sample", "autoencoder", vae, f"{_count(base.vae.parameters())} x {e} bytes")
         megapixels = shapes.sample_pixels / 1e6
         add("sample", "activations", decode, f"decoding {megapixels:.2f} megapixels", transient=True)
+
+
+def _unconditional_bytes(base: BaseFacts, choice: Choice) -> int:
+    loaded = choice.unconditional == "loaded"
+    return resident_parameters(base.transformer) * choice.element if loaded else 0
 
 
 def _adapter(add: _Add, phase: Phase, parameters: int) -> None:

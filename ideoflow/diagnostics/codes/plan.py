@@ -13,17 +13,18 @@ BAD_PLAN = define(
     "IP002",
     "damaged plan",
     """
-    The file is not a plan that ideoflow wrote: it is not JSON, or something in it is missing, left over or of
-    another type. A plan is a record of decisions and is not meant to be edited: change the recipe, and plan
-    again.
+    The file is not a plan that ideoflow wrote: it is not JSON, or something in it is missing, left over or
+    of another type. A plan is a record of decisions and is not meant to be edited: change the recipe, and
+    plan again.
     """,
 )
 OTHER_FORMAT = define(
     "IP003",
     "plan of another format version",
     """
-    The plan was written by a version of ideoflow with another plan format, so its decisions may mean something
-    else here. Make it again from its recipe with `ideoflow plan`, or use the version that wrote it.
+    The plan was written by a version of ideoflow with another plan format, so its decisions may mean
+    something else here. Make it again from its recipe with `ideoflow plan`, or use the version that wrote
+    it.
     """,
 )
 RECIPE_CHANGED = define(
@@ -54,8 +55,8 @@ UNKNOWN_GPU = define(
     "IP010",
     "unknown card",
     """
-    `--gpu` takes the name of a card (`rtx-4090`, `l40s`, `h100`) or a memory size (`16gb`). For a card that is
-    not in the table, give its memory size: the memory plan is the same, only times are not predicted.
+    `--gpu` takes the name of a card (`rtx-4090`, `l40s`, `h100`) or a memory size (`16gb`). For a card that
+    is not in the table, give its memory size: the memory plan is the same, only times are not predicted.
     """,
 )
 NO_GPU = define(
@@ -63,15 +64,121 @@ NO_GPU = define(
     "no GPU where one is asked for",
     """
     The recipe says `memory.device = "cuda"`, but NVML finds no NVIDIA card that is visible. Look at
-    `nvidia-smi` and at the variable `CUDA_VISIBLE_DEVICES`. To plan for a machine that is not this one, name
-    its card: `ideoflow plan RECIPE --gpu rtx-4090`.
+    `nvidia-smi` and at the variable `CUDA_VISIBLE_DEVICES`. To plan for a machine that is not this one,
+    name its card: `ideoflow plan RECIPE --gpu rtx-4090`.
     """,
 )
 NO_NVML = define(
     "IP012",
     "the GPU cannot be asked",
     """
-    An NVIDIA driver is installed, but the small Python package that asks it for free memory, `nvidia-ml-py`,
-    is not. Without it a plan would be made for the processor, so nothing is planned at all.
+    An NVIDIA driver is installed, but the small Python package that asks it for free memory,
+    `nvidia-ml-py`, is not. Without it a plan would be made for the processor, so nothing is planned at all.
     """,
+)
+BAD_CALIBRATION = define(
+    "IP013",
+    "measurements of earlier runs cannot be used",
+    """
+    `calibration.json` in ideoflow's cache folder, which runs append to, is damaged or of another version.
+    Plans fall back on what ships with the package. Remove the file; the next runs make a new one.
+    """,
+    severity="warning",
+)
+NO_TARGETS_IN_BASE = define(
+    "IP014",
+    "adapter targets match nothing in this base",
+    """
+    The globs in `adapter.targets` match modules of the released model, but none of the base that the recipe
+    names, which may have fewer blocks. `targets = "all"` works for every base.
+    """,
+)
+DEVICE_MISMATCH = define(
+    "IP015",
+    "the recipe's device is not the machine's",
+    """
+    `memory.device` says `cpu`, but the plan is made for a graphics card (`--gpu`). Leave one of the two
+    out.
+    """,
+)
+DOES_NOT_FIT = define(
+    "IP020",
+    "the run does not fit",
+    """
+    The predicted peak is above the memory that is free on the device. What the recipe sets is never changed
+    in silence: the plan lists the changes that save most for the least, in order of their cost, and
+    `ideoflow plan` exits with 2.
+    """,
+    severity="warning",
+)
+TIGHT = define(
+    "IP021",
+    "the run only just fits",
+    """
+    The predicted peak is within 5 % of the free memory. The prediction is not exact, and other programs on
+    the same card may need more at any time. Close what uses the card, or make one of the changes that the
+    plan lists for smaller cards.
+    """,
+    severity="warning",
+)
+NOT_RECOMMENDED = define(
+    "IP022",
+    "device not recommended",
+    """
+    Ideogram 4 trains best on NVIDIA cards with bf16 units (compute capability 8.0 or newer). Elsewhere:
+
+    - **AMD (ROCm)**: torch runs the reference path; nothing here was measured on such a card.
+    - **Apple**: the run uses the processor, since float32 rotary positions and the attention kernels are
+      not dependable on the GPU there; the nano base is fine, the full model takes days.
+    - **NVIDIA before Ampere (T4, V100, RTX 20)**: no bf16 units, so products are many times slower.
+    - **Processors**: right for the nano base and for tests; the full model takes days.
+    """,
+    severity="warning",
+)
+LARGE_ADAPTER = define(
+    "IP023",
+    "large adapter file",
+    """
+    The adapter's file will be over 1 GB. A LoRA of rank 16 to 64 holds most subjects and styles; each
+    doubling of the rank doubles the file. Lower `adapter.rank`, or train fewer modules: `targets =
+    "attention"`.
+    """,
+    severity="warning",
+)
+DISK_SHORT = define(
+    "IP024",
+    "little disk space",
+    """
+    Caches, checkpoints and the adapter need more disk space than is free. Free some, lower
+    `train.keep_checkpoints`, or set `output.folder` and the variable `IDEOFLOW_CACHE` to another disk.
+    """,
+    severity="warning",
+)
+HOST_SHORT = define(
+    "IP025",
+    "little host memory",
+    """
+    Every model passes through the host's memory on its way to the GPU, and less of that is free than the
+    largest one needs. The system will swap, or stop the run. Close other programs, or add swap space.
+    """,
+    severity="warning",
+)
+CARD_SHARED = define(
+    "IP026",
+    "other programs use the card",
+    """
+    Other processes hold memory on the card, so the plan has less to work with than the card has.
+    `nvidia-smi` names them; close what you do not need and plan again.
+    """,
+    severity="note",
+)
+PROXY_GUIDANCE = define(
+    "IP027",
+    "samples are made with proxy guidance",
+    """
+    True asymmetric guidance needs the second, unconditional transformer, and there is no room for it beside
+    the first, on the card or in the host's memory. The samples use the trained transformer without text in
+    its place: good enough to follow a training, but not what the released pipeline makes.
+    """,
+    severity="note",
 )

@@ -1,0 +1,152 @@
+"""What was measured, and how it corrects the formulas.
+
+Two kinds of measurement. *Shares of peak* come with the package (``*.json`` beside this file): how much of a
+card's data-sheet rates each kind of work reaches; the time model starts from them on every card. *Runs* are
+appended by ``ideoflow run`` to ``calibration.json`` in the user's cache: what was predicted and what was
+measured, for one device, engine and set of versions. They scale the prediction for exactly that combination:
+memory by the greatest of the last runs, so that it is not predicted too small, time by their median.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ideoflow.diagnostics import Diagnostic, Span
+from ideoflow.diagnostics.codes.plan import BAD_CALIBRATION
+from ideoflow.plan.codec import Mismatch, decode, encode
+from ideoflow.resources import user_cache
+
+FORMAT = 1
+# Runs of one combination that are looked at, newest last; kept in the file; and how far they may correct.
+_RECENT, _KEPT, _LARGEST = 8, 500, 4.0
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of data-sheet peaks, by kind of work, and milliseconds a block spends on launching kernels."""
+
+    format: int
+    device: str
+    versions: Mapping[str, str]
+    source: str
+    note: str
+    efficiency: Mapping[str, float]
+    block_ms: Mapping[str, float]
+    rows: tuple[Mapping[str, float | bool], ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: what was predicted and what came.
+
+    ``moving`` bytes are those of the train phase that come and go (not weights, adapter or CUDA context),
+    as allocated at the peak; ``engine_digest`` changes with the engine's code.
+    """
+
+    device: str
+    engine: str
+    engine_digest: str
+    versions: Mapping[str, str]
+    compiled: bool
+    predicted_moving: int
+    measured_moving: int
+    predicted_step_ms: float | None
+    measured_step_ms: float
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Corrections for one combination; ``source`` is empty where nothing was measured for it."""
+
+    memory: float = 1.0
+    time: float = 1.0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All that is known: the shares that ship, and the runs made here."""
+
+    shares: Shares
+    runs: tuple[Measured, ...] = ()
+
+    def factors(self, device: str, engine: str, compiled: bool) -> Factors:
+        """Corrections from the newest runs of this device and engine, if there are any."""
+        alike = [r for r in self.runs if (r.device, r.engine, r.compiled) == (device, engine, compiled)]
+        # A changed engine is another engine: only runs of the newest one count.
+        recent = [r for r in alike if r.engine_digest == alike[-1].engine_digest][-_RECENT:]
+        if not recent:
+            return Factors()
+        memory = max(r.measured_moving / max(r.predicted_moving, 1) for r in recent)
+        times = [r.measured_step_ms / r.predicted_step_ms for r in recent if r.predicted_step_ms]
+        time = statistics.median(times) if times else 1.0
+        count = f"{len(recent)} run{'s' if len(recent) > 1 else ''} on this {device}"
+        return Factors(_bounded(memory), _bounded(time), count)
+
+
+def _bounded(factor: float) -> float:
+    """A measurement that is wildly off (a shared machine, a swap) must not make plans absurd."""
+    return min(max(factor, 1 / _LARGEST), _LARGEST)
+
+
+@cache
+def shipped() -> Calibration:
+    """What comes with the package."""
+    file = Path(__file__).with_name("h200.json")
+    return Calibration(decode(Shares, json.loads(file.read_text(encoding="utf-8"))))
+
+
+def user_file() -> Path:
+    """Where runs made here are kept."""
+    return user_cache() / "calibration.json"
+
+
+def load_calibration(file: Path | None = None) -> tuple[Calibration, list[Diagnostic]]:
+    """What ships and what was measured here; a damaged file is a warning and counts for nothing."""
+    file = file or user_file()
+    try:
+        runs = _read(file)
+    except FileNotFoundError:
+        return shipped(), []
+    except (OSError, ValueError) as error:
+        cure = "remove the file; later runs make a new one"
+        message = f"measurements of earlier runs cannot be used: {error}"
+        return shipped(), [
+            Diagnostic(BAD_CALIBRATION, message, Span(str(file)), cure, severity=BAD_CALIBRATION.severity)
+        ]
+    return Calibration(shipped().shares, runs), []
+
+
+def _read(file: Path) -> tuple[Measured, ...]:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("runs"), list):
+        raise Mismatch("format", f"not a calibration of format {FORMAT}")
+    return tuple(decode(Measured, run, f"runs.{i}") for i, run in enumerate(data["runs"]))
+
+
+def append_runs(runs: Iterable[Measured], file: Path | None = None) -> Path:
+    """Adds measurements to the user's file, which is replaced whole; the oldest go when it grows long.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    file = file or user_file()
+    try:
+        earlier = _read(file)
+    except (OSError, ValueError):
+        earlier = ()
+    kept: list[Any] = [encode(run) for run in (*earlier, *runs)][-_KEPT:]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=".calibration.", dir=file.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        json.dump({"format": FORMAT, "runs": kept}, stream, indent=1)
+    Path(scratch).replace(file)
+    return file
