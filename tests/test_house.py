@@ -58,7 +58,7 @@ def test_import_contracts_hold():
         ("recipe/load.py", "import ideoflow.captions", "one way through the house"),
         ("recipe/load.py", "import ideoflow.model.base", "architecture table and nothing else"),
         ("diagnostics/types.py", "import ideoflow.recipe", "one way through the house"),
-        ("model/spec.py", "def f():\n    from diffusers import models", "model's table"),
+        ("model/spec.py", "def f():\n    from diffusers import models", "What planning needs"),
         ("cli/__init__.py", "import lark", "command line imports"),
     ],
 )
@@ -128,7 +128,7 @@ def test_nothing_is_left_unfinished():
 
 
 def test_no_path_of_one_machine():
-    pattern = re.compile(r"(?<![\w.~$}])/(?:work|root|home|tmp)/\w")
+    pattern = re.compile(r"(?<![\w.~$}])/(?:work|root|tmp|home/(?!me/))/?\w")
     folders = ("ideoflow", "benchmarks", "docs", "grammar", "recipes", "schemas", ".ci")
     files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
     files += [p for p in ROOT.iterdir() if p.is_file()]
