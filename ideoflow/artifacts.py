@@ -21,9 +21,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ideoflow import __version__
-from ideoflow.data.cache import write_whole
 from ideoflow.diagnostics import Diagnostic, Span, fail
 from ideoflow.diagnostics.codes.artifacts import DAMAGED_CHECKPOINT, OTHER_RUN, UNWRITABLE
+from ideoflow.resources import write_whole
 
 _QKV = ("to_q", "to_k", "to_v")
 _PEFT_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.default\.weight")
@@ -99,13 +99,14 @@ def _write(file: Path, content: bytes) -> None:
         fail(UNWRITABLE, f"cannot write {file}: {error.strerror or error}", cure=cure)
 
 
-def prepare_output(folder: Path) -> None:
-    """Makes sure that results can be written, before any work is done.
+def prepare_output(folder: Path, texts: Mapping[str, str]) -> None:
+    """Writes small text files that describe the run, and so finds out early whether results can be kept.
 
     Raises:
         IdeoflowError: when they cannot.
     """
-    _write(folder / ".ideoflow", f"{__version__}\n".encode())
+    for name, text in texts.items():
+        _write(folder / name, text.encode())
 
 
 @dataclass(frozen=True)

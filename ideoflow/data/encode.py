@@ -6,9 +6,10 @@ Each encoder is loaded only if something is missing, and is gone again before th
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ideoflow.model.text import TextEncoder
 
 # progress(stage, done, total)
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,29 +55,56 @@ class Encoder:
         self.dtype, self.device, self.max_tokens = dtype, device, max_tokens
         self.progress = progress
 
-    def encode(self, samples: Iterable[Sample], captions: Iterable[str] = ()) -> list[Encoded]:
-        """Makes whatever is missing for ``samples`` and for further ``captions``.
+    def encode_captions(self, captions: Iterable[str]) -> None:
+        """Encodes the captions (canonical JSON) that are not cached yet.
 
         Raises:
-            IdeoflowError: with every picture that could not be decoded and every caption that is too long;
-                all the others are cached by then.
+            IdeoflowError: with every caption that is too long; all the others are cached by then.
         """
-        samples = list(samples)
-        problems: list[Diagnostic] = []
-        texts = {self._text_key(c): c for c in (*(s.caption for s in samples), *captions)}
-        self._encode_texts(texts, problems)
-        latents = {self._latents_key(s): s for s in samples}
-        self._encode_pictures(latents, problems)
-        if problems:
-            raise IdeoflowError(problems)
+        missing = {key: c for c in captions if (key := self._text_key(c)) not in self.cache}
+        if not missing:
+            return
+        self.progress("captions", 0, len(missing))
+        encoder = TextEncoder.load(
+            self.folder, dtype=self.dtype, device=self.device, max_tokens=self.max_tokens
+        )
+        self._put_all("captions", missing, encoder.encode)
+        del encoder
+        release(self.device)
+
+    def encode_pictures(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """Encodes the pictures that are not cached yet; says where each sample's encoded forms are.
+
+        Raises:
+            IdeoflowError: with every picture that cannot be decoded; all the others are cached by then.
+        """
+        keys = [self._latents_key(s) for s in samples]
+        missing = {key: s for key, s in zip(keys, samples, strict=True) if key not in self.cache}
+        if missing:
+            self.progress("pictures", 0, len(missing))
+            vae = load_vae(self.folder, dtype=self.dtype, device=self.device)
+            self._put_all("pictures", missing, lambda s: encode_pixels(vae, load_pixels(s)[None])[0])
+            del vae
+            release(self.device)
         return [
             Encoded(
-                self._latents_key(s),
-                self._text_key(s.caption),
-                (s.size[1] // PIXELS_PER_TOKEN, s.size[0] // PIXELS_PER_TOKEN),
+                key, self._text_key(s.caption), (s.size[1] // PIXELS_PER_TOKEN, s.size[0] // PIXELS_PER_TOKEN)
             )
-            for s in samples
+            for key, s in zip(keys, samples, strict=True)
         ]
+
+    def _put_all(self, stage: str, missing: Mapping[str, T], make: Callable[[T], Tensor]) -> None:
+        problems: list[Diagnostic] = []
+        for done, (key, item) in enumerate(missing.items(), 1):
+            try:
+                value = make(item)
+            except IdeoflowError as error:
+                problems.extend(error.diagnostics)  # one bad picture must not hide the next
+            else:
+                self.cache.put(key, value)
+            self.progress(stage, done, len(missing))
+        if problems:
+            raise IdeoflowError(problems[:20])
 
     def text_features(self, caption: str) -> Tensor:
         """Cached projected features (tokens, hidden) of a caption that was encoded before."""
@@ -103,47 +132,6 @@ class Encoder:
             window=sample.geometry.window,
             pixels=picture_digest(sample.picture),
         )
-
-    def _encode_texts(self, texts: dict[str, str], problems: list[Diagnostic]) -> None:
-        missing = {key: caption for key, caption in texts.items() if key not in self.cache}
-        if not missing:
-            return
-        self.progress("captions", 0, len(missing))
-        encoder = TextEncoder.load(
-            self.folder, dtype=self.dtype, device=self.device, max_tokens=self.max_tokens
-        )
-        for done, (key, caption) in enumerate(missing.items(), 1):
-            try:
-                self.cache.put(key, encoder.encode(caption))
-            except IdeoflowError as error:
-                _keep_or_raise(error, problems)
-            self.progress("captions", done, len(missing))
-        del encoder
-        release(self.device)
-
-    def _encode_pictures(self, latents: dict[str, Sample], problems: list[Diagnostic]) -> None:
-        missing = {key: sample for key, sample in latents.items() if key not in self.cache}
-        if not missing:
-            return
-        self.progress("pictures", 0, len(missing))
-        vae = load_vae(self.folder, dtype=self.dtype, device=self.device)
-        for done, (key, sample) in enumerate(missing.items(), 1):
-            try:
-                self.cache.put(key, encode_pixels(vae, load_pixels(sample)[None])[0])
-            except IdeoflowError as error:
-                _keep_or_raise(error, problems)
-            self.progress("pictures", done, len(missing))
-        del vae
-        release(self.device)
-
-
-def _keep_or_raise(error: IdeoflowError, problems: list[Diagnostic], limit: int = 20) -> None:
-    """One bad picture must not hide the next, but a full disk concerns them all."""
-    from ideoflow.diagnostics.codes.data import CACHE_UNWRITABLE
-
-    problems.extend(error.diagnostics)
-    if len(problems) >= limit or any(d.code is CACHE_UNWRITABLE for d in error.diagnostics):
-        raise IdeoflowError(problems) from None
 
 
 def release(device: torch.device) -> None:

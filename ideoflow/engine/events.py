@@ -17,6 +17,24 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class RunStarted:
+    """A start, or a resumption after ``from_step`` steps."""
+
+    from_step: int
+    device: str
+    torch: str
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """A stage ended after ``seconds``; ``peak_bytes`` as :class:`ideoflow.engine.meter.Meter` says."""
+
+    stage: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class StepDone:
     """One optimiser step: its mean loss, learning rate, gradient norm before clipping, and wall time."""
 
@@ -49,5 +67,5 @@ class Note:
     text: str
 
 
-Event = Progress | StepDone | CheckpointSaved | SampleMade | Note
+Event = Progress | RunStarted | StageDone | StepDone | CheckpointSaved | SampleMade | Note
 Emit = Callable[[Event], None]

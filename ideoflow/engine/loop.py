@@ -29,6 +29,8 @@ class Stop:
     """Asks the loop to save and stop after the step it is in."""
 
     requested: bool = False
+    # Whether the loop is running, so that a request is heard.
+    listening: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Trainer:
         self.model.transformer.train()
         total = self.settings.steps
         self.emit(Progress("train", self.step, total))
+        self.stop.listening = True
         while self.step < total and not self.stop.requested:
             self._one_step()
             self.emit(Progress("train", self.step, total))
@@ -104,6 +107,7 @@ class Trainer:
                 self.save()
             if last or self.step % every == 0:
                 at_interval(self.step)
+        self.stop.listening = False
         return Trained(self.step, self.step >= total)
 
     def _one_step(self) -> None:

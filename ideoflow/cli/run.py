@@ -1,0 +1,50 @@
+"""``ideoflow run RECIPE``: plans, trains, samples, reports."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe (.toml), or a plan.json to run exactly as planned")
+    parser.add_argument("--fresh", action="store_true", help="set an earlier run of this recipe aside")
+    parser.add_argument("--force", action="store_true", help="run even if the plan does not fit")
+    parser.add_argument("--quiet", action="store_true", help="only warnings, errors and the result")
+
+
+def execute(args: argparse.Namespace) -> int:
+    from ideoflow.cli import show
+    from ideoflow.cli.console import Console
+    from ideoflow.workflow import prepare, run
+
+    with Console(quiet=args.quiet) as console:
+        prepared = prepare(args.recipe, console.say)
+        show(prepared.dataset.warnings)
+        console.plan(prepared.plan)
+        console.say("loading torch, diffusers and peft")
+        stop = _stop_on_interrupt(console)
+        result = run(prepared, fresh=args.fresh, force=args.force, on_event=console.event, stop=stop)
+        console.result(result, args.recipe)
+    return 0 if result.finished else 130
+
+
+def _stop_on_interrupt(console: Any) -> Any:
+    """Ctrl-C once saves and stops after the step; twice stops at once. Outside training, once is enough."""
+    from ideoflow.engine.loop import Stop
+
+    stop = Stop()
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        if stop.requested or not stop.listening:
+            raise KeyboardInterrupt
+        stop.requested = True
+        console.say("saving and stopping after this step; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGTERM, on_interrupt)
+    return stop

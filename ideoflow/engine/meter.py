@@ -1,0 +1,64 @@
+"""Seconds and peak memory of each stage of a run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+_INTERVAL = 0.05  # seconds between looks at the process's memory
+
+
+class Meter:
+    """Measures stages on one device and tells ``report(stage, seconds, peak_bytes)`` at their end.
+
+    On a GPU the peak is what torch's allocator had reserved for tensors (``max_memory_allocated``); on a CPU
+    it is the resident memory of the whole process, libraries included, as seen every 50 ms.
+    """
+
+    def __init__(self, device: torch.device, report: Callable[[str, float, int], None]) -> None:
+        self.device, self.report = device, report
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Everything inside the ``with`` is one stage; it is told also when it ends in an error."""
+        peak = _GpuPeak(self.device) if self.device.type == "cuda" else _ProcessPeak()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            bytes_ = peak.stop()
+            self.report(name, time.perf_counter() - started, bytes_)
+
+
+class _GpuPeak:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def stop(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+class _ProcessPeak:
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.peak = self.process.memory_info().rss
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.done.wait(_INTERVAL):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def stop(self) -> int:
+        self.done.set()
+        self.thread.join()
+        return max(self.peak, self.process.memory_info().rss)

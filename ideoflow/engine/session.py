@@ -1,0 +1,155 @@
+"""One run on one device: fill the caches, build the model, train, sample, write the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from ideoflow.artifacts import Checkpoints, lora_factors, write_adapter
+from ideoflow.data.cache import TensorCache
+from ideoflow.data.encode import Encoder, release
+from ideoflow.data.survey import Prompt, Sample
+from ideoflow.diagnostics import Diagnostic, fail
+from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
+from ideoflow.diagnostics.codes.engine import OUT_OF_MEMORY
+from ideoflow.engine.events import Emit, Note, Progress, RunStarted, SampleMade, StageDone
+from ideoflow.engine.loop import Stop, Trained, Trainer, run_identity
+from ideoflow.engine.meter import Meter
+from ideoflow.engine.sampling import Sampler, write_picture
+from ideoflow.engine.setup import DTYPES, Trainable, build, plan_device, plan_dtype
+from ideoflow.plan.document import Plan
+from ideoflow.resources import user_cache
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a session ended; no ``adapter`` where it was stopped before the last step."""
+
+    step: int
+    finished: bool
+    adapter: Path | None
+
+
+def carry_out(
+    plan: Plan, samples: Sequence[Sample], prompts: Sequence[Prompt], folder: Path, *, emit: Emit, stop: Stop
+) -> Outcome:
+    """Trains what the plan says on ``samples``; goes on where an earlier run in ``folder`` stopped.
+
+    Raises:
+        IdeoflowError: with what went wrong. Caches, checkpoints and samples made until then are kept.
+    """
+    try:
+        return _Session(plan, folder, emit, stop).run(samples, prompts)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _out_of_memory(plan, str(error))
+    except RuntimeError as error:
+        # The CPU's allocator has no exception type of its own.
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        _out_of_memory(plan, str(error))
+
+
+def _out_of_memory(plan: Plan, reason: str) -> None:
+    release(torch.device(str(plan.value("device"))))
+    fail(
+        OUT_OF_MEMORY,
+        f"out of memory on {plan.hardware.name}",
+        cure="`ideoflow plan RECIPE` lists changes that save memory; the next run goes on from the last "
+        "checkpoint",
+        notes=reason.strip().splitlines()[:1],
+    )
+
+
+class _Session:
+    def __init__(self, plan: Plan, folder: Path, emit: Emit, stop: Stop) -> None:
+        assert plan.base.folder is not None, "the base is fetched before the engine starts"
+        self.plan, self.folder, self.emit, self.stop = plan, folder, emit, stop
+        self.device = plan_device(plan)
+        self.meter = Meter(self.device, lambda *news: emit(StageDone(*news)))
+        self.encoder = Encoder(
+            plan.base.folder,
+            plan.base.digest,
+            TensorCache(user_cache() / "encoded"),
+            dtype=plan_dtype(plan),
+            device=self.device,
+            max_tokens=plan.tables.captions.max_tokens,
+            progress=lambda *news: emit(Progress(*news)),
+        )
+        settings = plan.tables.train
+        self.checkpoints = Checkpoints(folder / "checkpoints", run_identity(plan), settings.keep_checkpoints)
+
+    def run(self, samples: Sequence[Sample], prompts: Sequence[Prompt]) -> Outcome:
+        checkpoint, warnings = self.checkpoints.newest()
+        self._tell(warnings)
+        from_step = checkpoint.step if checkpoint else 0
+        self.emit(RunStarted(from_step, str(self.device), torch.__version__))
+        with self.meter.stage("captions"):
+            self.encoder.encode_captions([s.caption for s in samples] + [p.caption for p in prompts])
+        with self.meter.stage("pictures"):
+            data = self.encoder.encode_pictures(samples)
+        with self.meter.stage("load"):
+            model = build(self.plan)
+            sampler = Sampler(self.plan, model.transformer) if prompts else None
+        trainer = Trainer(self.plan, model, data, self.encoder, self.checkpoints, self.emit, self.stop)
+        if checkpoint:
+            trainer.resume(checkpoint)
+            self.emit(Note(f"going on from step {checkpoint.step} of {self.plan.tables.train.steps}"))
+        trained = self._train(trainer, sampler, prompts)
+        if not trained.finished:
+            return Outcome(trained.step, False, None)
+        return Outcome(trained.step, True, self._write_adapter(model, trained.step))
+
+    def _train(self, trainer: Trainer, sampler: Sampler | None, prompts: Sequence[Prompt]) -> Trained:
+        def take_samples(step: int) -> None:
+            if sampler is not None:
+                with self.meter.stage("samples"):
+                    self._sample(sampler, prompts, step)
+
+        if trainer.step == 0:
+            take_samples(0)
+        with self.meter.stage("train"):
+            return trainer.train(self.plan.tables.validate.every, take_samples)
+
+    def _sample(self, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> None:
+        self.emit(Progress("samples", 0, len(prompts)))
+        texts = [self.encoder.text_features(p.caption) for p in prompts]
+        for done, (prompt, picture) in enumerate(zip(prompts, sampler.sample(texts), strict=True), 1):
+            file = self.folder / "samples" / f"step-{step:06d}" / f"{done:02d}-{prompt.name}.png"
+            try:
+                write_picture(picture, file)
+            except OSError as error:
+                fail(
+                    UNWRITABLE,
+                    f"cannot write {file}: {error.strerror or error}",
+                    cure="free some space; the next run goes on from the last checkpoint",
+                )
+            self.emit(SampleMade(step, prompt.name, file.relative_to(self.folder)))
+            self.emit(Progress("samples", done, len(prompts)))
+
+    def _write_adapter(self, model: Trainable, step: int) -> Path:
+        plan, adapter = self.plan, self.plan.tables.adapter
+        scale = (adapter.alpha or adapter.rank) / adapter.rank
+        metadata = {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": "ideogram-4/lora",
+            "modelspec.title": plan.name,
+            "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "modelspec.license": f"subject to the licence of the base model, {plan.base.name}",
+            "ideoflow.base": plan.base.name,
+            "ideoflow.base_digest": plan.digests.base,
+            "ideoflow.recipe_digest": plan.digests.recipe,
+            "ideoflow.steps": str(step),
+            "ideoflow.rank": str(adapter.rank),
+        }
+        dtype = DTYPES[plan.tables.output.dtype]
+        return write_adapter(
+            self.folder / f"{plan.name}.safetensors", lora_factors(model.parameters), scale, dtype, metadata
+        )
+
+    def _tell(self, warnings: Sequence[Diagnostic]) -> None:
+        for warning in warnings:
+            self.emit(Note(warning.message))

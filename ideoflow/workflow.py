@@ -1,0 +1,127 @@
+"""The whole program in one place: recipe -> captions -> plan -> cache -> engine -> artifacts -> report.
+
+:func:`prepare` needs no torch, so mistakes in a recipe, a caption or a picture are told at once; torch is
+imported when the engine starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ideoflow import __version__
+from ideoflow.data.survey import Dataset, Prompt, read_dataset, read_prompts
+from ideoflow.diagnostics import IdeoflowError, fail
+from ideoflow.diagnostics.codes.engine import DOES_NOT_FIT
+from ideoflow.model.base import locate_base
+from ideoflow.model.hub import fetch_base
+from ideoflow.plan import check_digests, detect_hardware, make_plan
+from ideoflow.plan.document import Plan, load_plan
+from ideoflow.recipe import Recipe, load_recipe
+from ideoflow.report.html import write_report
+from ideoflow.report.record import Recorder
+
+# Names of the engine's events in metrics.jsonl.
+_KINDS = {
+    "RunStarted": "run",
+    "StageDone": "stage",
+    "StepDone": "step",
+    "SampleMade": "sample",
+    "CheckpointSaved": "checkpoint",
+    "Note": "note",
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the first tensor is touched."""
+
+    recipe: Recipe
+    dataset: Dataset
+    prompts: tuple[Prompt, ...]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind; no ``adapter`` where it was stopped before the last step."""
+
+    folder: Path
+    step: int
+    finished: bool
+    adapter: Path | None
+    report: Path
+
+
+def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Prepared:
+    """Reads a recipe (or the recipe of a plan.json), its data and its base, and plans the run.
+
+    Raises:
+        IdeoflowError: with everything that is wrong; for a plan.json also when what it was made from changed.
+    """
+    planned = load_plan(path) if Path(path).suffix == ".json" else None
+    recipe = load_recipe(planned.recipe_path if planned else path)
+    dataset, prompts = read_dataset(recipe), read_prompts(recipe)
+    model, span = recipe.tables.model, recipe.span("model.base")
+    base = locate_base(model.base, revision=model.revision, relative_to=recipe.folder, span=span)
+    base = fetch_base(base, model.revision, span=span, say=say)
+    summary = dataset.summary(recipe.folder / recipe.tables.data.images)
+    if planned is None:
+        hardware = detect_hardware(recipe.tables.memory.device, span=recipe.span("memory.device"))
+        return Prepared(recipe, dataset, prompts, make_plan(recipe, base, summary, hardware))
+    if changed := check_digests(planned, recipe, base, summary):
+        raise IdeoflowError(changed)
+    return Prepared(recipe, dataset, prompts, replace(planned, base=base))
+
+
+def run(
+    prepared: Prepared,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    on_event: Callable[[Any], None] = lambda _: None,
+    stop: Any = None,
+) -> Result:
+    """Carries a prepared run out, or goes on with what an interrupted one left in the output folder.
+
+    Args:
+        fresh: sets an earlier run's folder aside instead of continuing it.
+        force: tries a plan that does not fit.
+        on_event: gets every event of :mod:`ideoflow.engine.events`.
+        stop: an :class:`ideoflow.engine.loop.Stop`; when requested, the run saves and ends.
+
+    Raises:
+        IdeoflowError: with what went wrong; what was made until then is kept and reported.
+    """
+    from ideoflow.artifacts import prepare_output, set_aside
+    from ideoflow.engine.loop import Stop
+    from ideoflow.engine.session import carry_out
+
+    plan, folder, started = prepared.plan, prepared.recipe.output_folder, perf_counter()
+    if not plan.fits and not force:
+        need, free = (n / 2**30 for n in (plan.ledger.peak_bytes, plan.hardware.free_bytes))
+        cure = "`ideoflow plan` lists changes that make it fit; --force tries it all the same"
+        fail(DOES_NOT_FIT, f"the run needs {need:.1f} GiB, and {free:.1f} GiB are free", cure=cure)
+    if fresh:
+        set_aside(folder)
+    prepare_output(folder, {"plan.json": plan.to_json(), "recipe.toml": prepared.recipe.text})
+    recorder = Recorder(folder)
+
+    def emit(event: Any) -> None:
+        if kind := _KINDS.get(type(event).__name__):
+            recorder.write(kind, **asdict(event), **({"version": __version__} if kind == "run" else {}))
+        on_event(event)
+
+    outcome = None
+    try:
+        outcome = carry_out(
+            plan, prepared.dataset.samples, prepared.prompts, folder, emit=emit, stop=stop or Stop()
+        )
+    finally:
+        end = asdict(outcome) if outcome else {"finished": False}
+        recorder.write("end", seconds=perf_counter() - started, **end)
+        report = write_report(folder, plan)
+    return Result(folder, outcome.step, outcome.finished, outcome.adapter, report)
