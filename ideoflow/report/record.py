@@ -38,7 +38,8 @@ class Recorder:
         Raises:
             IdeoflowError: when the disk is full.
         """
-        line = json.dumps({"kind": kind} | {k: _plain(v) for k, v in facts.items()}, ensure_ascii=False)
+        # ASCII only: no half of a character where a line is cut off, and no line break but our own.
+        line = json.dumps({"kind": kind} | {k: _plain(v) for k, v in facts.items()})
         try:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
