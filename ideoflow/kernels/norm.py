@@ -1,8 +1,8 @@
-"""RMSNorm with adaptive scale or gate, its backward, and the quantisation behind it, one pass each, in Triton.
+"""RMSNorm with adaptive scale or gate, its backward, and the quantisation behind it, in Triton.
 
 One program holds one token's row in registers, so each tensor is read once and written once: these kernels
 run at the memory's speed. The inverse rms is computed again in the backward pass, where the row is at hand
-anyway, rather than saved.
+anyway, rather than saved. Rows come in two pieces (see ``load_row``), hence the pairs.
 """
 
 from __future__ import annotations
@@ -12,130 +12,105 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ideoflow.kernels.quantize import empty_operand, store_row, warps_for
+from ideoflow.kernels.quantize import empty_operand, load_row, pieces, store_row, warps_for
 from ideoflow.kernels.reference import Operand
 
 
 @triton.jit
-def _load_row(pointer, row, width, columns, mask):
-    return tl.load(pointer + row.to(tl.int64) * width + columns, mask=mask, other=0.0).to(tl.float32)
+def _inverse_rms(first, second, width, eps):
+    return tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / width + eps)
 
 
 @triton.jit
-def _rms_backward(g, x, width, eps):
-    """Gradient of x / rms(x) for one row; masked elements are zero in both."""
-    inverse = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    normed = x * inverse
-    return inverse * (g - normed * (tl.sum(g * normed, 0) / width))
+def _rms_backward(g1, g2, x1, x2, width, eps):
+    """Gradient of x / rms(x) for one row."""
+    inverse = _inverse_rms(x1, x2, width, eps)
+    mean = inverse * inverse * (tl.sum(g1 * x1, 0) + tl.sum(g2 * x2, 0)) / width
+    return inverse * (g1 - x1 * mean), inverse * (g2 - x2 * mean)
 
 
 @triton.jit
-def _norm_modulate(h, weight, scale, sample, out, out_scale, width, eps, FP8_OUT: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
+def _norm_modulate(h, factor, sample, out, out_scale, width, eps, FP8_OUT: tl.constexpr, A: tl.constexpr,
+                   B: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    x = _load_row(h, row, width, columns, mask)
-    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    s = _load_row(scale, tl.load(sample + row), width, columns, mask)
-    inverse = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    store_row(out, out_scale, row, columns, mask, x * inverse * (w * (1.0 + s)), width, FP8_OUT)
+    x1, x2 = load_row(h, row, width, A, B)
+    f1, f2 = load_row(factor, tl.load(sample + row), width, A, B)
+    inverse = _inverse_rms(x1, x2, width, eps)
+    store_row(out, out_scale, row, x1 * inverse * f1, x2 * inverse * f2, width, FP8_OUT, A, B)
 
 
-def norm_modulate(h: Tensor, weight: Tensor, scale: Tensor, sample: Tensor, eps: float, fp8: bool) -> Operand:
+def norm_modulate(h: Tensor, factor: Tensor, sample: Tensor, eps: float, fp8: bool) -> Operand:
     """See :func:`ideoflow.kernels.reference.norm_modulate`."""
     rows, width = h.shape
     result = empty_operand(rows, width, h, fp8)
-    block = triton.next_power_of_2(width)
     _norm_modulate[(rows,)](
-        h,
-        weight,
-        scale,
-        sample,
-        result.values,
-        result.scale,
-        width,
-        eps,
-        fp8,
-        block,
-        num_warps=warps_for(block),
+        h, factor, sample, result.values, result.scale, width, eps, fp8, *pieces(width), num_warps=warps_for(width)
     )
     return result
 
 
 @triton.jit
-def _norm_modulate_backward(dx, h, weight, scale, sample, residual, out, width, eps, BLOCK: tl.constexpr):
+def _norm_modulate_backward(dx, h, factor, sample, residual, out, width, eps, A: tl.constexpr, B: tl.constexpr):
     row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    x = _load_row(h, row, width, columns, mask)
-    g = _load_row(dx, row, width, columns, mask)
-    before = _load_row(residual, row, width, columns, mask)
-    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    s = _load_row(scale, tl.load(sample + row), width, columns, mask)
-    grad = before + _rms_backward(g * (w * (1.0 + s)), x, width, eps)
-    tl.store(out + row.to(tl.int64) * width + columns, grad.to(out.dtype.element_ty), mask=mask)
+    x1, x2 = load_row(h, row, width, A, B)
+    g1, g2 = load_row(dx, row, width, A, B)
+    f1, f2 = load_row(factor, tl.load(sample + row), width, A, B)
+    before1, before2 = load_row(residual, row, width, A, B)
+    g1, g2 = _rms_backward(g1 * f1, g2 * f2, x1, x2, width, eps)
+    store_row(out, out, row, before1 + g1, before2 + g2, width, False, A, B)
 
 
-def norm_modulate_backward(dx: Tensor, h: Tensor, weight: Tensor, scale: Tensor, sample: Tensor, eps: float,
+def norm_modulate_backward(dx: Tensor, h: Tensor, factor: Tensor, sample: Tensor, eps: float,
                            residual: Tensor) -> Tensor:  # fmt: skip
     """See :func:`ideoflow.kernels.reference.norm_modulate_backward`."""
     rows, width = h.shape
     out = torch.empty_like(h)
-    block = triton.next_power_of_2(width)
     _norm_modulate_backward[(rows,)](
-        dx, h, weight, scale, sample, residual, out, width, eps, block, num_warps=warps_for(block)
+        dx, h, factor, sample, residual, out, width, eps, *pieces(width), num_warps=warps_for(width)
     )
     return out
 
 
 @triton.jit
-def _gated_residual(h, y, weight, gate, sample, out, width, eps, BLOCK: tl.constexpr):
+def _gated_residual(h, y, factor, sample, out, width, eps, A: tl.constexpr, B: tl.constexpr):
     row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    x = _load_row(y, row, width, columns, mask)
-    before = _load_row(h, row, width, columns, mask)
-    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    g = _load_row(gate, tl.load(sample + row), width, columns, mask)
-    inverse = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    after = before + g * x * inverse * w
-    tl.store(out + row.to(tl.int64) * width + columns, after.to(out.dtype.element_ty), mask=mask)
+    x1, x2 = load_row(y, row, width, A, B)
+    before1, before2 = load_row(h, row, width, A, B)
+    f1, f2 = load_row(factor, tl.load(sample + row), width, A, B)
+    inverse = _inverse_rms(x1, x2, width, eps)
+    store_row(out, out, row, before1 + x1 * inverse * f1, before2 + x2 * inverse * f2, width, False, A, B)
 
 
-def gated_residual(h: Tensor, y: Tensor, weight: Tensor, gate: Tensor, sample: Tensor, eps: float) -> Tensor:
+def gated_residual(h: Tensor, y: Tensor, factor: Tensor, sample: Tensor, eps: float) -> Tensor:
     """See :func:`ideoflow.kernels.reference.gated_residual`."""
     rows, width = h.shape
     out = torch.empty_like(h)
-    block = triton.next_power_of_2(width)
-    _gated_residual[(rows,)](h, y, weight, gate, sample, out, width, eps, block, num_warps=warps_for(block))
+    _gated_residual[(rows,)](h, y, factor, sample, out, width, eps, *pieces(width), num_warps=warps_for(width))
     return out
 
 
 @triton.jit
-def _gated_residual_backward(dh, y, weight, gate, sample, fold, out, out_scale, width, eps,
-                             FOLD: tl.constexpr, FP8_OUT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _gated_residual_backward(dh, y, factor, sample, fold, out, out_scale, width, eps, FOLD: tl.constexpr,
+                             FP8_OUT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    x = _load_row(y, row, width, columns, mask)
-    g = _load_row(dh, row, width, columns, mask)
-    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    g *= _load_row(gate, tl.load(sample + row), width, columns, mask) * w
-    grad = _rms_backward(g, x, width, eps)
+    x1, x2 = load_row(y, row, width, A, B)
+    g1, g2 = load_row(dh, row, width, A, B)
+    f1, f2 = load_row(factor, tl.load(sample + row), width, A, B)
+    g1, g2 = _rms_backward(g1 * f1, g2 * f2, x1, x2, width, eps)
     if FOLD:
-        grad *= tl.load(fold + columns, mask=mask, other=0.0)
-    store_row(out, out_scale, row, columns, mask, grad, width, FP8_OUT)
+        s1, s2 = load_row(fold, row * 0, width, A, B)
+        g1 *= s1
+        g2 *= s2
+    store_row(out, out_scale, row, g1, g2, width, FP8_OUT, A, B)
 
 
-def gated_residual_backward(dh: Tensor, y: Tensor, weight: Tensor, gate: Tensor, sample: Tensor, eps: float,
+def gated_residual_backward(dh: Tensor, y: Tensor, factor: Tensor, sample: Tensor, eps: float,
                             fold: Tensor | None, fp8: bool) -> Operand:  # fmt: skip
     """See :func:`ideoflow.kernels.reference.gated_residual_backward`."""
     rows, width = y.shape
     result = empty_operand(rows, width, y, fp8)
-    block = triton.next_power_of_2(width)
     _gated_residual_backward[(rows,)](
-        dh, y, weight, gate, sample, fold, result.values, result.scale, width, eps, fold is not None, fp8, block,
-        num_warps=warps_for(block),
+        dh, y, factor, sample, fold, result.values, result.scale, width, eps, fold is not None, fp8,
+        *pieces(width), num_warps=warps_for(width),
     )  # fmt: skip
     return result

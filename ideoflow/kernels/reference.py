@@ -67,14 +67,10 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def norm_modulate(h: Tensor, weight: Tensor, scale: Tensor, sample: Tensor, eps: float, fp8: bool) -> Operand:
-    """RMSNorm(h) * weight * (1 + scale[sample]), as an operand.
-
-    h [T, D], weight [D], scale [B, D].
-    """
+def norm_modulate(h: Tensor, factor: Tensor, sample: Tensor, eps: float, fp8: bool) -> Operand:
+    """RMSNorm(h) * factor[sample], as an operand; h [T, D], factor [B, D] = weight * (1 + scale)."""
     x = _wide(h)
-    factor = _wide(weight) * (1 + _wide(scale)[sample])
-    return _operand(x * _inverse_rms(x, eps) * factor, fp8, h.dtype)
+    return _operand(x * _inverse_rms(x, eps) * _wide(factor)[sample], fp8, h.dtype)
 
 
 def _rms_backward(dnormed: Tensor, x: Tensor, eps: float) -> Tensor:
@@ -84,27 +80,27 @@ def _rms_backward(dnormed: Tensor, x: Tensor, eps: float) -> Tensor:
     return inverse * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
 
 
-def norm_modulate_backward(dx: Tensor, h: Tensor, weight: Tensor, scale: Tensor, sample: Tensor, eps: float,
+def norm_modulate_backward(dx: Tensor, h: Tensor, factor: Tensor, sample: Tensor, eps: float,
                            residual: Tensor) -> Tensor:  # fmt: skip
     """residual + the gradient of :func:`norm_modulate` for h, given dx; all [T, D]."""
-    factor = _wide(weight) * (1 + _wide(scale)[sample])
-    return (_wide(residual) + _rms_backward(_wide(dx) * factor, _wide(h), eps)).to(h.dtype)
+    dnormed = _wide(dx) * _wide(factor)[sample]
+    return (_wide(residual) + _rms_backward(dnormed, _wide(h), eps)).to(h.dtype)
 
 
-def gated_residual(h: Tensor, y: Tensor, weight: Tensor, gate: Tensor, sample: Tensor, eps: float) -> Tensor:
-    """h + gate[sample] * RMSNorm(y) * weight; h and y [T, D], gate [B, D] (after its tanh)."""
+def gated_residual(h: Tensor, y: Tensor, factor: Tensor, sample: Tensor, eps: float) -> Tensor:
+    """h + RMSNorm(y) * factor[sample]; h and y [T, D], factor [B, D] = weight * tanh(gate)."""
     x = _wide(y)
-    return (_wide(h) + _wide(gate)[sample] * x * _inverse_rms(x, eps) * _wide(weight)).to(h.dtype)
+    return (_wide(h) + x * _inverse_rms(x, eps) * _wide(factor)[sample]).to(h.dtype)
 
 
-def gated_residual_backward(dh: Tensor, y: Tensor, weight: Tensor, gate: Tensor, sample: Tensor, eps: float,
+def gated_residual_backward(dh: Tensor, y: Tensor, factor: Tensor, sample: Tensor, eps: float,
                             fold: Tensor | None, fp8: bool) -> Operand:  # fmt: skip
     """The gradient of :func:`gated_residual` for y, times ``fold`` [D] where given, as an operand.
 
     ``fold`` holds the row scales of the weight that made y: with them in the gradient, the backward product
     needs the bare e4m3 weight only.
     """
-    dy = _rms_backward(_wide(dh) * _wide(gate)[sample] * _wide(weight), _wide(y), eps)
+    dy = _rms_backward(_wide(dh) * _wide(factor)[sample], _wide(y), eps)
     return _operand(dy if fold is None else dy * fold, fp8, y.dtype)
 
 

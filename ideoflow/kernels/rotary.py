@@ -50,45 +50,60 @@ def qk_norm_rope(
 
 
 @triton.jit
-def _head_gradients(grad, stride, out, inverse, weight, c, s, h, e, heads, half):
-    """Gradient of the raw projection, both halves [heads, half], of one token's q or k."""
+def _rotated_back(grad, stride, out, inverse, weight, fold, c, s, first, heads, half, FOLD: tl.constexpr,
+                  HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Gradients of some heads of one token's raw q or k: both halves [HEADS, HALF] in bf16, and the largest."""
+    h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
     mask = (h[:, None] < heads) & (e[None, :] < half)
     at = h[:, None] * 2 * half + e[None, :]
-    w1 = tl.load(weight + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-    w2 = tl.load(weight + half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+    w1 = tl.load(weight + e, mask=e < half, other=0.0).to(tl.float32)
+    w2 = tl.load(weight + half + e, mask=e < half, other=0.0).to(tl.float32)
+    v1 = tl.where(w1 == 0.0, 0.0, 1.0 / tl.where(w1 == 0.0, 1.0, w1))[None, :]
+    v2 = tl.where(w2 == 0.0, 0.0, 1.0 / tl.where(w2 == 0.0, 1.0, w2))[None, :]
     o1 = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
     o2 = tl.load(out + at + half, mask=mask, other=0.0).to(tl.float32)
-    n1 = (o1 * c + o2 * s) / tl.where(w1 == 0.0, 1.0, w1)
-    n2 = (o2 * c - o1 * s) / tl.where(w2 == 0.0, 1.0, w2)
-    n1 = tl.where(w1 == 0.0, 0.0, n1)
-    n2 = tl.where(w2 == 0.0, 0.0, n2)
+    n1 = (o1 * c + o2 * s) * v1
+    n2 = (o2 * c - o1 * s) * v2
     g = grad + h[:, None] * stride + e[None, :]
     g1 = tl.load(g, mask=mask, other=0.0).to(tl.float32)
     g2 = tl.load(g + half, mask=mask, other=0.0).to(tl.float32)
-    x1 = (g1 * c + g2 * s) * w1
-    x2 = (g2 * c - g1 * s) * w2
+    x1 = (g1 * c + g2 * s) * w1[None, :]
+    x2 = (g2 * c - g1 * s) * w2[None, :]
     mean = tl.sum(x1 * n1 + x2 * n2, 1) / (2 * half)
     r = tl.load(inverse + h, mask=h < heads, other=0.0)[:, None]
-    return r * (x1 - n1 * mean[:, None]), r * (x2 - n2 * mean[:, None])
+    return _folded(r * (x1 - n1 * mean[:, None]), r * (x2 - n2 * mean[:, None]), fold + at, half, mask,
+                   out.dtype.element_ty, FOLD)  # fmt: skip
 
 
 @triton.jit
-def _folded(x1, x2, fold, h, e, heads, half, FOLD: tl.constexpr):
+def _plain(grad, stride, fold, first, heads, half, dtype: tl.constexpr, FOLD: tl.constexpr, HEADS: tl.constexpr,
+           HALF: tl.constexpr):  # fmt: skip
+    """The same for v, whose gradient passes through."""
+    h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
+    mask = (h[:, None] < heads) & (e[None, :] < half)
+    g = grad + h[:, None] * stride + e[None, :]
+    x1 = tl.load(g, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(g + half, mask=mask, other=0.0).to(tl.float32)
+    return _folded(x1, x2, fold + h[:, None] * 2 * half + e[None, :], half, mask, dtype, FOLD)
+
+
+@triton.jit
+def _folded(x1, x2, fold, half, mask, dtype: tl.constexpr, FOLD: tl.constexpr):
     if FOLD:
-        mask = (h[:, None] < heads) & (e[None, :] < half)
-        at = fold + h[:, None] * 2 * half + e[None, :]
-        x1 *= tl.load(at, mask=mask, other=0.0)
-        x2 *= tl.load(at + half, mask=mask, other=0.0)
-    return x1, x2, tl.max(tl.maximum(tl.abs(x1), tl.abs(x2)))
+        x1 *= tl.load(fold, mask=mask, other=0.0)
+        x2 *= tl.load(fold + half, mask=mask, other=0.0)
+    return x1.to(dtype), x2.to(dtype), tl.max(tl.maximum(tl.abs(x1), tl.abs(x2)))
 
 
 @triton.jit
-def _store_halves(out, x1, x2, factor, h, e, heads, half, FP8_OUT: tl.constexpr):
+def _store_halves(out, x1, x2, factor, first, heads, half, FP8_OUT: tl.constexpr, HEADS: tl.constexpr,
+                  HALF: tl.constexpr):  # fmt: skip
+    h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
     mask = (h[:, None] < heads) & (e[None, :] < half)
     at = out + h[:, None] * 2 * half + e[None, :]
     if FP8_OUT:
-        x1 = tl.minimum(tl.maximum(x1 * factor, -FP8_MAX), FP8_MAX)
-        x2 = tl.minimum(tl.maximum(x2 * factor, -FP8_MAX), FP8_MAX)
+        x1 = tl.minimum(tl.maximum(x1.to(tl.float32) * factor, -FP8_MAX), FP8_MAX)
+        x2 = tl.minimum(tl.maximum(x2.to(tl.float32) * factor, -FP8_MAX), FP8_MAX)
     tl.store(at, x1.to(out.dtype.element_ty), mask=mask)
     tl.store(at + half, x2.to(out.dtype.element_ty), mask=mask)
 
@@ -96,36 +111,38 @@ def _store_halves(out, x1, x2, factor, h, e, heads, half, FP8_OUT: tl.constexpr)
 @triton.jit
 def _qk_norm_rope_backward(
     dq, dk, dv, q_token, q_head, k_token, k_head, v_token, v_head, qkv, inverse, weight_q, weight_k, cos, sin,
-    fold, out, out_scale, heads, half, FOLD: tl.constexpr, FP8_OUT: tl.constexpr, HEADS: tl.constexpr,
-    HALF: tl.constexpr,
+    fold, out, out_scale, heads, half, FOLD: tl.constexpr, FP8_OUT: tl.constexpr, A: tl.constexpr,
+    B: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    h, e = tl.arange(0, HEADS), tl.arange(0, HALF)
-    mask = (h[:, None] < heads) & (e[None, :] < half)
+    e = tl.arange(0, HALF)
     size = heads * 2 * half
+    dtype: tl.constexpr = qkv.dtype.element_ty
     c = tl.load(cos + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-    token = qkv + t * 3 * size
-    rms = inverse + t * 2 * heads
-    q1, q2 = _head_gradients(dq + t * q_token, q_head, token, rms, weight_q, c, s, h, e, heads, half)
-    k1, k2 = _head_gradients(
-        dk + t * k_token, k_head, token + size, rms + heads, weight_k, c, s, h, e, heads, half
-    )
-    v = dv + t * v_token + h[:, None] * v_head + e[None, :]
-    v1 = tl.load(v, mask=mask, other=0.0).to(tl.float32)
-    v2 = tl.load(v + half, mask=mask, other=0.0).to(tl.float32)
-    q1, q2, q_max = _folded(q1, q2, fold, h, e, heads, half, FOLD)
-    k1, k2, k_max = _folded(k1, k2, fold + size, h, e, heads, half, FOLD)
-    v1, v2, v_max = _folded(v1, v2, fold + 2 * size, h, e, heads, half, FOLD)
+    q, k, ri = qkv + t * 3 * size, qkv + t * 3 * size + size, inverse + t * 2 * heads
+    gq, gk, gv = dq + t * q_token, dk + t * k_token, dv + t * v_token
+    # The heads come in two pieces of power-of-two sizes (18 = 16 + 2), so that no lanes are wasted.
+    q1, q2, m1 = _rotated_back(gq, q_head, q, ri, weight_q, fold, c, s, 0, heads, half, FOLD, A, HALF)
+    q3, q4, m2 = _rotated_back(gq, q_head, q, ri, weight_q, fold, c, s, A, heads, half, FOLD, B, HALF)
+    ri += heads
+    k1, k2, m3 = _rotated_back(gk, k_head, k, ri, weight_k, fold + size, c, s, 0, heads, half, FOLD, A, HALF)
+    k3, k4, m4 = _rotated_back(gk, k_head, k, ri, weight_k, fold + size, c, s, A, heads, half, FOLD, B, HALF)
+    v1, v2, m5 = _plain(gv, v_head, fold + 2 * size, 0, heads, half, dtype, FOLD, A, HALF)
+    v3, v4, m6 = _plain(gv, v_head, fold + 2 * size, A, heads, half, dtype, FOLD, B, HALF)
     factor = 1.0
     if FP8_OUT:
-        amax = tl.maximum(tl.maximum(q_max, tl.maximum(k_max, v_max)), SMALLEST_AMAX)
+        amax = tl.maximum(tl.maximum(tl.maximum(m1, m2), tl.maximum(m3, m4)), tl.maximum(m5, m6))
+        amax = tl.maximum(amax, SMALLEST_AMAX)
         tl.store(out_scale + t, amax / FP8_MAX)
         factor = FP8_MAX / amax
     row = out + t * 3 * size
-    _store_halves(row, q1, q2, factor, h, e, heads, half, FP8_OUT)
-    _store_halves(row + size, k1, k2, factor, h, e, heads, half, FP8_OUT)
-    _store_halves(row + 2 * size, v1, v2, factor, h, e, heads, half, FP8_OUT)
+    _store_halves(row, q1, q2, factor, 0, heads, half, FP8_OUT, A, HALF)
+    _store_halves(row, q3, q4, factor, A, heads, half, FP8_OUT, B, HALF)
+    _store_halves(row + size, k1, k2, factor, 0, heads, half, FP8_OUT, A, HALF)
+    _store_halves(row + size, k3, k4, factor, A, heads, half, FP8_OUT, B, HALF)
+    _store_halves(row + 2 * size, v1, v2, factor, 0, heads, half, FP8_OUT, A, HALF)
+    _store_halves(row + 2 * size, v3, v4, factor, A, heads, half, FP8_OUT, B, HALF)
 
 
 def qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inverse: Tensor, weight_q: Tensor,
@@ -135,9 +152,11 @@ def qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inver
     tokens, _, heads, size = qkv.shape
     result = empty_operand(tokens, 3 * heads * size, qkv, fp8)
     has_fold = fold is not None
+    first = 1 << (heads.bit_length() - 1)
+    rest = triton.next_power_of_2(max(1, heads - first))
     _qk_norm_rope_backward[(tokens,)](
         dq, dk, dv, dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv,
-        inverse, weight_q, weight_k, cos, sin, fold if has_fold else inverse, result.values, result.scale, heads,
-        size // 2, has_fold, fp8, triton.next_power_of_2(heads), triton.next_power_of_2(size // 2), num_warps=8,
+        inverse, weight_q, weight_k, cos, sin, fold if has_fold else inverse, result.values, result.scale,
+        heads, size // 2, has_fold, fp8, first, rest, triton.next_power_of_2(size // 2), num_warps=8,
     )  # fmt: skip
     return result

@@ -100,7 +100,7 @@ def test_dequantize_and_transpose(tokens, width):
 @CASES
 @PRECISION
 def test_norm_modulate(tokens, width, fp8):
-    args = normal(tokens, width), normal(width), normal(2, width), samples(tokens), 1e-5
+    args = normal(tokens, width), normal(2, width), samples(tokens), 1e-5
     same(FUSED.norm_modulate(*args, fp8), EAGER.norm_modulate(*args, fp8))
     dx, residual = normal(tokens, width), normal(tokens, width)
     same(FUSED.norm_modulate_backward(dx, *args, residual), EAGER.norm_modulate_backward(dx, *args, residual))
@@ -112,7 +112,7 @@ def test_norm_modulate(tokens, width, fp8):
 def test_gated_residual(tokens, width, fp8, fold):
     h, args = (
         normal(tokens, width),
-        (normal(tokens, width), normal(width), normal(2, width), samples(tokens), 1e-5),
+        (normal(tokens, width), normal(2, width), samples(tokens), 1e-5),
     )
     same(FUSED.gated_residual(h, *args), EAGER.gated_residual(h, *args))
     scales = torch.rand(width, device=DEVICE) if fold else None

@@ -1,8 +1,9 @@
 """Attention over packed sequences, forward and backward, with no mask ever built.
 
-``sdpa`` is PyTorch's own: one call for a batch of equal lengths, one a sample otherwise. ``cudnn_varlen`` hands
-the samples' lengths to cuDNN as data (ragged offsets and a padding mask by length), so that one plan serves every
-mixture of lengths below its maximum. Both keep the softmax's log-sum-exp for the backward pass (Dao et al. 2022).
+``sdpa`` is PyTorch's own: one call for a batch of equal lengths, one a sample otherwise. ``cudnn_varlen``
+hands the samples' lengths to cuDNN as data (ragged offsets and a padding mask by length), so that one plan
+serves every mixture of lengths below its maximum. Both keep the softmax's log-sum-exp for the backward pass
+(Dao et al. 2022).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -40,37 +40,46 @@ def make_attention(kernel: Kernel, device: torch.device) -> SdpaAttention | Cudn
 
 
 class SdpaAttention:
-    """PyTorch's scaled dot product attention: cuDNN on Hopper and later, flash on other cards, flash on the CPU."""
+    """PyTorch's scaled dot product attention: cuDNN on Hopper and later, flash elsewhere, efficient in float32."""
 
     def forward(self, qkv: Tensor, layout: PackedLayout) -> tuple[Tensor, Any]:
         """qkv [T, 3, H, E] -> the output [T, H, E] and what the backward pass needs besides."""
-        out = torch.empty_like(qkv[:, 0])
+        runs = _runs(layout)
+        if len(runs) == 1 and layout.tokens == layout.total:
+            result, extra = _aten_forward(*_heads_first(qkv, layout.samples))
+            return result.transpose(1, 2).reshape(qkv[:, 0].shape), [extra]
+        out = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
         out[layout.tokens :] = 0
         saved = []
-        for start, batch, length in _runs(layout):
-            q, k, v = _heads_first(qkv[start : start + batch * length], batch)
-            result, extra = _aten_forward(q, k, v)
-            out[start : start + batch * length].view(batch, length, *out.shape[1:]).copy_(
-                result.transpose(1, 2)
-            )
+        for start, batch, length in runs:
+            rows = slice(start, start + batch * length)
+            result, extra = _aten_forward(*_heads_first(qkv[rows], batch))
+            out[rows].view(batch, length, *out.shape[1:]).copy_(result.transpose(1, 2))
             saved.append(extra)
         return out, saved
 
     def backward(self, dout: Tensor, qkv: Tensor, out: Tensor, saved: Any, layout: PackedLayout
                  ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k and v, each [T, H, E]."""
+        runs = _runs(layout)
+        if len(runs) == 1 and layout.tokens == layout.total:
+            grads = self._backward(dout, qkv, out, saved[0], layout.samples)
+            return tuple(grad.reshape(out.shape) for grad in grads)
         dqkv = torch.empty_like(qkv)
         dqkv[layout.tokens :] = 0
-        for (start, batch, length), extra in zip(_runs(layout), saved, strict=True):
+        for (start, batch, length), extra in zip(runs, saved, strict=True):
             rows = slice(start, start + batch * length)
-            q, k, v = _heads_first(qkv[rows], batch)
-            shape = batch, length, *out.shape[1:]
-            grads = _aten_backward(dout[rows].view(shape).transpose(1, 2), q, k, v,
-                                   out[rows].view(shape).transpose(1, 2), extra)  # fmt: skip
             target = dqkv[rows].view(batch, length, 3, *out.shape[1:])
-            for i, grad in enumerate(grads):
-                target[:, :, i].copy_(grad.transpose(1, 2))
+            for i, grad in enumerate(self._backward(dout[rows], qkv[rows], out[rows], extra, batch)):
+                target[:, :, i].copy_(grad)
         return dqkv[:, 0], dqkv[:, 1], dqkv[:, 2]
+
+    def _backward(self, dout: Tensor, qkv: Tensor, out: Tensor, extra: Any, batch: int) -> list[Tensor]:
+        """Gradients of one call, each [batch, length, H, E]."""
+        shape = (batch, -1, *out.shape[1:])
+        grads = _aten_backward(dout.view(shape).transpose(1, 2), *_heads_first(qkv, batch),
+                               out.view(shape).transpose(1, 2), extra)  # fmt: skip
+        return [grad.transpose(1, 2) for grad in grads]
 
 
 def _runs(layout: PackedLayout) -> list[tuple[int, int, int]]:
@@ -86,16 +95,21 @@ def _heads_first(qkv: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return x[:, :, 0].transpose(1, 2), x[:, :, 1].transpose(1, 2), x[:, :, 2].transpose(1, 2)
 
 
-@lru_cache
-def _cudnn_preferred(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= (9, 0)
+def _variant(q: Tensor) -> str:
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return "efficient"
+    return "cudnn" if torch.cuda.get_device_capability(q.device) >= (9, 0) else "flash"
 
 
 def _aten_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
+    aten, variant = torch.ops.aten, _variant(q)
+    if variant == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    if _cudnn_preferred(q.device.index or 0):
+    if variant == "efficient":
+        out, *extra = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    elif variant == "cudnn":
         out, *extra, _ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
     else:
         out, *extra, _ = aten._scaled_dot_product_flash_attention(q, k, v)
@@ -103,13 +117,15 @@ def _aten_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
 
 
 def _aten_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Any) -> Any:
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, extra, 0.0, False
-        )
+    aten, variant = torch.ops.aten, _variant(q)
+    if variant == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, extra, 0.0, False)
+    if variant == "efficient":
+        return aten._scaled_dot_product_efficient_attention_backward(
+            dout, q, k, v, None, out, *extra, 0.0, [True, True, True, False], False
+        )[:3]
     lse, cum_q, cum_k, max_q, max_k, seed, offset = extra
-    if _cudnn_preferred(q.device.index or 0):
+    if variant == "cudnn":
         return aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, False
         )

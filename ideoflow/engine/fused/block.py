@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +47,14 @@ class Batch:
     sin: Tensor
 
 
-@dataclass(frozen=True)
-class Modulation:
-    """[B, D] each: scales (to which 1 is added) and gates (after tanh) of the two halves."""
+class Modulation(NamedTuple):
+    """What the four norms of a block multiply by, [B, D] each: weight * (1 + scale) going in, weight * tanh(gate)
+    coming out."""
 
-    scale_attention: Tensor
-    gate_attention: Tensor
-    scale_ffn: Tensor
-    gate_ffn: Tensor
+    attention_in: Tensor
+    attention_out: Tensor
+    ffn_in: Tensor
+    ffn_out: Tensor
 
 
 class FusedBlock:
@@ -104,8 +104,9 @@ class FusedBlock:
         drop("gate_up")
         values["ffn"]
         drop("x_w2")
-        out = self.ops.gated_residual(values["middle"], values["ffn"], self.source.ffn_norm2.weight,
-                                      modulation.gate_ffn, batch.sample, self.source.ffn_norm2.eps)  # fmt: skip
+        out = self.ops.gated_residual(
+            values["middle"], values["ffn"], modulation.ffn_out, batch.sample, self.source.ffn_norm2.eps
+        )
         drop("middle", "ffn")
         return out, {} if kept is None else values.known
 
@@ -114,8 +115,9 @@ class FusedBlock:
         """dh [T, D] (None if not asked for) and gradients in the order of :attr:`parameters`."""
         ops, block, sample, fp8 = self.ops, self.source, batch.sample, self.fp8
         values = _Values(self, h, batch, modulation, known)
-        dffn = ops.gated_residual_backward(dout, values["ffn"], block.ffn_norm2.weight, modulation.gate_ffn,
-                                           sample, block.ffn_norm2.eps, self.w2.fold, fp8)  # fmt: skip
+        dffn = ops.gated_residual_backward(
+            dout, values["ffn"], modulation.ffn_out, sample, block.ffn_norm2.eps, self.w2.fold, fp8
+        )
         values.drop("ffn")
         dinner, d_w2 = self.w2.backward(dffn, values["x_w2"], known.pop("z_w2", None))
         del dffn
@@ -126,13 +128,14 @@ class FusedBlock:
         dx, d_ffn = self.ffn.backward(dgate_up, values["x_ffn"], known.pop("z_ffn", None))
         del dgate_up
         values.drop("x_ffn")
-        dmiddle = ops.norm_modulate_backward(dx, values["middle"], block.ffn_norm1.weight, modulation.scale_ffn,
-                                             sample, block.ffn_norm1.eps, dout)  # fmt: skip
+        dmiddle = ops.norm_modulate_backward(
+            dx, values["middle"], modulation.ffn_in, sample, block.ffn_norm1.eps, dout
+        )
         del dx, dout
         values.drop("middle")
         dprojected = ops.gated_residual_backward(
-            dmiddle, values["projected"], block.attention_norm2.weight, modulation.gate_attention, sample,
-            block.attention_norm2.eps, self.o.fold, fp8,
+            dmiddle, values["projected"], modulation.attention_out, sample, block.attention_norm2.eps,
+            self.o.fold, fp8,
         )  # fmt: skip
         values.drop("projected")
         dattended, d_o = self.o.backward(dprojected, values["x_o"], known.pop("z_o", None))
@@ -153,8 +156,9 @@ class FusedBlock:
         gradients = [*d_qkv, *d_o, *d_ffn, *d_w2]
         if dx is None:
             return None, gradients
-        dh = ops.norm_modulate_backward(dx, h, block.attention_norm1.weight, modulation.scale_attention, sample,
-                                        block.attention_norm1.eps, dmiddle)  # fmt: skip
+        dh = ops.norm_modulate_backward(
+            dx, h, modulation.attention_in, sample, block.attention_norm1.eps, dmiddle
+        )
         return dh, gradients
 
 
@@ -180,13 +184,11 @@ class _Values:
             self.known[f"z_{name}"] = z
         return y
 
-    def _normed(self, h: Tensor, norm: nn.Module, scale: Tensor) -> Any:
-        return self.block.ops.norm_modulate(
-            h, norm.weight, scale, self.batch.sample, norm.eps, self.block.fp8
-        )
+    def _normed(self, h: Tensor, factor: Tensor, eps: float) -> Any:
+        return self.block.ops.norm_modulate(h, factor, self.batch.sample, eps, self.block.fp8)
 
     def _x_qkv(self) -> Any:
-        return self._normed(self.h, self.block.source.attention_norm1, self.modulation.scale_attention)
+        return self._normed(self.h, self.modulation.attention_in, self.block.source.attention_norm1.eps)
 
     def _qkv(self) -> Any:
         attention = self.block.source.attention
@@ -205,12 +207,13 @@ class _Values:
         return self._linear("o", self.block.o)
 
     def _middle(self) -> Any:
-        norm = self.block.source.attention_norm2
-        return self.block.ops.gated_residual(self.h, self["projected"], norm.weight,
-                                             self.modulation.gate_attention, self.batch.sample, norm.eps)  # fmt: skip
+        return self.block.ops.gated_residual(
+            self.h, self["projected"], self.modulation.attention_out, self.batch.sample,
+            self.block.source.attention_norm2.eps,
+        )  # fmt: skip
 
     def _x_ffn(self) -> Any:
-        return self._normed(self["middle"], self.block.source.ffn_norm1, self.modulation.scale_ffn)
+        return self._normed(self["middle"], self.modulation.ffn_in, self.block.source.ffn_norm1.eps)
 
     def _gate_up(self) -> Any:
         return self._linear("ffn", self.block.ffn)

@@ -61,6 +61,12 @@ class FusedTransformer:
             for i, block in enumerate(transformer.layers)
         ]  # fmt: skip
         self._check_covered()
+        # Weights of the norms in the order of the modulation's parts: [blocks, 4, 1, D].
+        self._norms = torch.stack([
+            torch.stack([block.attention_norm1.weight, block.attention_norm2.weight, block.ffn_norm1.weight,
+                         block.ffn_norm2.weight])
+            for block in transformer.layers
+        ]).float()[:, :, None]  # fmt: skip
         self._copies = [copy for block in self.blocks for part in block.linears for copy in part.copies()]
         self._tables: OrderedDict[PackedLayout, tuple[Tensor, Tensor]] = OrderedDict()
 
@@ -82,11 +88,10 @@ class FusedTransformer:
             h = self._embed(latents, text, layout)
             conditioning = self._conditioning(timestep)
             batch = Batch(layout, index.sample_index, *self._rotary(layout))
+            modulations = self._modulations(conditioning)
         kept = choose_kept(self.budget, len(self.blocks), self._sizes(layout))
         training = torch.is_grad_enabled()
-        for block, groups in zip(self.blocks, kept, strict=True):
-            with torch.no_grad():
-                modulation = self._modulation(block, conditioning)
+        for block, modulation, groups in zip(self.blocks, modulations, kept, strict=True):
             if training:
                 h = BlockFunction.apply(h, block, batch, modulation, groups, *block.parameters)
             else:
@@ -130,10 +135,14 @@ class FusedTransformer:
         self._tables.move_to_end(layout)
         return self._tables[layout]
 
-    def _modulation(self, block: FusedBlock, conditioning: Tensor) -> Modulation:
-        parts = block.source.adaln_modulation(conditioning).chunk(4, -1)
-        scale_attention, gate_attention, scale_ffn, gate_ffn = (part.contiguous() for part in parts)
-        return Modulation(scale_attention, gate_attention.tanh(), scale_ffn, gate_ffn.tanh())
+    def _modulations(self, conditioning: Tensor) -> list[Modulation]:
+        """The four norm factors of every block, all blocks in one pass: [blocks, 4, B, D]."""
+        raw = torch.stack([block.source.adaln_modulation(conditioning) for block in self.blocks])
+        raw = raw.unflatten(-1, (4, -1)).transpose(1, 2).float()
+        factors = torch.empty(raw.shape, dtype=self.dtype, device=self.device)
+        factors[:, 0::2] = (1 + raw[:, 0::2]) * self._norms[:, 0::2]
+        factors[:, 1::2] = raw[:, 1::2].tanh() * self._norms[:, 1::2]
+        return [Modulation(*four) for four in factors]
 
     def _project(self, h: Tensor, conditioning: Tensor, image_index: Tensor, sample: Tensor) -> Tensor:
         layer = self.model.final_layer
