@@ -182,3 +182,27 @@ PROXY_GUIDANCE = define(
     """,
     severity="note",
 )
+NO_DECISION = define(
+    "IP007",
+    "no such decision",
+    """
+    `--explain` takes the name of a decision, as the page lists them in its first column: `precision`,
+    `checkpointing`, `compile` and so on.
+    """,
+)
+BAD_AXIS = define(
+    "IP008",
+    "not a list of values to compare",
+    """
+    `--batch`, `--resolution` and `--rank` take whole numbers with commas between, within the bounds of the
+    recipe's key of that name: `--batch 1,2,4`, `--resolution 512,1024`, `--rank 8,32,128`.
+    """,
+)
+PLAN_UNWRITABLE = define(
+    "IP009",
+    "the plan cannot be written",
+    """
+    The file that `-o` or `--html` names cannot be written: a folder of that name is there, the disk is full,
+    or permission is missing.
+    """,
+)

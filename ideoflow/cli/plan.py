@@ -1,0 +1,202 @@
+"""``ideoflow plan``: what fits, how long it takes and why, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ideoflow.cli import show
+from ideoflow.diagnostics import closest, fail
+from ideoflow.diagnostics.codes.plan import BAD_AXIS, NO_DECISION, PLAN_UNWRITABLE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ideoflow.plan import Plan
+    from ideoflow.plan.document import DataSummary, Hardware
+    from ideoflow.recipe import Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe, or a plan.json to show")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="plan for this card (rtx-4090, h100, 16gb), not this machine"
+    )
+    parser.add_argument("--compare", metavar="A,B", help="a table of these cards")
+    for axis, example in (("batch", "1,2,4"), ("resolution", "512,1024"), ("rank", "8,32")):
+        parser.add_argument(f"--{axis}", metavar=example, help=f"a table of these values of {axis}")
+    parser.add_argument("--explain", metavar="DECISION", help="one decision with its alternatives")
+    parser.add_argument("--diff", metavar="PLAN", help="what differs from an earlier plan.json")
+    parser.add_argument("--json", action="store_true", help="the plan as JSON")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write the plan; ideoflow run FILE runs it exactly"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a page with a chart of memory over the run")
+
+
+def execute(args: argparse.Namespace) -> int:
+    from ideoflow.plan import load_plan
+
+    if Path(args.recipe).suffix == ".json":
+        return _report(args, load_plan(args.recipe), None)
+    planner = _Planner(args)
+    return _report(args, planner.plan(), planner)
+
+
+class _Planner:
+    """Makes the plans of one call: for the recipe as it is, and for variants of it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from ideoflow.data.survey import read_prompts, survey
+        from ideoflow.model.base import locate_base
+        from ideoflow.plan import detect_hardware, named_hardware
+        from ideoflow.plan.calibration import load_calibration
+        from ideoflow.recipe import load_recipe
+
+        self.recipe = load_recipe(args.recipe)
+        settings = self.recipe.tables.memory
+        span = self.recipe.span("memory.device")
+        self.hardware = (
+            named_hardware(args.gpu)
+            if args.gpu
+            else detect_hardware(settings.device, folder=self.recipe.output_folder, span=span)
+        )
+        model, at = self.recipe.tables.model, self.recipe.span("model.base")
+        self.base = locate_base(model.base, revision=model.revision, relative_to=self.recipe.folder, span=at)
+        self.data: DataSummary | None = survey(self.recipe)
+        self.prompts = len(read_prompts(self.recipe))
+        self.calibration, warnings = load_calibration()
+        show(warnings)
+
+    def plan(
+        self, recipe: Recipe | None = None, data: DataSummary | None = None, hardware: Hardware | None = None
+    ) -> Plan:
+        from ideoflow.plan import make_plan
+
+        return make_plan(
+            recipe or self.recipe,
+            self.base,
+            data or self.data,
+            hardware or self.hardware,
+            calibration=self.calibration,
+            prompts=self.prompts,
+        )
+
+    def variants(self, axis: str, values: Sequence[int], hardware: Hardware) -> list[Plan]:
+        """The recipe with each of ``values`` on one axis."""
+        from ideoflow.plan.variants import with_axis
+
+        plans = []
+        for value in values:
+            tables, data = with_axis(self.recipe.tables, self.data, axis, value)
+            plans.append(self.plan(replace(self.recipe, tables=tables), data, hardware))
+        return plans
+
+
+def _report(args: argparse.Namespace, plan: Plan, planner: _Planner | None) -> int:
+    if args.output:
+        _write(Path(args.output), plan.to_json())
+    if args.html:
+        from ideoflow.plan.chart import plan_page
+
+        _write(Path(args.html), plan_page(plan))
+    if args.json:
+        sys.stdout.write(plan.to_json())
+    elif args.explain:
+        _explain(plan, args.explain)
+    elif args.diff:
+        _diff(plan, args.diff)
+    else:
+        _page(args, plan, planner)
+    return 0 if plan.fits else 2
+
+
+def _page(args: argparse.Namespace, plan: Plan, planner: _Planner | None) -> None:
+    from ideoflow.plan.render import print_page
+
+    with _console() as console:
+        print_page(plan, console)
+        if planner:
+            _tables(args, planner, console)
+    if args.output:
+        print(f"\nWrote {args.output}   run exactly this: ideoflow run {args.output}", flush=True)
+    show(plan.warnings)
+
+
+def _tables(args: argparse.Namespace, planner: _Planner, console: Console) -> None:
+    """One table for each axis that was asked for; a row for each card."""
+    from ideoflow.plan import named_hardware
+    from ideoflow.plan.render import print_table
+    from ideoflow.plan.variants import AXES
+
+    cards = [planner.hardware, *(named_hardware(n) for n in (args.compare or "").split(",") if n.strip())]
+    axes = {axis: _numbers(axis, text) for axis in AXES if (text := getattr(args, axis))}
+    if args.compare and not axes:
+        rows = [(card.name, [planner.plan(hardware=card)]) for card in cards]
+        print_table("machine", ["peak, time of a step"], rows, console)
+    for axis, values in axes.items():
+        rows = [(card.name, planner.variants(axis, values, card)) for card in cards]
+        print_table(axis, [str(v) for v in values], rows, console)
+
+
+def _numbers(axis: str, text: str) -> list[int]:
+    limits = {"batch": (1, 4096, 1), "resolution": (64, 2048, 16), "rank": (1, 1024, 1)}
+    least, most, step = limits[axis]
+    values = [int(word) if word.strip().isdigit() else -1 for word in text.split(",")]
+    if any(not least <= v <= most or v % step for v in values):
+        multiple = f", multiples of {step}" if step > 1 else ""
+        cure = (
+            f"whole numbers from {least} to {most}{multiple}, for example --{axis} {least * 8},{least * 16}"
+        )
+        fail(BAD_AXIS, f"--{axis} {text} is not a list of values to compare", cure=cure)
+    return values
+
+
+def _explain(plan: Plan, name: str) -> None:
+    from ideoflow.plan.render import print_decision
+
+    known = [d.id for d in plan.decisions]
+    if name not in known:
+        near = closest(name, known)
+        cure = f"did you mean {near}?" if near else f"one of: {', '.join(known)}"
+        fail(NO_DECISION, f"the plan decides nothing called '{name}'", cure=cure)
+    with _console() as console:
+        print_decision(plan, plan.decision(name), console)
+
+
+def _diff(plan: Plan, earlier: str) -> None:
+    from ideoflow.plan import load_plan
+    from ideoflow.plan.check import plan_changes
+
+    changes = plan_changes(load_plan(earlier), plan)
+    print("\n".join(changes) if changes else f"the same as {earlier}")
+
+
+@contextmanager
+def _console() -> Iterator[Console]:
+    """A console of at most 80 columns that leaves no blanks at the ends of lines."""
+    from rich.console import Console
+
+    from ideoflow.plan.render import WIDTH
+
+    console = Console(file=sys.stdout, highlight=False, no_color="NO_COLOR" in os.environ or None)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    with console.capture() as captured:
+        yield console
+    sys.stdout.write("\n".join(line.rstrip() for line in captured.get().split("\n")))
+    sys.stdout.flush()
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        cure = "choose another file"
+        fail(PLAN_UNWRITABLE, f"cannot write {file}: {error.strerror or error}", cure=cure)

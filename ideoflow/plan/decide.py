@@ -1,0 +1,262 @@
+"""From the chosen combination to a plan: each decision with its reason and what was rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.plan import DEVICE_MISMATCH, NO_GPU, NO_TARGETS_IN_BASE
+from ideoflow.model.base import BaseFacts
+from ideoflow.plan.advise import advise, cheapest_changes
+from ideoflow.plan.calibration import Calibration, shipped
+from ideoflow.plan.document import (
+    FORMAT,
+    DataSummary,
+    Decision,
+    Digests,
+    DiskSizes,
+    Hardware,
+    Plan,
+    Rejected,
+    Value,
+)
+from ideoflow.plan.memory import ADAPTER_BYTES, ELEMENT_BYTES, adapter_parameters
+from ideoflow.plan.search import (
+    DOMAINS,
+    ENGINE,
+    Evaluation,
+    Problem,
+    estimate_time,
+    evaluate,
+    fixed_by_recipe,
+    possible,
+    solve,
+    times_known,
+)
+from ideoflow.recipe import Recipe, RecipeTables
+
+GIB = 1 << 30
+
+
+def make_plan(
+    recipe: Recipe,
+    base: BaseFacts,
+    data: DataSummary | None,
+    hardware: Hardware,
+    *,
+    calibration: Calibration | None = None,
+    prompts: int | None = None,
+) -> Plan:
+    """Decides everything that a run needs to know; the same arguments give the same plan.
+
+    Args:
+        recipe: what is wanted. What it sets is kept, whether or not it fits.
+        base: the base model's facts.
+        data: the data set's, or None to plan for pictures of the recipe's resolution.
+        hardware: the machine, at hand or by name.
+        calibration: measurements to correct the formulas with; by default those that ship.
+        prompts: number of validation pictures; by default one for each entry of ``validate.prompts``.
+
+    Raises:
+        IdeoflowError: if the targets match nothing in this base, or the device asked for is not there.
+    """
+    tables = recipe.tables
+    count = len(tables.validate.prompts) if prompts is None else prompts
+    problem = Problem(tables, base, data, hardware, calibration or shipped(), count)
+    _check(problem, recipe)
+    best = solve(problem)
+    plan = Plan(
+        FORMAT,
+        recipe.name,
+        recipe.path.as_posix(),
+        Digests(recipe.digest, data.digest if data else None, base.digest),
+        tables,
+        base,
+        problem.targets,
+        hardware,
+        data,
+        _decisions(problem, best),
+        best.ledger,
+        estimate_time(problem, best),
+        disk_sizes(tables, base, data, problem),
+    )
+    changes = () if plan.fits else cheapest_changes(problem, best)
+    plan = replace(plan, changes=changes)
+    return replace(plan, warnings=advise(plan, problem, best, recipe))
+
+
+def _check(problem: Problem, recipe: Recipe) -> None:
+    device, kind = recipe.tables.memory.device, problem.hardware.kind
+    span = recipe.span("memory.device")
+    if device == "cuda" and problem.device == "cpu":
+        cure = "set memory.device = 'auto' or 'cpu', or plan for a named card with --gpu"
+        fail(NO_GPU, f"device is 'cuda', but the machine is a {problem.hardware.name}", span, cure=cure)
+    if device == "cpu" and kind in ("cuda", "rocm"):
+        cure = "leave out --gpu, or set memory.device = 'auto'"
+        message = f"device is 'cpu', but the plan is for a {problem.hardware.name}"
+        fail(DEVICE_MISMATCH, message, span, cure=cure)
+    if not problem.targets:
+        blocks = problem.base.transformer.num_layers
+        message = f"no Linear of the {blocks} blocks of '{problem.base.name}' matches adapter.targets"
+        fail(NO_TARGETS_IN_BASE, message, recipe.span("adapter.targets"), cure="targets = 'all'")
+
+
+def disk_sizes(
+    tables: RecipeTables, base: BaseFacts, data: DataSummary | None, problem: Problem
+) -> DiskSizes:
+    """Bytes that a run writes.
+
+    The adapter's file holds q, k and v as one fused adapter: its A factors stacked, its B factors on the
+    block diagonal, whose zeros are stored too. A checkpoint holds float32 factors and both moments.
+    """
+    spec, rank = base.transformer, tables.adapter.rank
+    numbers = adapter_parameters(spec, problem.targets, rank)
+    fused: dict[str, int] = {}
+    for name in problem.targets:
+        if name.endswith((".to_q", ".to_k", ".to_v")):
+            block = name.rpartition(".")[0]
+            fused[block] = fused.get(block, 0) + 1
+    # With k of three projections adapted, B is (3 x hidden, k x rank) instead of k times (hidden, rank).
+    zeros = sum((3 * k - k) * rank * spec.hidden for k in fused.values())
+    element = ELEMENT_BYTES.get(tables.output.dtype, 4)
+    latents = text = None
+    if data is not None:
+        area = sum(b.width * b.height * b.count for b in data.buckets)
+        # float32 latents: in_channels numbers for each 16 x 16 pixels.
+        latents = area * spec.in_channels * 4 // 256
+        text = data.pictures * data.text_tokens[1] * spec.hidden * 2
+    checkpoint = 3 * numbers * ADAPTER_BYTES
+    return DiskSizes((numbers + zeros) * element, checkpoint, latents, text)
+
+
+def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
+    decided = [_device(problem)]
+    decided += [_searched(problem, best, name) for name in DOMAINS]
+    decided += [
+        Decision("attention", "sdpa", "auto", "only-choice", "one sample at a time needs no mask"),
+        Decision(
+            "optimizer_state",
+            problem.tables.memory.optimizer_state,
+            "auto",
+            "only-choice",
+            "AdamW's moments learn in float32",
+        ),
+        Decision("engine", ENGINE, "auto", "only-choice", "plain diffusers and PEFT, one sample at a time"),
+        Decision(
+            "text_phase",
+            "resident",
+            "auto",
+            "only-choice",
+            "the text encoder is there while captions are encoded, then it is freed",
+        ),
+    ]
+    return tuple(decided)
+
+
+def _device(problem: Problem) -> Decision:
+    hardware, asked = problem.hardware, problem.tables.memory.device
+    evidence = f"{hardware.name}, {hardware.free_bytes / GIB:.1f} GiB free"
+    if asked != "auto":
+        return Decision("device", problem.device, "recipe", "recipe", "you set this", evidence)
+    if problem.device == "cuda":
+        slower = (Rejected("cpu", "slower"),)
+        return Decision("device", "cuda", "auto", "gpu-present", "there is a GPU", evidence, slower)
+    if hardware.kind == "mps":
+        reason = "Apple's GPU is not used: its float32 and attention paths are not dependable"
+        return Decision(
+            "device", "cpu", "auto", "not-recommended", reason, evidence, (Rejected("mps", "unsupported"),)
+        )
+    missing = (Rejected("cuda", "no-gpu"),)
+    return Decision("device", "cpu", "auto", "no-gpu", "no NVIDIA GPU answers", evidence, missing)
+
+
+def _searched(problem: Problem, best: Evaluation, name: str) -> Decision:
+    """A decision that the search took: compared with the same combination but for this one value."""
+    value: str = getattr(best.choice, name)
+    fixed = fixed_by_recipe(problem.tables)
+    others = [v for v in DOMAINS[name] if v != value]
+    timed = times_known(problem, best.choice)
+    compared = {v: evaluate(problem, replace(best.choice, **{name: v})) for v in others}
+    allowed = possible(problem, name)
+    rejected = tuple(
+        Rejected(v, "set-by-recipe" if name in fixed else why, *_deltas(best, other, timed))
+        if (why := _why_not(problem, best, other, name)) and v in allowed
+        else Rejected(v, "unsupported")
+        for v, other in compared.items()
+    )
+    if name in fixed:
+        code, reason = "recipe", "you set this"
+    else:
+        code, reason = _why(problem, best, name, {str(r.value): r.reason_code for r in rejected})
+    evidence = _evidence(best, name, compared, timed)
+    return Decision(name, value, "recipe" if name in fixed else "auto", code, reason, evidence, rejected)
+
+
+def _deltas(best: Evaluation, other: Evaluation, timed: bool) -> tuple[int, float | None]:
+    size = other.ledger.peak_bytes - best.ledger.peak_bytes
+    return size, round(other.step_ms - best.step_ms, 1) if timed else None
+
+
+def _why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) -> str:
+    if other.ledger.peak_bytes > problem.hardware.free_bytes:
+        return "over-memory"
+    if not other.fits:
+        return "over-host-memory"
+    if name == "unconditional":
+        return "less-exact"
+    if other.run_seconds > 1.03 * best.run_seconds:
+        return "slower-to-compile" if other.step_ms < best.step_ms else "slower"
+    return "no-gain"
+
+
+def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, str]) -> tuple[str, str]:
+    """Reason code and sentence for what was chosen."""
+    value, storage = getattr(best.choice, name), problem.base.storage
+    if not best.fits:
+        return "least-memory", "needs least, though it does not fit"
+    over = any(code == "over-memory" for code in rejected.values())
+    sentences: dict[tuple[str, str], tuple[str, str]] = {
+        ("precision", "bf16"): _precision_reason(storage, over, problem),
+        ("precision", "float32"): ("exact", "as fast here, and exact"),
+        ("checkpointing", "on"): ("needs-memory", "activations of all blocks do not fit"),
+        ("checkpointing", "off"): ("fastest-that-fits", "all activations fit, nothing is recomputed"),
+        ("compile", "regional"): ("fastest-that-fits", "compiling is repaid by faster steps"),
+        ("compile", "off"): ("not-repaid", "compiling would take longer than it saves"),
+        ("unconditional", "loaded"): ("exact", "samples get true asymmetric guidance"),
+        ("unconditional", "proxy"): ("needs-memory", "no room for the second transformer"),
+    }
+    if name == "checkpointing" and value == "on" and not over:
+        return "fastest-that-fits", "leaves room for what is worth more"
+    if name == "compile" and value == "off" and "regional" not in possible(problem, "compile"):
+        return "unsupported", "only for NVIDIA GPUs"
+    if name == "compile" and value == "off" and over:
+        return "needs-memory", "compiled blocks do not fit"
+    if name == "unconditional" and not problem.prompts:
+        return "no-prompts", "no validate.prompts, nothing is sampled"
+    if name == "unconditional" and value == "proxy" and not problem.base.has_unconditional:
+        return "not-in-base", "the base has no second transformer"
+    return sentences[name, value]
+
+
+def _precision_reason(storage: str, over: bool, problem: Problem) -> tuple[str, str]:
+    if storage != "float32":
+        return "lossless", "the weights are stored so, nothing is lost"
+    if over:
+        return "needs-memory", "float32 weights do not fit"
+    return "fastest-that-fits", "half the memory, faster products"
+
+
+def _evidence(best: Evaluation, name: str, compared: Mapping[str, Evaluation], timed: bool) -> str:
+    """The figures behind a decision, as text."""
+    rows = {getattr(best.choice, name): best} | dict(compared)
+    cells = []
+    for value, e in rows.items():
+        time = f", {e.step_ms:.0f} ms a step" if timed else ""
+        cells.append(f"{value}: {e.ledger.peak_bytes / GIB:.1f} GiB{time}")
+    return "; ".join(cells)
+
+
+def decision_values(plan: Plan) -> dict[str, Value]:
+    """Every decision's value by id."""
+    return {d.id: d.value for d in plan.decisions}

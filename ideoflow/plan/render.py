@@ -1,0 +1,253 @@
+"""A plan as a page of text, for people: at most 80 columns, and the same words with and without colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ideoflow.plan.document import PHASES, Change, Decision, Ledger, Phase, Plan, Rejected, TimeEstimate
+
+GIB, GB = 1 << 30, 10**9
+WIDTH = 80
+PHASE_NAMES: dict[Phase, str] = {
+    "text": "encode captions",
+    "latents": "encode pictures",
+    "train": "train",
+    "sample": "sample",
+}
+# Decisions on the page; the others have one value only, and --explain shows them.
+_SHOWN = ("device", "precision", "checkpointing", "compile", "unconditional")
+_REJECTED = {
+    "set-by-recipe": "",
+    "over-memory": "over by {over}",
+    "over-host-memory": "host memory too small",
+    "slower": "{ms} slower",
+    "slower-to-compile": "compiling takes longer",
+    "less-exact": "less exact",
+    "no-gain": "no gain",
+    "unsupported": "not on this device",
+    "no-gpu": "no GPU",
+}
+
+
+def print_page(plan: Plan, console: Console) -> None:
+    """The whole page."""
+    for part in _page(plan):
+        console.print(part, highlight=False)
+
+
+def _page(plan: Plan) -> list[RenderableType]:
+    parts = [_head(plan), _decisions(plan), _memory(plan), _changes(plan.changes), _time_and_disk(plan)]
+    return [part for part in parts if part is not None]
+
+
+def _head(plan: Plan) -> RenderableType:
+    hardware, base = plan.hardware, plan.base
+    facts = [f"{size(hardware.total_bytes)} ({hardware.free_bytes / GIB:.1f} free)"]
+    if hardware.compute_capability:
+        facts.append("sm_{}{}".format(*hardware.compute_capability))
+    if hardware.pcie_generation and hardware.pcie_width:
+        facts.append(f"PCIe {hardware.pcie_generation} x{hardware.pcie_width}")
+    if hardware.source == "profile":
+        facts.append("by name")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    grid.add_row("recipe", f"{plan.recipe_path}   {_data(plan)}")
+    parameters = base.transformer.parameters()
+    count = f"{parameters / 1e9:.2f} G" if parameters > 1e8 else f"{parameters / 1e6:.1f} M"
+    grid.add_row("base", f"{base.name}   {count} parameters, stored as {base.storage}")
+    adapter = plan.tables.adapter
+    what = adapter.targets if isinstance(adapter.targets, str) else f"{len(plan.targets)} modules"
+    grid.add_row("adapter", f"{adapter.kind}, {what}, rank {adapter.rank}")
+    grid.add_row("machine", f"{hardware.name}   {', '.join(facts)}")
+    return grid
+
+
+def _data(plan: Plan) -> str:
+    if plan.data is None:
+        return "no data set: pictures of the recipe's resolution"
+    data = plan.data
+    warned = f", {data.warnings} warning{'s' if data.warnings != 1 else ''}" if data.warnings else ""
+    sizes = f"{len(data.buckets)} size{'s' if len(data.buckets) != 1 else ''}"
+    return f"{data.pictures} pictures with captions, {sizes}{warned}"
+
+
+def _decisions(plan: Plan) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(style="green", no_wrap=True)
+    grid.add_column(ratio=1)
+    for decision in (plan.decision(id) for id in _SHOWN):
+        against = [f"{r.value} {words}" for r in decision.rejected if (words := rejected_words(plan, r))]
+        text = Text(decision.reason)
+        if against:
+            text.append(f"  ({'; '.join(against)})", style="dim")
+        grid.add_row(decision.id, str(decision.value), text)
+    return Padding(grid, (1, 0, 0, 0))
+
+
+def rejected_words(plan: Plan, rejected: Rejected) -> str:
+    """Why an alternative was not taken, in a few words; empty where there is nothing to say."""
+    over = ""
+    if rejected.delta_bytes is not None:
+        peak = plan.ledger.peak_bytes + rejected.delta_bytes
+        over = size(max(0, peak - plan.hardware.free_bytes))
+    slower = "" if rejected.delta_ms is None else milliseconds(rejected.delta_ms)
+    if rejected.reason_code == "slower" and not slower:
+        return "slower"
+    return _REJECTED.get(rejected.reason_code, rejected.reason_code).format(over=over, ms=slower)
+
+
+def _memory(plan: Plan) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(ratio=1)
+    limit = plan.hardware.free_bytes
+    grid.add_row("memory", "GiB", Text("at the peak of each phase; * as measured here before", style="dim"))
+    for phase in (p for p in PHASES if plan.ledger.of(p)):
+        peak = plan.ledger.peak(phase)
+        style = "red" if peak > limit else "bold" if phase == plan.ledger.peak_phase else ""
+        cells = Text(gib(peak), style=style), Text(_lines(plan.ledger, phase), style="dim")
+        grid.add_row(f"  {PHASE_NAMES[phase]}", *cells)
+    verdict = "fits" if plan.fits else f"over by {size(plan.ledger.peak_bytes - limit)}"
+    grid.add_row("  free", gib(limit), Text(verdict, style="green" if plan.fits else "bold red"))
+    return Padding(grid, (1, 0, 0, 0))
+
+
+def _lines(ledger: Ledger, phase: Phase) -> str:
+    """The lines of a phase, largest first; what is below a hundredth of the peak is summed up."""
+    lines, peak = sorted(ledger.of(phase), key=lambda x: -x.bytes), ledger.peak(phase)
+    large = [x for x in lines if x.bytes >= 0.01 * peak]
+    rest = sum(x.bytes for x in lines) - sum(x.bytes for x in large)
+    cells = [f"{x.name} {gib(x.bytes)}{'*' if x.calibrated else ''}" for x in large]
+    return " | ".join([*cells, f"rest {gib(rest)}"] if rest else cells)
+
+
+def _changes(changes: Sequence[Change]) -> RenderableType | None:
+    if not changes:
+        return None
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    for change in changes:
+        result = Text("fits" if change.fits else "not enough", style="green" if change.fits else "yellow")
+        name = change.setting if change.setting == "all of these" else f"{change.setting} = {change.value}"
+        time = f", {milliseconds(change.delta_ms, sign=True)} a step" if change.delta_ms is not None else ""
+        grid.add_row(f"  {name}", gib(change.peak_bytes), result, Text(change.note + time, style="dim"))
+    title = Text("What would make it fit, cheapest first", style="bold")
+    return Padding(Group(title, grid), (1, 0, 0, 0))
+
+
+def _time_and_disk(plan: Plan) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    if plan.time is None:
+        grid.add_row("time", "not predicted: this device's speed is not known")
+    else:
+        _add_time(grid, plan, plan.time)
+    sizes = plan.sizes
+    parts = [f"adapter {disk(sizes.adapter)}", f"checkpoint {disk(sizes.checkpoint)}"]
+    if sizes.latents is not None and sizes.text is not None:
+        parts.append(f"caches {disk(sizes.latents + sizes.text)}")
+    grid.add_row("disk", ", ".join(parts))
+    return Padding(grid, (1, 0, 0, 0))
+
+
+def _add_time(grid: Table, plan: Plan, time: TimeEstimate) -> None:
+    steps = plan.tables.train.steps
+    grid.add_row("time", f"{milliseconds(time.step_ms)} a step, {steps} steps {duration(time.train_seconds)}")
+    stages = {
+        "encoding": time.encode_seconds,
+        "compiling": time.compile_seconds,
+        "samples": time.sample_seconds,
+    }
+    others = ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items() if seconds >= 1)
+    how = "as measured here before" if time.calibrated else "not yet measured here"
+    total = f"about {duration(time.total_seconds)} in all, without loading; {how}"
+    grid.add_row("", f"{others}; {total}" if others else total)
+    parts = " | ".join(f"{p.name} {p.ms:.0f}" for p in time.parts if p.ms >= 0.005 * time.step_ms)
+    grid.add_row("", Text(f"ms a step: {parts}", style="dim"))
+
+
+def print_decision(plan: Plan, decision: Decision, console: Console) -> None:
+    """One decision in full: who took it, why, and what the alternatives would cost."""
+    by = "set in the recipe" if decision.source == "recipe" else "decided by the planner"
+    console.print(f"[bold]{decision.id}[/bold] = {decision.value}   ({by}, {decision.reason_code})")
+    console.print(f"  {decision.reason}", markup=False, highlight=False)
+    if decision.evidence:
+        console.print(f"  {decision.evidence}", markup=False, highlight=False)
+    for r in decision.rejected:
+        words = rejected_words(plan, r)
+        cost = []
+        if r.delta_bytes is not None:
+            cost.append(f"{r.delta_bytes / GIB:+.1f} GiB")
+        if r.delta_ms is not None:
+            cost.append(f"{milliseconds(r.delta_ms, sign=True)} a step")
+        detail = f"  [{', '.join(cost)}]" if cost else ""
+        console.print(f"  not {r.value}: {words or r.reason_code}{detail}", markup=False, highlight=False)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Plan]]], console: Console
+) -> None:
+    """Peaks and step times of variants: a row a machine, a column a value."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    for _ in columns:
+        grid.add_column(justify="right")
+    grid.add_row(Text(title, style="bold"), *(Text(c, style="bold") for c in columns))
+    for name, plans in rows:
+        grid.add_row(name, *(_cell(plan) for plan in plans))
+    console.print(Padding(grid, (1, 0, 0, 0)), highlight=False)
+
+
+def _cell(plan: Plan) -> Text:
+    peak, free = plan.ledger.peak_bytes, plan.hardware.free_bytes
+    if not plan.fits:
+        return Text(f"over by {(peak - free) / GIB:.1f}", style="red")
+    time = f"  {milliseconds(plan.time.step_ms)}" if plan.time else ""
+    return Text(f"{gib(peak)} GiB{time}")
+
+
+def gib(size: float) -> str:
+    """``22.2``, or ``0.03`` for what would round to nothing."""
+    value = size / GIB
+    return f"{value:.1f}" if value >= 0.095 or value == 0 else f"{value:.2g}"
+
+
+def size(size: float) -> str:
+    """``22.2 GiB``."""
+    return f"{gib(size)} GiB"
+
+
+def disk(size: float) -> str:
+    """Decimal, as file managers count: ``382 MB``."""
+    return (
+        f"{size / GB:.2f} GB"
+        if size >= GB
+        else f"{size / 1e6:.0f} MB"
+        if size >= 1e6
+        else f"{size / 1e3:.0f} kB"
+    )
+
+
+def milliseconds(ms: float, *, sign: bool = False) -> str:
+    """``582 ms`` or ``3.93 s``."""
+    plus = "+" if sign else ""
+    return f"{ms / 1e3:{plus}.2f} s" if abs(ms) >= 1000 else f"{ms:{plus}.0f} ms"
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
