@@ -31,7 +31,7 @@ from ideoflow.diagnostics.codes import caption_tools as codes
 if TYPE_CHECKING:
     from PIL import Image
 
-THUMBNAIL = 640  # longest side of an embedded picture in pixels; at quality 70 about 40 kB each
+THUMBNAIL = 512  # longest side of an embedded picture in pixels; at quality 70 about 30 kB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,21 +176,18 @@ def _open(path: Path) -> _Picture:
 
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:
-                width, height = height, width
-            scale = min(1.0, THUMBNAIL / max(width, height))
-            shown = max(1, round(width * scale)), max(1, round(height * scale))
-            # JPEG decodes at a fraction of its size, many times faster; the side that EXIF turns may be
-            # either.
-            image.draft("RGB", (max(shown), max(shown)))
-            small = ImageOps.exif_transpose(image)
-            if small.mode in ("RGBA", "LA", "PA", "P"):
-                small = small.convert("RGBA")
-                small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
-            return _Picture(
-                small.convert("RGB").resize(shown, Image.Resampling.LANCZOS), f"{width} x {height}"
-            )
+            # JPEG decodes at a fraction of its size, many times faster.
+            size = image.size
+            image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+            ImageOps.exif_transpose(image, in_place=True)
+            full = size if (image.width > image.height) == (size[0] > size[1]) else size[::-1]
+            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+            if image.has_transparency_data:
+                over = image.convert("RGBA")
+                flat = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+            else:
+                flat = image
+            return _Picture(flat.convert("RGB"), f"{full[0]} x {full[1]}")
     except Image.DecompressionBombError as error:
         raise OSError(str(error)) from None
 
