@@ -183,7 +183,7 @@ class _Compiler:
         return says
 
     def _caption(self, name: str | None, body: Sequence[Statement], at: At, *, whole: bool) -> None:
-        """Compiles one caption; where lines of it could not be read (not ``whole``), only looks for mistakes."""
+        """Compiles one caption, or (not ``whole``: lines of it could not be read) only looks for mistakes."""
         report, items = self.report, self.report.items
         before = len(items)
         check_lines(body, "image", report)

@@ -26,7 +26,6 @@ from ideoflow.captions.nodes import (
     Use,
 )
 from ideoflow.captions.parser import line_lexer, parse_icap
-from ideoflow.captions.regions import normal_range
 from ideoflow.diagnostics import Diagnostic, IdeoflowError, Span
 from ideoflow.diagnostics.codes import caption_language as codes
 
@@ -87,8 +86,6 @@ def _colour_list(head: str, colours: Sequence[Colour], indent: str) -> str:
 def _mark(mark: Mark) -> str:
     if mark.kind == "words":
         return quoted(mark.value)
-    if mark.kind in ("y", "x"):
-        return mark.kind + normal_range(mark.value)
     return mark.value if mark.kind in ("place", "colour") else mark.kind + mark.value
 
 

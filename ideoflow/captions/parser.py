@@ -36,6 +36,7 @@ from ideoflow.captions.nodes import (
     StyleLine,
     Use,
 )
+from ideoflow.captions.regions import normal_measure, normal_range
 from ideoflow.captions.source import Source
 from ideoflow.diagnostics import Diagnostic
 
@@ -93,9 +94,11 @@ class _Builder:
 
     def axis(self, c: list[Tok]) -> Mark:
         token = c[0]
-        return Mark(token.value[0], token.value[1:], (token.start, token.end))
+        return Mark(token.value[0], normal_range(token.value[1:]), (token.start, token.end))
 
-    extent = axis
+    def extent(self, c: list[Tok]) -> Mark:
+        token = c[0]
+        return Mark(token.value[0], normal_measure(token.value[1:]), (token.start, token.end))
 
     def place(self, c: list[Tok]) -> Mark:
         return Mark("place", c[0].value, (c[0].start, c[0].end))

@@ -43,17 +43,18 @@ PLACES: dict[str, tuple[int, int]] = {
     "bottom-right": (2, 2),
 }
 
-_MEASURE = re.compile(r"(\d+(?:\.\d+)?)(%|px)?")
+_MEASURE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(%|px)?")
 
 
 def normal_range(value: str) -> str:
-    """A range in its shortest spelling: ``10%..040.50%`` becomes ``10..40.5%``; the unit stays."""
+    """A range in its shortest spelling: ``010..040.50%`` becomes ``10..40.5%``."""
     start, _, end = value.partition("..")
-    return f"{_normal(start)}..{_normal(end)}"
+    return f"{normal_measure(start)}..{normal_measure(end)}"
 
 
 @lru_cache(maxsize=4096)
-def _normal(measure: str) -> str:
+def normal_measure(measure: str) -> str:
+    """A measure in its shortest spelling: ``040.50%`` becomes ``40.5%``."""
     match = _MEASURE.fullmatch(measure)
     assert match is not None
     number, unit = match.groups()
@@ -197,7 +198,7 @@ def _unknown_place(mark: Mark, report: Report) -> None:
 
 def _range(mark: Mark, size: Size | None, report: Report) -> tuple[int, int] | None:
     first, _, last = mark.value.partition("..")
-    if first.isdecimal() and last.isdecimal():
+    if first.isdigit() and last.isdigit():  # the grammar has passed ASCII digits only
         start, end = int(first[:9]), int(last[:9])
         if start <= end <= 1000:
             return start, end
