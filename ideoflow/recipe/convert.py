@@ -6,6 +6,7 @@ them at their line and a plan file at their path.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -20,6 +21,7 @@ from ideoflow.recipe.places import Path
 Report = Callable[[Code, Path, str, str, str], None]
 
 _FAILED = object()
+_MOST = 2**63 - 1  # TOML's whole numbers have 64 bits; tomli reads longer ones too
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -103,8 +105,9 @@ def _match(annotation: Any, value: Any) -> Any:
         ok = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
         return dict(value) if ok else _FAILED
     if annotation is float:
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if ok else _FAILED
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(value) if abs(value) <= _MOST else math.inf
+        return value if isinstance(value, float) else _FAILED
     if annotation is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else _FAILED
     if annotation is type(None):
@@ -113,11 +116,18 @@ def _match(annotation: Any, value: Any) -> Any:
 
 
 def _within(value: Any, spec: Field[Any], path: Path, report: Report) -> bool:
+    if any("\0" in text for text in _texts(value)):
+        message = f"'{path[-1]}' must not hold a NUL character"
+        report(BAD_VALUE, path, message, "remove \\u0000 from it", "")
+        return False
     if not isinstance(value, int | float) or isinstance(value, bool):
         return True
     m = spec.metadata
-    wrong = None
-    if value != value or value in (float("inf"), float("-inf")):
+    wrong: str | None = None
+    if isinstance(value, int) and abs(value) > _MOST:
+        report(BAD_VALUE, path, f"'{path[-1]}' is longer than 64 bits", m["doc"], "too long")
+        return False
+    if not math.isfinite(value):
         wrong = "must be finite"
     elif "above" in m and value <= m["above"]:
         wrong = f"must be above {m['above']:g}"
@@ -132,6 +142,14 @@ def _within(value: Any, spec: Field[Any], path: Path, report: Report) -> bool:
     if wrong:
         report(BAD_VALUE, path, f"'{path[-1]}' is {value}, but {wrong}", m["doc"], wrong)
     return wrong is None
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a value: itself, or those of a list or a table."""
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for text in pair]
+    items = value if isinstance(value, tuple) else (value,)
+    return [item for item in items if isinstance(item, str)]
 
 
 def _report_mismatch(options: tuple[Any, ...], value: Any, path: Path, report: Report) -> None:
@@ -149,7 +167,10 @@ def _report_mismatch(options: tuple[Any, ...], value: Any, path: Path, report: R
 
 
 def _odd_item(options: tuple[Any, ...], value: Any) -> Any:
-    """The first item of a list that none of the list types among ``options`` takes, or ``None``."""
+    """The first item that makes a list or table the wrong one for every option of its kind, or ``None``."""
+    if isinstance(value, Mapping):
+        tables = any(get_origin(o) is Mapping for o in options)
+        return next((v for v in value.values() if not isinstance(v, str)), None) if tables else None
     kinds = [get_args(o)[0] for o in options if get_origin(o) is tuple]
     if not kinds or not isinstance(value, list):
         return None

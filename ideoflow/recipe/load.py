@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, get_type_hints
 
 import tomli
 
@@ -15,6 +15,7 @@ from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes import Code
 from ideoflow.diagnostics.codes.recipe import (
     BAD_TOML,
+    BAD_VALUE,
     IMPOSSIBLE_PAIR,
     MISSING_KEY,
     NO_FILE,
@@ -69,8 +70,12 @@ class Recipe:
         return tuple(key.split(".")) in self.places
 
     def span(self, key: str) -> Span:
-        """The place of the value of dotted ``key``, or of its table, or the file as a whole."""
-        return span_of(str(self.path), self.text, self.places, tuple(key.split(".")))
+        """The place of the value of dotted ``key``, or of its table, or the file as a whole.
+
+        A number in it counts the items of a list: ``validate.prompts.0``.
+        """
+        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        return span_of(str(self.path), self.text, self.places, path)
 
 
 def span_of(file: str, text: str, places: Mapping[Path, Place], path: Path, *, key: bool = False) -> Span:
@@ -115,6 +120,7 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
     text = text.replace("\r\n", "\n")
     try:
         data = tomli.loads(text)
+        places = find_places(text)
     except tomli.TOMLDecodeError as error:
         at = min(error.pos, len(text))
         span = Span.of(str(file), text, at, at + 1)
@@ -122,12 +128,15 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
         cure = "texts need quotes, lists need [ ], and each key may come once in a table"
         fail(BAD_TOML, f"not valid TOML: {message}", span, cure=cure)
     except RecursionError:
-        fail(BAD_TOML, "not valid TOML: nested too deeply", Span(str(file)))
-    places = find_places(text)
+        fail(BAD_TOML, "nested too deeply", Span(str(file)), cure="a recipe has tables of keys, no deeper")
+    except ValueError:  # Python's own limit on digits
+        fail(BAD_TOML, "a number has thousands of digits", Span(str(file)), cure="shorten it")
     problems = Collector()
 
     def report(code: Code, at: Path, message: str, cure: str, label: str) -> None:
         span = span_of(str(file), text, places, at, key=code is UNKNOWN_KEY)
+        if code is UNKNOWN_KEY and (homes := _tables_with(at[-1])):
+            cure = f"'{at[-1]}' belongs in {' or '.join(homes)}"
         if code is MISSING_KEY and not at:
             span = Span(str(file))
         problems.add(code, message, span, cure=cure, label=label)
@@ -139,6 +148,12 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
     problems.items.sort(key=lambda d: (d.span.line, d.span.column) if d.span else (0, 0))
     problems.raise_if_errors()
     return recipe
+
+
+def _tables_with(key: str | int) -> list[str]:
+    """Headers of the tables that know ``key``."""
+    tables = get_type_hints(RecipeTables)
+    return [f"[{name}]" for name, table in tables.items() if key in {f.name for f in fields(table)}]
 
 
 def _check_pairs(recipe: Recipe, problems: Collector) -> None:
@@ -166,8 +181,25 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
             "make train.warmup smaller than train.steps",
         )
     if len(t.train.betas) != 2 or not all(0 <= b < 1 for b in t.train.betas):
+        problems.add(
+            BAD_VALUE,
+            "betas must be two numbers, each at least 0 and below 1",
+            recipe.span("train.betas"),
+            cure="for example betas = [0.9, 0.999]",
+        )
+    name = t.output.name
+    if name is not None and (name in ("", "..") or FilePath(name).name != name):
+        problems.add(
+            BAD_VALUE,
+            f"output.name is the name of a file, and '{name}' is none",
+            recipe.span("output.name"),
+            cure="leave out folders, or put them in output.folder",
+        )
+    if t.data.caption == "filename" and not t.captions.wrap:
         contradiction(
-            "train.betas", "betas must be two numbers, each at least 0 and below 1", "betas = [0.9, 0.999]"
+            "captions.wrap",
+            "names of files are plain text, which wrap = false makes an error",
+            "set wrap = true, or data.caption = 'sidecar'",
         )
     if not t.validate.prompts:
         for key in ("every", "preset", "steps", "guidance", "width", "height", "seed"):
@@ -224,9 +256,14 @@ def _check_paths(recipe: Recipe) -> None:
 
 def matching_files(folder: FilePath, pattern: str) -> list[FilePath]:
     """Files that ``pattern``, a path or a glob relative to ``folder``, names; sorted."""
+    if (folder / pattern).is_file():  # also a name with brackets, which a glob would read as a set
+        return [folder / pattern]
     root = FilePath(pattern).anchor
     base, rest = (FilePath(root), pattern[len(root) :]) if root else (folder, pattern)
-    return sorted(p for p in base.glob(rest) if p.is_file())
+    try:
+        return sorted(p for p in base.glob(rest) if p.is_file())
+    except ValueError:  # no pattern at all, or ** inside a name
+        return []
 
 
 def load_tables(data: Mapping[str, Any], report: Any) -> RecipeTables | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import tomli
+
 Path = tuple[str | int, ...]
 
 _BLANK = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
@@ -32,7 +34,11 @@ class Place:
 
 
 def find_places(text: str) -> dict[Path, Place]:
-    """Places by path: ``("train", "steps")``, ``("data", "source", 0, "images")``."""
+    """Places by path: ``("train", "steps")``, ``("data", "source", 0, "images")``.
+
+    Raises:
+        RecursionError: when arrays or inline tables nest hundreds deep.
+    """
     return _Scanner(text).run()
 
 
@@ -72,8 +78,6 @@ class _Scanner:
             self.array_lengths[path] = index + 1
             self.places.setdefault(path, Place(names[-1][1], names[-1][1]))
             path += (index,)
-        elif path in self.array_lengths:
-            path += (self.array_lengths[path] - 1,)
         self.places[path] = Place(names[-1][1], names[-1][1])
         return path
 
@@ -144,6 +148,4 @@ class _Scanner:
 
 
 def _unquote(text: str) -> str:
-    import tomli
-
     return str(next(iter(tomli.loads(f"{text} = 0"))))
