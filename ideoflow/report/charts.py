@@ -17,6 +17,7 @@ from ideoflow.report.units import number
 # Inner coordinates of stretched curves, and the most columns that a curve is drawn with.
 _WIDTH = 1000
 _COLUMNS = 500
+_MARKS = 50  # columns for marks that stand apart from a curve
 _SMALL = 200  # height in pixels up to which a chart gets fewer words
 
 Point = tuple[float, float]
@@ -215,10 +216,10 @@ def _curves(curve: Curve, frame: _Frame) -> Iterator[Html]:
 
 
 def _marks(curve: Curve, frame: _Frame) -> Iterator[Html]:
-    for step, value in curve.beyond():
+    for step, value in thin(curve.beyond(), _MARKS):
         tip = tag("title", f"step {step:.0f}: {number(value)}")
         yield _text((tip, "▲"), "outlier", frame.x(step), 8, text_anchor="middle")
-    for step in curve.lost:
+    for step, _ in thin([(step, 0.0) for step in curve.lost], _MARKS):
         tip = tag("title", f"step {step:.0f}: not a number")
         yield _text((tip, "×"), "lost", frame.x(step), frame.height - 4, text_anchor="middle")
 

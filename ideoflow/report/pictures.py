@@ -47,7 +47,7 @@ def embed(picture: Image.Image, side: int) -> Picture:
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     # Full colour resolution (4:4:4): fine lettering in red would smear otherwise.
-    small.save(stream, "JPEG", quality=88, subsampling=0, optimize=True)
+    small.save(stream, "JPEG", quality=88, subsampling=0)
     data = base64.b64encode(stream.getvalue()).decode("ascii")
     return Picture(f"data:image/jpeg;base64,{data}", small.width, small.height)
 

@@ -102,3 +102,11 @@ def test_bars_are_as_long_as_their_values():
     assert widths[0] / widths[2] == pytest.approx(30 / 50, rel=1e-3)
     assert widths[1] / widths[2] == pytest.approx(10 / 50, rel=2e-3)
     assert "40 s predicted" in svg and "50 s measured" in svg
+
+
+def test_a_run_of_many_steps_and_failures_stays_a_small_drawing():
+    points = [(x, 1.0 if x % 60 else 90.0 + x) for x in range(30_000)]
+    curve = Curve("loss", "t", "l", points, smooth(points, 9), lost=list(range(20_000)))
+    svg = line_chart(curve, (0, 30_000), (), 300)
+    assert len(svg) < 100_000 and svg.count("<text") < 400
+    assert "step 29940: 30,030" in svg, "the highest keeps its mark"
