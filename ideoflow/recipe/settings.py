@@ -88,7 +88,9 @@ class CaptionSettings:
     dropout: float = setting(
         0.0, doc="Share of steps that train with no text at all, for guidance.", minimum=0.0, maximum=1.0
     )
-    max_tokens: int = setting(2048, doc="Longer captions are an error, never cut.", minimum=1, maximum=2048)
+    max_tokens: int = setting(
+        2048, doc="Captions of more tokens are an error, never cut.", minimum=1, maximum=2048
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +118,14 @@ class ScheduleSettings:
     """Density of the noise levels that are trained (resolution-aware logit-normal)."""
 
     mu: float = setting(0.0, doc="Mean at 512 x 512; 0.5 ln(area / 512^2) is added.")
-    std: float = setting(1.5, doc="Standard deviation.", above=0.0)
+    std: float = setting(1.5, doc="Standard deviation, in logits of the noise level.", above=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """The training loop."""
 
-    steps: int = setting(1000, doc="Optimiser steps.", minimum=1)
+    steps: int = setting(1000, doc="Optimiser steps to train for.", minimum=1)
     learning_rate: float = setting(1e-4, doc="Peak learning rate.", above=0.0)
     batch: int = setting(1, doc="Samples in one forward pass.", minimum=1)
     accumulation: int = setting(1, doc="Forward passes whose gradients make one step.", minimum=1)
@@ -192,7 +194,7 @@ class ValidateSettings:
 class OutputSettings:
     """Where results go."""
 
-    folder: str | None = setting(None, doc="Default: outputs/NAME-OF-THE-RECIPE.")
+    folder: str | None = setting(None, doc="Folder of the run. Default: outputs/NAME-OF-THE-RECIPE.")
     dtype: Literal["bf16", "float32"] = setting(
         "bf16", doc="Type of the numbers in the adapter file; checkpoints are always float32."
     )

@@ -305,7 +305,7 @@ def test_several_mistakes_are_told_at_once_in_the_order_of_the_file():
         "  |\n"
         "2 | steps = -1\n"
         "  |         ^^ must be at least 1\n"
-        "  = help: Optimiser steps.\n\n"
+        "  = help: Optimiser steps to train for.\n\n"
         "error[IR003]: unknown key 'sead' in [train]\n"
         " --> recipe.toml:3:1\n"
         "  |\n"
