@@ -5,7 +5,7 @@
 | run | version, torch, device, from_step, seed: a start or a resumption |
 | stage | stage (captions, pictures, load, train, samples), seconds, peak_bytes (null where unknown) |
 | step | step, loss, learning_rate, grad_norm, seconds |
-| sample | step, prompt, file (relative to the output folder); caption (its JSON) and seed where they are known |
+| sample | step, prompt, file (relative to the output folder); caption (JSON) and seed, where known |
 | checkpoint | step, file |
 | note | text |
 | end | step, finished, adapter (file), seconds |
