@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ideoflow.captions.checks import check_caption
-from ideoflow.captions.emit import compile_caption, placeholders_in
-from ideoflow.captions.inputs import Columns, Source, check_paths, find, locate_image, read
-from ideoflow.captions.repair import read_json_caption, wrap_text
-from ideoflow.captions.result import CompiledCaption, CompileResult
-from ideoflow.captions.rules import to_json
+from ideoflow.captions.emit import compile_caption
+from ideoflow.captions.inputs import Columns, Source, check_paths, find, image_size, locate_image, read
+from ideoflow.captions.plain import read_plain_caption
+from ideoflow.captions.repair import read_json_caption
+from ideoflow.captions.result import CompileResult
 from ideoflow.diagnostics import Diagnostic, Span
 from ideoflow.diagnostics.codes.caption_json import UNUSED_PLACEHOLDER
 
@@ -95,14 +95,11 @@ def check_each(
 def compile_source(source: Source, placeholders: Mapping[str, str] | None = None) -> CompileResult:
     """The captions of one source, whatever its form."""
     if source.form == "icap":
-        picture = _open(source.image) if "px" in source.text else None
-        size = picture.size if picture else None
+        size = image_size(source.image) if "px" in source.text else None
         return compile_caption(source.text, path=source.path, placeholders=placeholders, image_size=size)
     if source.form == "json":
         return read_json_caption(source.text, path=source.path)
-    caption = wrap_text(source.text)
-    compiled = CompiledCaption(None, caption, to_json(caption), Span(source.path, source.line))
-    return CompileResult((compiled,), (), frozenset(placeholders_in(caption)))
+    return read_plain_caption(source.text, path=source.path, line=source.line)
 
 
 def _open(place: str) -> Image | None:

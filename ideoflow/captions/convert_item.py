@@ -14,7 +14,6 @@ from ideoflow.captions.sinks import Made
 from ideoflow.captions.words import TRIGGER_MARKS, insert_trigger, swap_box_axes
 from ideoflow.diagnostics import Diagnostic, Span
 from ideoflow.diagnostics.codes import caption_tools as codes
-from ideoflow.diagnostics.codes.caption_language import NO_CAPTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +87,6 @@ def compile_source(source: Source, options: Options) -> tuple[list[Compiled], li
     if values and options.trigger:
         values.setdefault("trigger", options.trigger)
     source, problem = _text_before_json(source, options)
-    if problem is None and source.form == "text" and not source.text.strip("\ufeff \t\r\n"):
-        place = Span(source.path, source.line)
-        problem = Diagnostic(NO_CAPTION, "the caption is empty", place, "describe the image")
     if problem is not None:
         return [], [problem]
     result = check_files.compile_source(source, values or None)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ideoflow.cli import show
-from ideoflow.diagnostics import Diagnostic, IdeoflowError, Span
+from ideoflow.diagnostics import Diagnostic, IdeoflowError
 
 if TYPE_CHECKING:
     from ideoflow.captions.convert import Report, Target
@@ -155,7 +155,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     """How captions are read, the same for every command over a data set."""
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="value of <NAME>")
     parser.add_argument(
-        "--trigger", metavar="WORD", help="put WORD where [trigger] stands, else in the description"
+        "--trigger",
+        type=_trigger,
+        metavar="WORD",
+        help="put WORD where [trigger] stands, else in the description",
     )
     parser.add_argument(
         "--boxes",
@@ -174,25 +177,35 @@ def options(args: argparse.Namespace, **more: Any) -> Options:
     from ideoflow.captions.convert_item import Options
     from ideoflow.captions.inputs import Columns
 
-    return Options(placeholders=tuple(pairs(args.set)), trigger=args.trigger or None, boxes=args.boxes,
+    return Options(placeholders=tuple(pairs(args.set)), trigger=args.trigger, boxes=args.boxes,
                    columns=Columns(args.column, args.name_column), one_per_line=args.one_per_line,
                    **more)  # fmt: skip
 
 
 def pairs(given: list[str]) -> list[tuple[str, str]]:
-    """The placeholders of ``--set NAME=VALUE``; raises IC7xx for anything else."""
+    """The placeholders of ``--set NAME=VALUE``; raises IC725 for anything else."""
     from ideoflow.diagnostics.codes.caption_tools import BAD_PLACEHOLDER
 
     found = []
     for text in given:
         name, equals, value = text.partition("=")
-        if not equals or not name.strip("<>").isidentifier():
-            raise IdeoflowError(
-                Diagnostic(BAD_PLACEHOLDER, f"--set {text!r} is not NAME=VALUE", Span("command line"),
-                           "for example --set token=sks")
-            )  # fmt: skip
-        found.append((name.strip("<>"), value))
+        name = name.strip("<>")
+        if not equals or not name.replace("-", "_").isidentifier() or not _is_text(value):
+            message = f"--set {text!r} is not NAME=VALUE"
+            raise IdeoflowError(Diagnostic(BAD_PLACEHOLDER, message, cure="for example --set token=sks"))
+        found.append((name, value))
     return found
+
+
+def _trigger(text: str) -> str:
+    if not text.strip() or not _is_text(text):
+        raise argparse.ArgumentTypeError("a word of plain text")
+    return text.strip()
+
+
+def _is_text(text: str) -> bool:
+    """Whether a command-line word is valid text: bytes that are not UTF-8 arrive as half characters."""
+    return text.isprintable()
 
 
 def _positive(text: str) -> int:

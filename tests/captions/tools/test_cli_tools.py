@@ -55,6 +55,7 @@ def test_preview_and_stats(folder, capsys):
 @pytest.mark.parametrize(("arguments", "code"), [
     (["compile", "gone", "-o", "out"], "IC710"),
     (["compile", "set", "-o", "out", "--set", "token"], "IC725"),
+    (["compile", "set", "-o", "out", "--set", "token=caf\udce9"], "IC725"),
     (["compile", "set", "-o", "set/a.json"], "IC720"),
     (["preview", "gone"], "IC710"),
     (["preview", "set", "-o", "set/a.json/x.html"], "IC711"),
@@ -70,3 +71,10 @@ def test_jobs_is_a_positive_number(folder, jobs, capsys):
     with pytest.raises(SystemExit):
         main(["captions", "stats", "set", "--jobs", jobs])
     assert "--jobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["", " ", "caf\udce9", "two\nlines"])
+def test_a_trigger_is_a_word(folder, word, capsys):
+    with pytest.raises(SystemExit):
+        main(["captions", "compile", "set", "-o", "out", "--trigger", word])
+    assert "--trigger" in capsys.readouterr().err
