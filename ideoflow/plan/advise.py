@@ -20,12 +20,11 @@ from ideoflow.diagnostics.codes.plan import (
 from ideoflow.model.spec import PIXELS_PER_TOKEN
 from ideoflow.plan.document import Change, Plan, Value
 from ideoflow.plan.profiles import PROFILES, hardware_from_profile
-from ideoflow.plan.search import Evaluation, Problem, fixed_by_recipe, solve, times_known
+from ideoflow.plan.search import TIGHT_SHARE, Evaluation, Problem, fixed_by_recipe, solve, times_known
 from ideoflow.plan.variants import with_axis
 from ideoflow.recipe import MemorySettings, Recipe
 
 GIB, GB = 1 << 30, 10**9
-_TIGHT_SHARE = 0.95
 _LARGE_FILE = GB
 # A model of this many parameters is no work for a processor.
 _LARGE_MODEL = 1e9
@@ -143,7 +142,7 @@ def advise(plan: Plan, problem: Problem, best: Evaluation, recipe: Recipe) -> tu
             recipe.span(fixed[0]) if fixed else None,
             cure="the plan's list of changes begins with the cheapest",
         )
-    elif peak > _TIGHT_SHARE * free:
+    elif peak > TIGHT_SHARE * free:
         found.add(
             TIGHT,
             f"the run needs {peak / GIB:.1f} of {free / GIB:.1f} GiB",

@@ -203,6 +203,8 @@ def _why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) -
         return "over-memory"
     if not other.fits:
         return "over-host-memory"
+    if other.tight and not best.tight:
+        return "tight"
     if name == "unconditional":
         return "less-exact"
     if other.run_seconds > 1.03 * best.run_seconds:
@@ -215,11 +217,11 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
     value, storage = getattr(best.choice, name), problem.base.storage
     if not best.fits:
         return "least-memory", "needs least, though it does not fit"
-    over = any(code == "over-memory" for code in rejected.values())
+    over = bool({"over-memory", "tight"} & set(rejected.values()))
     sentences: dict[tuple[str, str], tuple[str, str]] = {
         ("precision", "bf16"): _precision_reason(storage, over, problem),
         ("precision", "float32"): ("exact", "as fast here, and exact"),
-        ("checkpointing", "on"): ("needs-memory", "activations of all blocks do not fit"),
+        ("checkpointing", "on"): ("needs-memory", "activations of all blocks leave no room"),
         ("checkpointing", "off"): ("fastest-that-fits", "all activations fit, nothing is recomputed"),
         ("compile", "regional"): ("fastest-that-fits", "compiling is repaid by faster steps"),
         ("compile", "off"): ("not-repaid", "compiling would take longer than it saves"),

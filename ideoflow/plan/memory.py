@@ -232,7 +232,7 @@ def build_ledger(
             lines.append(LedgerLine(phase, name, int(size), transient and bool(calibrated_by), evidence))
 
     def finish(phase: Phase) -> None:
-        moving = sum(line.bytes for line in lines if line.phase == phase and line.name in _TRANSIENT)
+        moving = sum(line.bytes for line in lines if line.phase == phase and line.name in TRANSIENT)
         kind = "CUDA context" if choice.device == "cuda" else "Python and torch"
         add(phase, kind, _CONTEXT[choice.device], "usual size; depends on driver and card")
         add(phase, "fragmentation", _FRAGMENTATION * moving, f"{_FRAGMENTATION:.0%} of what comes and goes")
@@ -260,7 +260,7 @@ class _Add(Protocol):
     ) -> None: ...
 
 
-_TRANSIENT = frozenset(
+TRANSIENT = frozenset(
     {
         "activations",
         "checkpoints",

@@ -25,6 +25,7 @@ _REJECTED = {
     "set-by-recipe": "",
     "over-memory": "over by {over}",
     "over-host-memory": "host memory too small",
+    "tight": "leaves less than 5 % free",
     "slower": "{ms} slower",
     "slower-to-compile": "compiling takes longer",
     "less-exact": "less exact",

@@ -30,7 +30,7 @@ def plan_schema() -> dict[str, Any]:
 
 
 def _with_nulls(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's schema for a plan, where every key is written and what is not set is null (TOML has none)."""
+    """A recipe's schema for a plan: every key is written, and what is not set is null (TOML has none)."""
     properties = {}
     for name, schema in recipe["properties"].items():
         if schema.get("type") == "object" and "properties" in schema:

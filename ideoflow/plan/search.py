@@ -32,6 +32,8 @@ ENGINE = "reference"
 # Captions' length where there is no data set; estimated lengths get this much more, to be on the safe side.
 _USUAL_TEXT, _ESTIMATE_MARGIN = 400, 1.15
 _EQUAL = 1.03
+# A prediction is not exact: above this share of the free memory a plan is only made if there is no other.
+TIGHT_SHARE = 0.95
 DOMAINS = {
     "precision": ("bf16", "float32"),
     "checkpointing": ("off", "on"),
@@ -118,6 +120,7 @@ class Evaluation:
     compile_seconds: float
     run_seconds: float
     fits: bool
+    tight: bool
 
 
 def fixed_by_recipe(tables: RecipeTables) -> dict[str, str]:
@@ -161,8 +164,9 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
     step_ms = sum(part.ms for part in parts) * factors.time
     compiling = _compile_seconds(problem) if choice.compiled else 0.0
     run = compiling + step_ms / 1e3 * problem.tables.train.steps
-    fits = ledger.peak_bytes <= problem.hardware.free_bytes and _host_fits(problem, choice)
-    return Evaluation(choice, ledger, step_ms, compiling, run, fits)
+    peak, free = ledger.peak_bytes, problem.hardware.free_bytes
+    fits = peak <= free and _host_fits(problem, choice)
+    return Evaluation(choice, ledger, step_ms, compiling, run, fits, peak > TIGHT_SHARE * free)
 
 
 def _host_fits(problem: Problem, choice: Choice) -> bool:
@@ -187,15 +191,16 @@ def _compile_seconds(problem: Problem) -> float:
 def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
     """The best that fits; where none does, the one that needs least.
 
-    Pictures with true guidance come first: the second transformer is there only while sampling, so it costs
+    What leaves some memory free comes first: running out of it costs more than a slower step. Then come
+    pictures with true guidance: the second transformer is there only while sampling, so it costs
     the training nothing.
     """
     evaluated = list(evaluated)
     fitting = [e for e in evaluated if e.fits]
     if not fitting:
         return min(evaluated, key=lambda e: (e.ledger.peak_bytes, _plainness(e.choice, storage)))
-    loaded = [e for e in fitting if e.choice.unconditional == "loaded"]
-    pool = loaded or fitting
+    pool = [e for e in fitting if not e.tight] or fitting
+    pool = [e for e in pool if e.choice.unconditional == "loaded"] or pool
     fastest = min(e.run_seconds for e in pool)
     return min(
         (e for e in pool if e.run_seconds <= _EQUAL * fastest),

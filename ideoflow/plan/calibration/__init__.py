@@ -64,7 +64,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Factors:
-    """Corrections for one combination; ``source`` is empty where nothing was measured for it."""
+    """Corrections for one combination; ``source`` is empty where it was not measured itself."""
 
     memory: float = 1.0
     time: float = 1.0
@@ -79,17 +79,22 @@ class Calibration:
     runs: tuple[Measured, ...] = ()
 
     def factors(self, device: str, engine: str, compiled: bool) -> Factors:
-        """Corrections from the newest runs of this device and engine, if there are any."""
-        alike = [r for r in self.runs if (r.device, r.engine, r.compiled) == (device, engine, compiled)]
+        """Corrections from the newest runs of this device and engine, if there are any.
+
+        Where only the other mode (compiled or eager) was measured, its time corrects this one too: else a
+        device that is slower than predicted would make the mode that was never tried look fast.
+        """
+        runs = [r for r in self.runs if (r.device, r.engine) == (device, engine)]
         # A changed engine is another engine: only runs of the newest one count.
-        recent = [r for r in alike if r.engine_digest == alike[-1].engine_digest][-_RECENT:]
-        if not recent:
-            return Factors()
-        memory = max(r.measured_moving / max(r.predicted_moving, 1) for r in recent)
-        times = [r.measured_step_ms / r.predicted_step_ms for r in recent if r.predicted_step_ms]
-        time = statistics.median(times) if times else 1.0
-        count = f"{len(recent)} run{'s' if len(recent) > 1 else ''} on this {device}"
-        return Factors(_bounded(memory), _bounded(time), count)
+        runs = [r for r in runs if r.engine_digest == runs[-1].engine_digest]
+        same = [r for r in runs if r.compiled == compiled][-_RECENT:]
+        times = [r.measured_step_ms / r.predicted_step_ms for r in same or runs if r.predicted_step_ms]
+        time = _bounded(statistics.median(times)) if times else 1.0
+        if not same:
+            return Factors(time=time)
+        memory = max(r.measured_moving / max(r.predicted_moving, 1) for r in same)
+        count = f"{len(same)} run{'s' if len(same) > 1 else ''} on this {device}"
+        return Factors(_bounded(memory), time, count)
 
 
 def _bounded(factor: float) -> float:

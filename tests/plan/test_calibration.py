@@ -1,0 +1,126 @@
+"""Measurements of runs: kept, read back, and used for exactly the combination that they are of."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ideoflow.plan import make_plan, named_hardware
+from ideoflow.plan.calibration import Calibration, Measured, append_runs, load_calibration, shipped, user_file
+from ideoflow.plan.record import measured_run
+
+RUN = Measured("H200", "reference", "abc", {"torch": "2.13"}, False, 1000, 1100, 500.0, 600.0)
+
+
+def known(*runs):
+    return Calibration(shipped().shares, runs)
+
+
+def changed(**values):
+    return dataclasses.replace(RUN, **values)
+
+
+def test_nothing_measured_changes_nothing():
+    factors = known().factors("H200", "reference", False)
+    assert (factors.memory, factors.time, factors.source) == (1.0, 1.0, "")
+
+
+@pytest.mark.parametrize("other", [changed(device="H100"), changed(engine="fused")], ids=["device", "engine"])
+def test_other_devices_and_engines_do_not_count(other):
+    factors = known(other).factors("H200", "reference", False)
+    assert (factors.memory, factors.time, factors.source) == (1.0, 1.0, "")
+
+
+def test_the_other_mode_tells_how_fast_the_device_is_and_nothing_else():
+    factors = known(changed(compiled=True)).factors("H200", "reference", False)
+    assert (factors.memory, factors.time, factors.source) == (1.0, 1.2, "")
+
+
+def test_memory_by_the_greatest_and_time_by_the_median():
+    runs = [
+        changed(measured_moving=m, measured_step_ms=t)
+        for m, t in ((900, 400.0), (1200, 600.0), (1000, 650.0))
+    ]
+    factors = known(*runs).factors("H200", "reference", False)
+    assert factors.memory == 1.2 and factors.time == 600 / 500
+    assert factors.source == "3 runs on this H200"
+
+
+def test_only_the_newest_engine_counts():
+    runs = [changed(engine_digest="old", measured_moving=3000), changed(engine_digest="new")]
+    assert known(*runs).factors("H200", "reference", False).memory == pytest.approx(1.1)
+
+
+def test_a_wild_measurement_is_bounded():
+    assert known(changed(measured_moving=10**9)).factors("H200", "reference", False).memory == 4.0
+
+
+def test_runs_are_appended_and_read_back(tmp_path):
+    file = tmp_path / "deep" / "calibration.json"
+    assert load_calibration(file) == (shipped(), [])
+    append_runs([RUN], file)
+    append_runs([changed(device="L4")], file)
+    calibration, problems = load_calibration(file)
+    assert calibration.runs == (RUN, changed(device="L4")) and problems == []
+
+
+def test_a_damaged_file_is_a_warning_and_is_replaced(tmp_path):
+    file = tmp_path / "calibration.json"
+    for text in ("{", "[]", '{"format": 9, "runs": []}', '{"format": 1, "runs": [{"device": 3}]}'):
+        file.write_text(text, encoding="utf-8")
+        calibration, (problem,) = load_calibration(file)
+        assert calibration == shipped()
+        assert problem.code.id == "IP013" and problem.severity == "warning" and problem.span.path == str(file)
+    append_runs([RUN], file)
+    assert load_calibration(file)[0].runs == (RUN,)
+
+
+def test_the_file_does_not_grow_forever(tmp_path):
+    file = tmp_path / "calibration.json"
+    append_runs([RUN] * 499 + [changed(device="L4")] * 3, file)
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    assert len(runs) == 500 and runs[-1]["device"] == "L4"
+
+
+def test_the_users_file_lies_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("IDEOFLOW_CACHE", str(tmp_path))
+    assert user_file() == tmp_path / "calibration.json"
+
+
+def test_a_measured_run_makes_the_next_plan_predict_it(full_base, write_recipe, summarize):
+    """Round trip: record what a run took, plan again, and the ledger and the clock say that."""
+    arguments = write_recipe(), full_base, summarize(), named_hardware("h200")
+    plan = make_plan(*arguments)
+    fixed = sum(
+        x.bytes
+        for x in plan.ledger.of("train")
+        if x.name in ("weights", "adapter", "gradients", "optimizer state")
+    )
+    moving = plan.ledger.peak("train") - fixed
+    peak, step_ms = fixed + int(0.8 * moving), 1.5 * plan.time.step_ms
+    run = measured_run(
+        plan, train_peak_bytes=peak, step_ms=step_ms, engine_digest="abc", versions={"torch": "2"}
+    )
+    again = make_plan(*arguments, calibration=known(run))
+    assert [d.value for d in again.decisions] == [d.value for d in plan.decisions]
+    measured = [x for x in again.ledger.of("train") if x.calibrated]
+    steady = [
+        x
+        for x in again.ledger.of("train")
+        if not x.calibrated and x.name in ("weights", "adapter", "gradients", "optimizer state")
+    ]
+    assert not {x.name for x in measured} & set(lasting)
+    assert sum(x.bytes for x in measured + steady) == pytest.approx(peak, rel=1e-6)
+    assert again.time.calibrated and again.time.step_ms == pytest.approx(step_ms, rel=1e-4)
+    # Measuring the second run the same way gives the same correction: factors do not compound.
+    repeated = measured_run(again, **found)
+    assert repeated.predicted_moving == run.predicted_moving
+    assert repeated.predicted_step_ms == pytest.approx(run.predicted_step_ms)
+
+
+def test_a_run_on_a_processor_makes_its_time_known(nano_base, processor, write_recipe, summarize):
+    arguments = write_recipe("", "nano", 256), nano_base, summarize(size=256), processor
+    plan = make_plan(*arguments)
+    assert plan.time is None
+    run = measured_run(plan, train_peak_bytes=10**9, step_ms=123.0, engine_digest="abc", versions={})
+    assert make_plan(*arguments, calibration=known(run)).time.step_ms == pytest.approx(123.0, rel=1e-3)
