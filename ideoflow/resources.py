@@ -45,6 +45,14 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ideoflow"
 
 
+@cache
+def _umask() -> int:
+    # There is no way to read the mask but to set it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file so that it is there whole or not at all, even if the power goes.
 
@@ -58,6 +66,8 @@ def write_whole(file: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        # mkstemp makes files that only their owner may read; results are ordinary files.
+        Path(scratch).chmod(0o666 & ~_umask())
         Path(scratch).replace(file)
     except BaseException:
         with contextlib.suppress(OSError):

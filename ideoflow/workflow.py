@@ -18,6 +18,7 @@ from ideoflow.diagnostics import IdeoflowError, fail
 from ideoflow.diagnostics.codes.engine import DOES_NOT_FIT
 from ideoflow.model.base import locate_base
 from ideoflow.model.hub import fetch_base
+from ideoflow.model.quiet import hush_libraries
 from ideoflow.plan import check_digests, detect_hardware, make_plan
 from ideoflow.plan.document import Plan, load_plan
 from ideoflow.recipe import Recipe, load_recipe
@@ -62,6 +63,7 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
     Raises:
         IdeoflowError: with everything that is wrong; for a plan.json also when what it was made from changed.
     """
+    hush_libraries()
     planned = load_plan(path) if Path(path).suffix == ".json" else None
     recipe = load_recipe(planned.recipe_path if planned else path)
     dataset, prompts = read_dataset(recipe), read_prompts(recipe)

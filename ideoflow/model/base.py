@@ -32,12 +32,15 @@ NANO_TEXT = TextEncoderSpec(
     num_key_value_heads=1,
     head_dim=16,
     intermediate_size=64,
-    vocab_size=384,
+    vocab_size=1024,
 )
 NANO_VAE = VaeSpec(block_out_channels=(16, 32, 32, 32), layers_per_block=1, latent_channels=32)
 
-# What a base in diffusers' layout has, apart from the scheduler.
+# What a base in diffusers' layout has, apart from the scheduler; the second transformer may be absent.
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae")
+_WEIGHTED = ("transformer", "text_encoder", "vae", "unconditional_transformer")
+_TRANSFORMER_CLASS = "Ideogram4Transformer2DModel"
+_AGAIN = "download or export the model again"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -89,9 +92,12 @@ def locate_base(
             f"nano-{NANO_VERSION}",
             True,
         )
-    local = relative_to / Path(name).expanduser()
-    if local.is_dir():
-        return _read_folder(name, local, span)
+    try:
+        local = relative_to / Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that is not there
+        local = relative_to / name
+    if name and local.is_dir():
+        return read_base(name, local, span)
     if local.is_file():
         fail(
             UNSUPPORTED_FORM,
@@ -112,11 +118,20 @@ def locate_base(
 def _look_in_hub_cache(name: str, revision: str | None, span: Span | None) -> BaseFacts:
     # huggingface_hub costs 0.3 s to import and is only needed for hub ids.
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    index = try_to_load_from_cache(name, "model_index.json", revision=revision)
-    if isinstance(index, str):
-        return _read_folder(name, Path(index).parent, span)
-    # Not downloaded: the sizes of the released model, so that a plan can be made beforehand.
+    try:
+        index = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    except HFValidationError:
+        fail(
+            NOT_A_BASE,
+            f"'{name}' is neither a folder nor a hub id",
+            span,
+            cure="a hub id is 'owner/name' of letters, digits and . - _",
+        )
+    if isinstance(index, str) and _is_complete(Path(index).parent):
+        return read_base(name, Path(index).parent, span)
+    # Not downloaded, or not all of it: the sizes of the released model, so that a plan can be made beforehand.
     return BaseFacts(
         name,
         None,
@@ -130,7 +145,34 @@ def _look_in_hub_cache(name: str, revision: str | None, span: Span | None) -> Ba
     )
 
 
-def _read_folder(name: str, folder: Path, span: Span | None) -> BaseFacts:
+def _is_complete(folder: Path) -> bool:
+    """Whether every part that ``model_index.json`` names is there; an interrupted download has only some."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        named = {part for part, classes in index.items() if isinstance(classes, list) and any(classes)}
+        weighted = named.intersection(_WEIGHTED)
+        shards = {part: _shards(folder / part) for part in weighted}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+    return all((folder / part).is_dir() for part in named) and all(
+        files and all(file.is_file() for file in files) for files in shards.values()
+    )
+
+
+def _shards(part: Path) -> list[Path]:
+    """The weight files of a part: those that its index names, else those that are there."""
+    for index in part.glob("*.safetensors.index.json"):
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({part / name for name in names})
+    return sorted(part.glob("*.safetensors"))
+
+
+def read_base(name: str, folder: Path, span: Span | None = None) -> BaseFacts:
+    """What is known of the base in ``folder``, a folder in diffusers' layout.
+
+    Raises:
+        IdeoflowError: when a part is missing, damaged, or in a form that cannot be trained on.
+    """
     missing = [c for c in COMPONENTS if not (folder / c).is_dir()]
     if missing or not (folder / "model_index.json").is_file():
         what = f"has no folder {', '.join(missing)}" if missing else "has no model_index.json"
@@ -140,46 +182,68 @@ def _read_folder(name: str, folder: Path, span: Span | None) -> BaseFacts:
             span,
             cure="a base is a folder in diffusers' layout: model_index.json beside " + ", ".join(COMPONENTS),
         )
-    transformer = _config(folder / "transformer" / "config.json", span)
-    if transformer.get("quantization_config"):
-        method = transformer["quantization_config"].get("quant_method", "an unknown method")
+    configs = {part: _config(folder / part, span) for part in _WEIGHTED if (folder / part).is_dir()}
+    for part, config in configs.items():
+        _check_form(folder / part, config, span)
+    text = configs["text_encoder"]
+    try:
+        specs = (
+            TransformerSpec.from_config(configs["transformer"]),
+            TextEncoderSpec.from_config(text.get("text_config", text)),
+            VaeSpec.from_config(configs["vae"]),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        fail(BAD_CONFIG, f"a config.json in {folder} cannot be used: {error}", span, cure=_AGAIN)
+    storage = {part: _storage(folder / part, span) for part in configs}
+    for part in ("transformer", "unconditional_transformer"):
+        if part in storage and storage[part] not in _TRAINABLE:
+            fail(
+                UNSUPPORTED_FORM,
+                f"the transformer in {folder / part} is stored as {storage[part]}",
+                span,
+                cure="use the bf16 weights in diffusers' layout",
+            )
+    return BaseFacts(
+        name,
+        folder,
+        True,
+        *specs,
+        storage["transformer"],
+        _sampled_digest(folder),
+        "unconditional_transformer" in configs,
+    )
+
+
+def _check_form(part: Path, config: Mapping[str, Any], span: Span | None) -> None:
+    """Refuses quantised parts, and transformers of other models."""
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        known = isinstance(quantisation, dict) and quantisation.get("quant_method")
         fail(
             UNSUPPORTED_FORM,
-            f"the transformer of {folder} is quantised with {method}",
+            f"{part} is quantised with {known or 'an unknown method'}",
             span,
             cure="use the bf16 weights in diffusers' layout",
         )
-    text = _config(folder / "text_encoder" / "config.json", span)
-    storage = _storage(folder / "transformer", span)
-    try:
-        return BaseFacts(
-            name,
-            folder,
-            True,
-            TransformerSpec.from_config(transformer),
-            TextEncoderSpec.from_config(text.get("text_config", text)),
-            VaeSpec.from_config(_config(folder / "vae" / "config.json", span)),
-            storage,
-            _sampled_digest(folder),
-            (folder / "unconditional_transformer").is_dir(),
-        )
-    except (TypeError, ValueError) as error:
+    made_for = config.get("_class_name", _TRANSFORMER_CLASS)
+    if part.name.endswith("transformer") and made_for != _TRANSFORMER_CLASS:
         fail(
-            BAD_CONFIG,
-            f"a config.json in {folder} cannot be used: {error}",
+            UNSUPPORTED_FORM,
+            f"{part} is a {made_for}, not a transformer of Ideogram 4",
             span,
-            cure="download or export the model again",
+            cure="give a base of Ideogram 4",
         )
 
 
-def _config(file: Path, span: Span | None) -> Mapping[str, Any]:
+def _config(part: Path, span: Span | None) -> Mapping[str, Any]:
+    file = part / "config.json"
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        fail(BAD_CONFIG, f"{file} {reason}", span, cure="download or export the model again")
+        fail(BAD_CONFIG, f"{file} {reason}", span, cure=_AGAIN)
     if not isinstance(data, dict):
-        fail(BAD_CONFIG, f"{file} is not a JSON object", span, cure="download or export the model again")
+        fail(BAD_CONFIG, f"{file} is not a JSON object", span, cure=_AGAIN)
     return data
 
 
@@ -193,49 +257,44 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= min(size - 8, 100_000_000):
-            raise ValueError("not a safetensors file")
-        header = json.loads(stream.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("not a safetensors file")
-    tensors = {k: v for k, v in header.items() if k != "__metadata__"}
-    end = max((t["data_offsets"][1] for t in tensors.values()), default=0)
+            raise ValueError("not a safetensors file, or cut short")
+        try:
+            header = json.loads(stream.read(length))
+            tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+            end = max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
+            raise ValueError("not a safetensors file") from None
     if 8 + length + end != size:
         raise ValueError(f"cut short: {size} bytes where its header promises {8 + length + end}")
     return tensors
 
 
 _DTYPES = {"F32": "float32", "BF16": "bf16", "F16": "float16", "F8_E4M3": "fp8"}
+_TRAINABLE = ("float32", "bf16", "float16")
 
 
-def _storage(folder: Path, span: Span | None) -> str:
-    """The type that most of the transformer's bytes have."""
+def _storage(part: Path, span: Span | None) -> str:
+    """The type that most of a part's bytes have."""
     sizes: dict[str, int] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        try:
+    file = part
+    try:
+        for file in _shards(part):
             for tensor in read_safetensors_header(file).values():
                 begin, end = tensor["data_offsets"]
                 sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(
-                BAD_CONFIG, f"{file} cannot be used: {error}", span, cure="download or export the model again"
-            )
+    except FileNotFoundError:
+        fail(BAD_CONFIG, f"{file} is missing", span, cure=_AGAIN)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        fail(BAD_CONFIG, f"{file} cannot be used: {error}", span, cure=_AGAIN)
     if not sizes:
         fail(
             UNSUPPORTED_FORM,
-            f"{folder} holds no .safetensors file",
+            f"{part} holds no .safetensors file",
             span,
             cure="ideoflow reads safetensors only; it never unpickles a .bin or .pt",
         )
     main = max(sizes, key=lambda k: sizes[k])
-    if main not in ("F32", "BF16", "F16"):
-        fail(
-            UNSUPPORTED_FORM,
-            f"the transformer in {folder} is stored as {_DTYPES.get(main, main)}",
-            span,
-            cure="use the bf16 weights in diffusers' layout",
-        )
-    return _DTYPES[main]
+    return _DTYPES.get(main, main)
 
 
 def _sampled_digest(folder: Path) -> str:

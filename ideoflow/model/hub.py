@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.model import NO_ACCESS, NO_DOWNLOAD, NOT_A_BASE
-from ideoflow.model.base import NANO, BaseFacts, locate_base
+from ideoflow.model.base import NANO, BaseFacts, read_base
 
 
 def fetch_base(
@@ -32,15 +32,13 @@ def fetch_base(
         ensure_nano(facts.folder, say)
         return replace(facts, present=True)
     say(f"downloading {facts.name}")
-    _download(facts.name, revision, span)
-    return locate_base(facts.name, revision=revision, span=span)
+    return read_base(facts.name, _download(facts.name, revision, span), span)
 
 
 def _download(name: str, revision: str | None, span: Span | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -64,7 +62,7 @@ def _download(name: str, revision: str | None, span: Span | None) -> Path:
     except LocalEntryNotFoundError:
         cure = "check the connection and try again (it resumes), or give a local folder as model.base"
         fail(NO_DOWNLOAD, f"{name} is not on this disk and the hub cannot be reached", span, cure=cure)
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # HTTP, TLS, disk: what is raised differs between versions of the hub's client
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         cure = "check the connection and the free disk space; the next try resumes"
         fail(NO_DOWNLOAD, f"{name} could not be downloaded: {reason}", span, cure=cure)

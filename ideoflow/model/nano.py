@@ -26,6 +26,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLModel
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import NO_DOWNLOAD
 from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE
+from ideoflow.model.latents import patchify
+from ideoflow.model.quiet import disable_progress_bars
 
 # Qwen's chat template, reduced to the one message with text parts that the model is trained on.
 CHAT_TEMPLATE = (
@@ -58,6 +60,7 @@ def make_nano(folder: Path, seed: int = 0) -> Path:
     Raises:
         IdeoflowError: when the folder cannot be written.
     """
+    disable_progress_bars()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".nano-", dir=folder.parent) as scratch:
@@ -151,8 +154,6 @@ def _vae() -> AutoencoderKLFlux2:
 @torch.no_grad()
 def _fit_latent_statistics(vae: AutoencoderKLFlux2) -> None:
     """Sets the batch-norm statistics from smooth random pictures, so that latents have unit variance."""
-    from ideoflow.model.latents import patchify
-
     coarse = torch.rand(8, 3, 8, 8)
     pictures = torch.nn.functional.interpolate(coarse, size=(128, 128), mode="bicubic") * 2 - 1
     patches = patchify(vae.encode(pictures.clamp(-1, 1)).latent_dist.mode()).flatten(0, 1)
