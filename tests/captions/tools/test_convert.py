@@ -313,3 +313,21 @@ def test_other_options_start_over(tmp_path):
     report = run(source, out, "jsonl", trigger="sks")
     assert report.resumed_after == 0
     assert all("sks" in c["high_level_description"] for _, c in rows(out))
+
+
+@pytest.mark.parametrize(("out", "to"), [("out", "sidecars"), ("all.jsonl", "jsonl"), ("x", "icap")])
+def test_output_inside_of_the_input_is_not_read_back(tmp_path, out, to):
+    put(tmp_path, {"a.jpg": b"", "a.txt": "A boat.", "sub/b.txt": "Two."})
+    write = "icap" if to == "icap" else "json"
+    for _ in range(3):
+        report = run(tmp_path, tmp_path / out, to, force=True, write=write)
+        assert (report.written, report.failed) == (2, 0)
+
+
+def test_sidecars_may_go_beside_the_pictures(tmp_path):
+    put(tmp_path, {"a.jpg": b"", "a.txt": "A boat.", "sub/b.txt": "Two."})
+    first = run(tmp_path, tmp_path, "sidecars")
+    written = {p.name: p.read_bytes() for p in tmp_path.rglob("*.json")}
+    second = run(tmp_path, tmp_path, "sidecars")
+    assert (first.written, first.failed, second.failed) == (2, 0, 0) and set(written) == {"a.json", "b.json"}
+    assert {p.name: p.read_bytes() for p in tmp_path.rglob("*.json")} == written
