@@ -332,11 +332,17 @@ def read_prompts(recipe: Recipe) -> tuple[Prompt, ...]:
         IdeoflowError: when a file cannot be read or compiled.
     """
     problems = Collector()
-    prompts: dict[Path, list[Prompt]] = {}
-    for pattern in recipe.tables.validate.prompts:
-        for file in matching_files(recipe.folder, pattern):
-            result = read_caption_file(file, recipe, None)
-            problems.extend(result.diagnostics)
-            prompts[file] = [Prompt(c.name or file.stem, c.json) for c in result.captions]
+    files = {
+        f: None for pattern in recipe.tables.validate.prompts for f in matching_files(recipe.folder, pattern)
+    }
+    found: list[Prompt] = []
+    for file in files:
+        result = read_caption_file(file, recipe, None)
+        problems.extend(result.diagnostics)
+        found += [Prompt(c.name or file.stem, c.json) for c in result.captions]
     problems.raise_if_errors()
-    return tuple(p for found in prompts.values() for p in found)
+    counts = Counter(p.name for p in found)
+    return tuple(
+        Prompt(f"{p.name}-{number}", p.caption) if counts[p.name] > 1 else p
+        for number, p in enumerate(found, 1)
+    )

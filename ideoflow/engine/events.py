@@ -53,11 +53,13 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class SampleMade:
-    """A validation picture of prompt ``prompt`` after ``step`` steps."""
+    """A validation picture of a prompt after ``step`` steps; ``file`` is relative to the output folder."""
 
     step: int
     prompt: str
     file: Path
+    seed: int
+    caption: str
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,6 @@ class Stop:
     requested: bool = False
     # Whether the loop is running, so that a request is heard.
     listening: bool = False
-
-
-@dataclass(frozen=True)
-class Trained:
-    """How the loop ended: after ``step`` steps, ``finished`` if these were all."""
-
-    step: int
-    finished: bool
 
 
 def run_identity(plan: Plan) -> dict[str, Any]:
@@ -89,8 +81,8 @@ class Trainer:
             }
         self.step = self.saved_at = checkpoint.step
 
-    def train(self, every: int, at_interval: Callable[[int], None]) -> Trained:
-        """Runs to the last step; calls ``at_interval(step)`` after every ``every`` steps and at the end.
+    def train(self, until: int) -> None:
+        """Runs to step ``until``, or to the step in which a stop is requested; saves as the plan says.
 
         Raises:
             IdeoflowError: when the loss stops being a number, or a checkpoint cannot be written.
@@ -99,16 +91,12 @@ class Trainer:
         total = self.settings.steps
         self.emit(Progress("train", self.step, total))
         self.stop.listening = True
-        while self.step < total and not self.stop.requested:
+        while self.step < until and not self.stop.requested:
             self._one_step()
             self.emit(Progress("train", self.step, total))
-            last = self.step == total
-            if last or self.stop.requested or self.step % self.settings.checkpoint_every == 0:
+            if self.step == total or self.step % self.settings.checkpoint_every == 0 or self.stop.requested:
                 self.save()
-            if last or self.step % every == 0:
-                at_interval(self.step)
         self.stop.listening = False
-        return Trained(self.step, self.step >= total)
 
     def _one_step(self) -> None:
         started = time.perf_counter()

@@ -91,6 +91,10 @@ class Sampler:
         height, width = settings.height or resolution, settings.width or resolution
         return height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
 
+    def seed(self, index: int) -> int:
+        """Seed of the noise of prompt number ``index``."""
+        return self.plan.tables.validate.seed + index
+
     def _tokens(self, text: Tensor, index: int) -> Tensor:
         settings, (rows, columns) = self.plan.tables.validate, self.grid
         preset = PRESETS[settings.preset]
@@ -99,8 +103,8 @@ class Sampler:
             steps, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN, preset.mu, preset.std
         )
         channels = self.transformer.config.in_channels
-        seed = torch.Generator().manual_seed(settings.seed + index)
-        noise = torch.randn(rows * columns, channels, generator=seed).to(self.device)
+        chance = torch.Generator().manual_seed(self.seed(index))
+        noise = torch.randn(rows * columns, channels, generator=chance).to(self.device)
         other, no_text = self.unconditional or self.transformer, text[:0]
         return denoise(
             lambda x, t: predict_velocity(self.transformer, x, t, text, self.grid),

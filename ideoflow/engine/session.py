@@ -17,7 +17,7 @@ from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
 from ideoflow.diagnostics.codes.engine import OUT_OF_MEMORY
 from ideoflow.engine.events import Emit, Note, Progress, RunStarted, SampleMade, StageDone
-from ideoflow.engine.loop import Stop, Trained, Trainer, run_identity
+from ideoflow.engine.loop import Stop, Trainer, run_identity
 from ideoflow.engine.meter import Meter
 from ideoflow.engine.sampling import Sampler, write_picture
 from ideoflow.engine.setup import DTYPES, Trainable, build, plan_device, plan_dtype
@@ -98,23 +98,29 @@ class _Session:
         if checkpoint:
             trainer.resume(checkpoint)
             self.emit(Note(f"going on from step {checkpoint.step} of {self.plan.tables.train.steps}"))
-        trained = self._train(trainer, sampler, prompts)
-        if not trained.finished:
-            return Outcome(trained.step, False, None)
-        return Outcome(trained.step, True, self._write_adapter(model, trained.step))
+        self._train(trainer, sampler, prompts)
+        finished = trainer.step >= self.plan.tables.train.steps
+        adapter = self._write_adapter(model, trainer.step) if finished else None
+        return Outcome(trainer.step, finished, adapter)
 
-    def _train(self, trainer: Trainer, sampler: Sampler | None, prompts: Sequence[Prompt]) -> Trained:
-        def take_samples(step: int) -> None:
-            if sampler is not None:
-                with self.meter.stage("samples"):
-                    self._sample(sampler, prompts, step)
-
-        if trainer.step == 0:
-            take_samples(0)
-        with self.meter.stage("train"):
-            return trainer.train(self.plan.tables.validate.every, take_samples)
+    def _train(self, trainer: Trainer, sampler: Sampler | None, prompts: Sequence[Prompt]) -> None:
+        """Trains from one sampling to the next; samples before the first step and after the last."""
+        total = self.plan.tables.train.steps
+        every = self.plan.tables.validate.every if sampler else total
+        if sampler and trainer.step == 0:
+            self._sample(sampler, prompts, 0)
+        while trainer.step < total and not self.stop.requested:
+            until = min(total, (trainer.step // every + 1) * every)
+            with self.meter.stage("train"):
+                trainer.train(until)
+            if sampler and trainer.step == until:
+                self._sample(sampler, prompts, until)
 
     def _sample(self, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> None:
+        with self.meter.stage("samples"):
+            self._make_samples(sampler, prompts, step)
+
+    def _make_samples(self, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> None:
         self.emit(Progress("samples", 0, len(prompts)))
         texts = [self.encoder.text_features(p.caption) for p in prompts]
         for done, (prompt, picture) in enumerate(zip(prompts, sampler.sample(texts), strict=True), 1):
@@ -127,7 +133,8 @@ class _Session:
                     f"cannot write {file}: {error.strerror or error}",
                     cure="free some space; the next run goes on from the last checkpoint",
                 )
-            self.emit(SampleMade(step, prompt.name, file.relative_to(self.folder)))
+            seed = sampler.seed(done - 1)
+            self.emit(SampleMade(step, prompt.name, file.relative_to(self.folder), seed, prompt.caption))
             self.emit(Progress("samples", done, len(prompts)))
 
     def _write_adapter(self, model: Trainable, step: int) -> Path:

@@ -31,6 +31,7 @@ class Recorder:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / METRICS
+        self.torn = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
 
     def write(self, kind: str, **facts: Any) -> None:
         """Appends one line at once, so that nothing is lost when the process dies.
@@ -42,7 +43,9 @@ class Recorder:
         line = json.dumps({"kind": kind} | {k: _plain(v) for k, v in facts.items()})
         try:
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+                # A line that a dying process left half-written must not swallow the next one.
+                stream.write("\n" * self.torn + line + "\n")
+                self.torn = False
         except OSError as error:
             cure = "free some space; the next `ideoflow run` goes on from the last checkpoint"
             fail(UNWRITABLE, f"cannot write {self.file}: {error.strerror or error}", cure=cure)
