@@ -75,7 +75,8 @@ def write_preview(
     target = Path(out).absolute()
     heading = title or f"Captions of {Path(given[0]).absolute().name}"
     template = Path(__file__).with_name("preview.html").read_text(encoding="utf-8")
-    head, tail = template.replace("@@TITLE@@", html.escape(heading)).split("@@DATA@@")
+    head, tail = template.split("@@DATA@@")
+    head = head.replace("@@TITLE@@", html.escape(heading))
     report = PreviewReport()
     work = partial(make_cards, options=options, link_from=str(target.parent) if link else None)
     part = target.with_name(target.name + ".part")

@@ -35,7 +35,7 @@ FLAGS = [
 ]
 
 MARKUP = "<img src=x onerror=\"document.title='owned'\">"
-EVIL = f"</script><script>document.title='owned'</script>{MARKUP} <!-- & ' \""
+EVIL = f"</script><script>document.title='owned'</script>{MARKUP} @@DATA@@ <!-- & ' \""
 
 
 def caption(*elements, **parts):
