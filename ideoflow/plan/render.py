@@ -58,7 +58,8 @@ def _head(plan: Plan) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column()
-    grid.add_row("recipe", f"{plan.recipe_path}   {_data(plan)}")
+    grid.add_row("recipe", plan.recipe_path)
+    grid.add_row("data", _data(plan))
     parameters = base.transformer.parameters()
     count = f"{parameters / 1e9:.2f} G" if parameters > 1e8 else f"{parameters / 1e6:.1f} M"
     grid.add_row("base", f"{base.name}   {count} parameters, stored as {base.storage}")

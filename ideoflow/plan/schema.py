@@ -30,15 +30,17 @@ def plan_schema() -> dict[str, Any]:
 
 
 def _with_nulls(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's schema for a plan: every key is written, and what is not set is null (TOML has none)."""
+    """A recipe's schema for a plan: every key is written, and what is not set is null (TOML has none).
+
+    The keys' documentation stays in the recipe's own schema.
+    """
     properties = {}
-    for name, schema in recipe["properties"].items():
-        if schema.get("type") == "object" and "properties" in schema:
+    for name, described in recipe["properties"].items():
+        schema = {k: v for k, v in described.items() if k != "description"}
+        if "properties" in schema:
             properties[name] = _with_nulls(schema)
         elif "default" not in schema and name not in recipe.get("required", ()):
-            about = {"description": schema["description"]}
-            rest = {k: v for k, v in schema.items() if k != "description"}
-            properties[name] = about | {"anyOf": [rest, {"type": "null"}]}
+            properties[name] = {"anyOf": [schema, {"type": "null"}]}
         else:
             properties[name] = schema
     return recipe | {"properties": properties, "required": list(properties)}

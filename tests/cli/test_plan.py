@@ -1,0 +1,162 @@
+"""``ideoflow plan``: exit codes, what goes where, and that nothing heavy is loaded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ideoflow.cli import main
+from ideoflow.plan import Plan, load_plan
+
+CAPTION = "A red barn in a field.\nbackground: Wheat under a blue sky.\nobj: A red barn.\n"
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A recipe for the released model (not downloaded) on two small pictures."""
+    from PIL import Image
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("IDEOFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, size in (("barn", (1024, 1024)), ("field", (1280, 832))):
+        Image.new("RGB", size, "red").save(pictures / f"{name}.png")
+        (pictures / f"{name}.icap").write_text(CAPTION, encoding="utf-8")
+    file = tmp_path / "barn.toml"
+    file.write_text(
+        '[model]\nbase = "ideogram-ai/ideogram-4-fp8"\n[data]\nimages = "pictures"\n'
+        '[validate]\nprompts = ["pictures/*.icap"]\n',
+        encoding="utf-8",
+    )
+    return file
+
+
+def run(capsys, *argv):
+    code = main(["plan", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_plan_that_fits(recipe, capsys):
+    code, out, err = run(capsys, recipe, "--gpu", "rtx-4090")
+    assert code == 0
+    for words in ("RTX 4090", "2 pictures with captions, 2 sizes", "9.28 G parameters", "checkpointing  on",
+                  "fits", "a step", "adapter 251 MB"):  # fmt: skip
+        assert words in out
+    assert "IP027" in err and "Traceback" not in err
+
+
+def test_every_line_fits_80_columns_and_ends_without_blanks(recipe, capsys):
+    for card in ("rtx-4090", "8gb", "h200", "m3-max"):
+        _, out, _ = run(capsys, recipe, "--gpu", card, "--batch", "1,2,4", "--rank", "8,32")
+        assert all(len(line) <= 80 and line == line.rstrip() for line in out.splitlines())
+        assert "\x1b" not in out
+
+
+def test_a_plan_that_does_not_fit_exits_with_2_and_says_what_would(recipe, capsys):
+    code, out, err = run(capsys, recipe, "--gpu", "8gb")
+    assert code == 2
+    assert "over by" in out and "What would make it fit, cheapest first" in out and "another card" in out
+    assert "IP020" in err
+
+
+def test_json_is_the_plan_and_nothing_else(recipe, capsys):
+    code, out, _ = run(capsys, recipe, "--gpu", "h200", "--json")
+    assert code == 0
+    plan = Plan.from_json(out)
+    assert plan.data.pictures == 2 and plan.hardware.name == "H200"
+    assert json.loads(out)["recipe_path"].endswith("barn.toml")
+
+
+def test_written_shown_and_compared(recipe, capsys, tmp_path):
+    file = tmp_path / "deep" / "barn.plan.json"
+    code, out, _ = run(capsys, recipe, "--gpu", "h200", "-o", file)
+    assert code == 0 and f"ideoflow run {file}" in out
+    assert load_plan(file).fits
+    code, shown, _ = run(capsys, file)
+    assert code == 0 and "H200" in shown
+    assert run(capsys, recipe, "--gpu", "h200", "--diff", file)[1] == f"the same as {file}\n"
+    _, out, _ = run(capsys, recipe, "--gpu", "rtx-4090", "--diff", file)
+    assert "decision.checkpointing: off -> on" in out.splitlines()
+
+
+def test_tables_of_alternatives(recipe, capsys):
+    _, out, _ = run(
+        capsys,
+        recipe,
+        "--gpu",
+        "h200",
+        "--compare",
+        "rtx-4090,8gb",
+        "--batch",
+        "1,2",
+        "--resolution",
+        "512,1024",
+    )
+    table = out[out.index("batch") :].splitlines()
+    assert table[0].split() == ["batch", "1", "2"]
+    assert [line.split("  ")[0] for line in table[1:4]] == ["H200", "RTX 4090", "8 GB card"]
+    assert "over by" in table[3]
+    assert "resolution" in out
+    _, alone, _ = run(capsys, recipe, "--gpu", "h200", "--compare", "rtx-4090")
+    assert "peak, time of a step" in alone
+
+
+def test_a_variant_is_the_recipe_with_that_value(recipe, capsys):
+    """The table's cell against a plan of the changed recipe."""
+    _, out, _ = run(capsys, recipe, "--gpu", "h200", "--rank", "128")
+    cell = out.splitlines()[-1].split()[1]
+    recipe.write_text(recipe.read_text(encoding="utf-8") + "[adapter]\nrank = 128\n", encoding="utf-8")
+    plan = Plan.from_json(run(capsys, recipe, "--gpu", "h200", "--json")[1])
+    assert cell == f"{plan.ledger.peak_bytes / 2**30:.1f}"
+
+
+def test_explain_one_decision(recipe, capsys):
+    code, out, _ = run(capsys, recipe, "--gpu", "h200", "--explain", "checkpointing")
+    assert code == 0
+    assert out.startswith("checkpointing = off") and "not on: " in out and "GiB" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (("--gpu", "rtx-4091"), "IP010"),
+        (("--gpu", "h100", "--explain", "complie"), "IP007"),
+        (("--gpu", "h100", "--batch", "1,two"), "IP008"),
+        (("--gpu", "h100", "--resolution", "1000"), "IP008"),
+        (("--gpu", "h100", "--compare", "toaster"), "IP010"),
+        (("--gpu", "h100", "--diff", "absent.json"), "IP001"),
+        (("--gpu", "h100", "-o", "."), "IP009"),
+    ],
+)
+def test_mistakes_are_diagnostics(argv, code, recipe, capsys):
+    exit_code, _, err = run(capsys, recipe, *argv)
+    assert exit_code == 1 and f"[{code}]" in err and "help" in err
+
+
+def test_a_damaged_plan_is_a_diagnostic(tmp_path, capsys):
+    file = tmp_path / "old.plan.json"
+    file.write_text("{}", encoding="utf-8")
+    code, _, err = run(capsys, file)
+    assert code == 1 and "IP002" in err
+
+
+def test_the_shipped_quickstart_is_planned_for_this_machine(capsys, monkeypatch):
+    from ideoflow.resources import recipes
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, out, _ = run(capsys, recipes() / "quickstart.toml")
+    assert code == 0 and "nano" in out and "fits" in out
+
+
+def test_torch_is_not_loaded(recipe):
+    report = "import sys; print(*{m.partition('.')[0] for m in sys.modules})"
+    call = f"from ideoflow.cli import main; main(['plan', {str(recipe)!r}, '--gpu', 'rtx-4090'])"
+    done = subprocess.run([sys.executable, "-c", f"{call}\n{report}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "ideoflow" in loaded
+    assert not loaded & {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy"}
