@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.connection import wait
 from typing import TypeVar
 
 from ideoflow.diagnostics import Diagnostic, IdeoflowError
@@ -33,7 +36,7 @@ def ordered_map(work: Callable[[list[Given]], list[Result]], items: Iterable[Giv
         return
     # Not fork: the caller may have threads (a progress bar), and a lock held at a fork is never released.
     method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(jobs, get_context(method), _ignore_interrupts)
+    pool = ProcessPoolExecutor(jobs, get_context(method), _start_worker)
     waiting: deque[Future[list[Result]]] = deque()
     try:
         for piece in chunks:
@@ -54,9 +57,17 @@ def ordered_map(work: Callable[[list[Given]], list[Result]], items: Iterable[Giv
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is for the main process, which stops the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops the workers
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Ends this worker when the main process is gone: killed, it could not tell its workers to stop."""
+    wait([sentinel])
+    os._exit(1)
 
 
 def _chunks(items: Iterator[Given], size: int) -> Iterator[list[Given]]:

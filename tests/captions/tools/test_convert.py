@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ideoflow.captions.convert import convert
@@ -283,6 +284,28 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path, to):
         contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (out, whole)]
         assert contents[0] == contents[1]
     assert not list(tmp_path.glob("*progress*")) and not list(tmp_path.glob("*.part"))
+
+
+MANY_WORKERS = """
+import os, sys
+from ideoflow.captions.pool import ordered_map
+def identify(items):
+    return [os.getpid()]
+if __name__ == "__main__":
+    results = ordered_map(identify, iter(int, 1), jobs=2, chunk=1)
+    print(*{next(results)[0] for _ in range(50)}, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_workers_of_a_killed_run_end_too(tmp_path):
+    (tmp_path / "main.py").write_text(MANY_WORKERS)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, tmp_path / "main.py"], **pipes) as process:
+        workers = [psutil.Process(int(number)) for number in process.stdout.readline().split()]
+        assert workers and process.pid not in [worker.pid for worker in workers]
+        process.kill()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def interrupt(source: Path, out: Path) -> None:
