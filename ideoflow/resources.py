@@ -6,7 +6,7 @@ too, and how to write a file so that it is never half there.
 
 import contextlib
 import os
-import tempfile
+import secrets
 from functools import cache
 from pathlib import Path
 
@@ -60,16 +60,17 @@ def write_whole(file: Path, content: bytes) -> None:
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    # Not tempfile: its files are for their owner only, and renaming keeps that.
+    scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with scratch.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         # mkstemp makes files that only their owner may read; results are ordinary files.
         Path(scratch).chmod(0o666 & ~_umask())
-        Path(scratch).replace(file)
+        scratch.replace(file)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(scratch).unlink()
+            scratch.unlink()
         raise

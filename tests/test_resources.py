@@ -64,3 +64,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tm
         resources.write_whole(file, b"second")
     assert file.read_bytes() == b"first"
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_a_written_file_may_be_read_by_those_who_may_read_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    resources.write_whole(tmp_path / "whole", b"")
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
