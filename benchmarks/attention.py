@@ -1,6 +1,6 @@
 """Attention over packed samples, forward and backward: which kernel is fastest at equal and at mixed lengths.
 
-    python benchmarks/attention.py --json out.json
+python benchmarks/attention.py --json out.json
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--heads", type=int, default=18)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--json", metavar="FILE")
@@ -39,7 +41,8 @@ def main() -> None:
             results[kernel] = (out, *attention.backward(dout, qkv, out, saved, layout))
             forward = measure(lambda a=attention, q=qkv, at=layout: a.forward(q, at), device)
             backward = measure(
-                lambda a=attention, q=qkv, at=layout, o=out, s=saved, d=dout: a.backward(d, q, o, s, at), device
+                lambda a=attention, q=qkv, at=layout, o=out, s=saved, d=dout: a.backward(d, q, o, s, at),
+                device,
             )
             flop = 4.0 * sum(n * n for n in layout.lengths) * args.heads * args.size
             row = {"case": name, "kernel": kernel, "forward_ms": forward["ms"], "backward_ms": backward["ms"],

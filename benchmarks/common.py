@@ -37,9 +37,13 @@ def environment(device: torch.device) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
         "packages": packages,
         "commit": commit.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
@@ -113,7 +117,9 @@ def make_layout(batch: int, pixels: int, text: int, mixed: bool, multiple: int =
     return PackedLayout(texts, grids, multiple)
 
 
-def random_inputs(model: Ideogram4Transformer2DModel, layout: PackedLayout, seed: int = 2) -> dict[str, torch.Tensor]:
+def random_inputs(
+    model: Ideogram4Transformer2DModel, layout: PackedLayout, seed: int = 2
+) -> dict[str, torch.Tensor]:
     """Latents, times, text features and target velocities, packed."""
     device, dtype = model.input_proj.weight.device, model.input_proj.weight.dtype
     generator = torch.Generator(device).manual_seed(seed)
@@ -129,7 +135,9 @@ def random_inputs(model: Ideogram4Transformer2DModel, layout: PackedLayout, seed
     }
 
 
-def measure(run: Callable[[], Any], device: torch.device, *, warmup: int = 3, repeat: int = 6) -> dict[str, float]:
+def measure(
+    run: Callable[[], Any], device: torch.device, *, warmup: int = 3, repeat: int = 6
+) -> dict[str, float]:
     """Median and spread of ``run`` in milliseconds, and its peak memory in GiB on a GPU."""
     for _ in range(warmup):
         run()

@@ -66,7 +66,9 @@ def diffusers_step(model: Any, parameters: list, layout: PackedLayout, data: dic
     return run
 
 
-def fused_step(fused: FusedTransformer, parameters: list, layout: PackedLayout, data: dict) -> Callable[[], Any]:
+def fused_step(
+    fused: FusedTransformer, parameters: list, layout: PackedLayout, data: dict
+) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=data["latents"].is_cuda)
 
     def run() -> torch.Tensor:
@@ -96,7 +98,9 @@ def unit_rates(config: Any, device: torch.device, fp8: bool) -> dict[str, float]
     ms = measure(product, device, repeat=20)["min_ms"]
     layout = PackedLayout((320,), ((64, 64),))
     kernel = make_attention("sdpa", device)
-    qkv = torch.randn(layout.total, 3, config.num_attention_heads, config.attention_head_dim, device=device).bfloat16()
+    qkv = torch.randn(
+        layout.total, 3, config.num_attention_heads, config.attention_head_dim, device=device
+    ).bfloat16()
     dout = torch.randn_like(qkv[:, 0])
 
     def attend() -> None:
@@ -115,16 +119,22 @@ def free() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=["full", "nano"], default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--pixels", type=int, nargs="+", default=[1024])
     parser.add_argument("--text", type=int, default=320, help="text tokens of a sample")
-    parser.add_argument("--mixed", choices=["no", "yes", "both"], default="no", help="mixed captions and aspects")
+    parser.add_argument(
+        "--mixed", choices=["no", "yes", "both"], default="no", help="mixed captions and aspects"
+    )
     parser.add_argument("--paths", nargs="+", choices=["diffusers", "fused"], default=["diffusers", "fused"])
     parser.add_argument("--linear", choices=["fp8", "bf16"], help="default: fp8 on a GPU, bf16 elsewhere")
-    parser.add_argument("--attention", choices=["cudnn_varlen", "sdpa"], help="default: cudnn_varlen on a GPU")
+    parser.add_argument(
+        "--attention", choices=["cudnn_varlen", "sdpa"], help="default: cudnn_varlen on a GPU"
+    )
     parser.add_argument("--budget", type=float, nargs="+", default=[1.0])
     parser.add_argument("--keep-transposed", action="store_true")
     parser.add_argument("--rank", type=int, default=32)
@@ -205,7 +215,9 @@ def _profile(run: Callable[[], Any], path: str) -> None:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         run()
         torch.cuda.synchronize()
-    kernels = [e for e in trace.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
+    kernels = [
+        e for e in trace.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"
+    ]
     kernels.sort(key=lambda e: -e.self_device_time_total)
     lines = [f"{e.self_device_time_total / 1e3:9.3f} ms {e.count:6d} x  {e.key[:120]}" for e in kernels[:60]]
     total = sum(e.self_device_time_total for e in kernels) / 1e3

@@ -44,13 +44,24 @@ def norm_modulate(h: Tensor, factor: Tensor, sample: Tensor, eps: float, fp8: bo
     rows, width = h.shape
     result = empty_operand(rows, width, h, fp8)
     _norm_modulate[(rows,)](
-        h, factor, sample, result.values, result.scale, width, eps, fp8, *pieces(width), num_warps=warps_for(width)
+        h,
+        factor,
+        sample,
+        result.values,
+        result.scale,
+        width,
+        eps,
+        fp8,
+        *pieces(width),
+        num_warps=warps_for(width),
     )
     return result
 
 
 @triton.jit
-def _norm_modulate_backward(dx, h, factor, sample, residual, out, width, eps, A: tl.constexpr, B: tl.constexpr):
+def _norm_modulate_backward(
+    dx, h, factor, sample, residual, out, width, eps, A: tl.constexpr, B: tl.constexpr
+):
     row = tl.program_id(0)
     x1, x2 = load_row(h, row, width, A, B)
     g1, g2 = load_row(dx, row, width, A, B)
@@ -85,7 +96,9 @@ def gated_residual(h: Tensor, y: Tensor, factor: Tensor, sample: Tensor, eps: fl
     """See :func:`ideoflow.kernels.reference.gated_residual`."""
     rows, width = h.shape
     out = torch.empty_like(h)
-    _gated_residual[(rows,)](h, y, factor, sample, out, width, eps, *pieces(width), num_warps=warps_for(width))
+    _gated_residual[(rows,)](
+        h, y, factor, sample, out, width, eps, *pieces(width), num_warps=warps_for(width)
+    )
     return out
 
 

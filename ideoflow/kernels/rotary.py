@@ -42,9 +42,9 @@ def qk_norm_rope(
     """See :func:`ideoflow.kernels.reference.qk_norm_rope`."""
     tokens, _, heads, size = qkv.shape
     inverse = torch.empty(tokens, 2, heads, dtype=torch.float32, device=qkv.device)
-    _qk_norm_rope[(triton.cdiv(tokens, 16), 2 * heads)](
+    _qk_norm_rope[(triton.cdiv(tokens, 8), 2 * heads)](
         qkv, weight_q, weight_k, cos, sin, inverse, tokens, heads, size // 2, eps,
-        TOKENS=16, HALF=triton.next_power_of_2(size // 2), num_warps=4,
+        TOKENS=8, HALF=triton.next_power_of_2(size // 2), num_warps=4,
     )  # fmt: skip
     return inverse
 
@@ -60,13 +60,13 @@ def _rotated_back(grad, stride, out, inverse, weight, fold, c, s, first, heads, 
     w2 = tl.load(weight + half + e, mask=e < half, other=0.0).to(tl.float32)
     v1 = tl.where(w1 == 0.0, 0.0, 1.0 / tl.where(w1 == 0.0, 1.0, w1))[None, :]
     v2 = tl.where(w2 == 0.0, 0.0, 1.0 / tl.where(w2 == 0.0, 1.0, w2))[None, :]
-    o1 = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
-    o2 = tl.load(out + at + half, mask=mask, other=0.0).to(tl.float32)
+    o1 = tl.load(out + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    o2 = tl.load(out + at + half, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     n1 = (o1 * c + o2 * s) * v1
     n2 = (o2 * c - o1 * s) * v2
     g = grad + h[:, None] * stride + e[None, :]
-    g1 = tl.load(g, mask=mask, other=0.0).to(tl.float32)
-    g2 = tl.load(g + half, mask=mask, other=0.0).to(tl.float32)
+    g1 = tl.load(g, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    g2 = tl.load(g + half, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     x1 = (g1 * c + g2 * s) * w1[None, :]
     x2 = (g2 * c - g1 * s) * w2[None, :]
     mean = tl.sum(x1 * n1 + x2 * n2, 1) / (2 * half)
@@ -90,8 +90,8 @@ def _plain(grad, stride, fold, first, heads, half, dtype: tl.constexpr, FOLD: tl
 @triton.jit
 def _folded(x1, x2, fold, half, mask, dtype: tl.constexpr, FOLD: tl.constexpr):
     if FOLD:
-        x1 *= tl.load(fold, mask=mask, other=0.0)
-        x2 *= tl.load(fold + half, mask=mask, other=0.0)
+        x1 *= tl.load(fold, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x2 *= tl.load(fold + half, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     return x1.to(dtype), x2.to(dtype), tl.max(tl.maximum(tl.abs(x1), tl.abs(x2)))
 
 
@@ -157,6 +157,6 @@ def qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inver
     _qk_norm_rope_backward[(tokens,)](
         dq, dk, dv, dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv,
         inverse, weight_q, weight_k, cos, sin, fold if has_fold else inverse, result.values, result.scale,
-        heads, size // 2, has_fold, fp8, first, rest, triton.next_power_of_2(size // 2), num_warps=8,
+        heads, size // 2, has_fold, fp8, first, rest, triton.next_power_of_2(size // 2), num_warps=4,
     )  # fmt: skip
     return result

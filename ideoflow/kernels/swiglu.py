@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ideoflow.kernels.quantize import FP8_MAX, SMALLEST_AMAX, empty_operand, load_row, pieces, store_row, warps_for
+from ideoflow.kernels.quantize import (
+    FP8_MAX,
+    SMALLEST_AMAX,
+    empty_operand,
+    load_row,
+    pieces,
+    store_row,
+    warps_for,
+)
 from ideoflow.kernels.reference import Operand
 
 
@@ -38,16 +46,20 @@ def _gradients(du, gate_up, fold, row, width, columns, FOLD: tl.constexpr):
     """Gradients of gate and up for some columns of one row, in the type of gate_up, and the largest of them."""
     mask = columns < width
     start = gate_up + row.to(tl.int64) * 2 * width
-    g = tl.load(du + row.to(tl.int64) * width + columns, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(start + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(start + width + columns, mask=mask, other=0.0).to(tl.float32)
+    # What is read once must not push the fold, which every row reads, out of the first-level cache.
+    g = tl.load(du + row.to(tl.int64) * width + columns, mask=mask, other=0.0, eviction_policy="evict_first")
+    gate = tl.load(start + columns, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    up = tl.load(start + width + columns, mask=mask, other=0.0, eviction_policy="evict_first")
+    g, up = g.to(tl.float32), up.to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     dup = g * sigmoid
     dgate = dup * up * (1.0 + gate * (1.0 - sigmoid))
     dup *= gate
     if FOLD:
-        dgate *= tl.load(fold + columns, mask=mask, other=0.0)
-        dup *= tl.load(fold + width + columns, mask=mask, other=0.0)
+        dgate *= tl.load(fold + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dup *= tl.load(fold + width + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(
+            tl.float32
+        )
     amax = tl.max(tl.maximum(tl.abs(dgate), tl.abs(dup)), 0)
     return dgate.to(gate_up.dtype.element_ty), dup.to(gate_up.dtype.element_ty), amax
 
@@ -84,6 +96,6 @@ def swiglu_backward(du: Tensor, gate_up: Tensor, fold: Tensor | None, fp8: bool)
     result = empty_operand(rows, 2 * width, gate_up, fp8)
     _swiglu_backward[(rows,)](
         du, gate_up, fold, result.values, result.scale, width, fold is not None, fp8, *pieces(width),
-        num_warps=warps_for(width),
+        num_warps=2 * warps_for(width),
     )  # fmt: skip
     return result

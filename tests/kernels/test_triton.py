@@ -115,7 +115,7 @@ def test_gated_residual(tokens, width, fp8, fold):
         (normal(tokens, width), normal(2, width), samples(tokens), 1e-5),
     )
     same(FUSED.gated_residual(h, *args), EAGER.gated_residual(h, *args))
-    scales = torch.rand(width, device=DEVICE) if fold else None
+    scales = torch.rand(width, device=DEVICE).bfloat16() if fold else None
     same(
         FUSED.gated_residual_backward(h, *args, scales, fp8),
         EAGER.gated_residual_backward(h, *args, scales, fp8),
@@ -128,7 +128,7 @@ def test_gated_residual(tokens, width, fp8, fold):
 def test_swiglu(tokens, width, fp8, fold):
     gate_up, du = 3 * normal(tokens, 2 * width), normal(tokens, width)
     same(FUSED.swiglu(gate_up, fp8), EAGER.swiglu(gate_up, fp8))
-    scales = torch.rand(2 * width, device=DEVICE) if fold else None
+    scales = torch.rand(2 * width, device=DEVICE).bfloat16() if fold else None
     same(FUSED.swiglu_backward(du, gate_up, scales, fp8), EAGER.swiglu_backward(du, gate_up, scales, fp8))
 
 
@@ -145,7 +145,7 @@ def test_qk_norm_rope(tokens, heads, size, fp8):
     assert torch.equal(fused[:, 2], before[:, 2])
     # Gradients come in whatever strides the attention kernel gave: heads before tokens here.
     dq, dk, dv = (normal(heads, tokens, size).transpose(0, 1) for _ in range(3))
-    for fold in (None, torch.rand(3 * heads * size, device=DEVICE)):
+    for fold in (None, torch.rand(3 * heads * size, device=DEVICE).bfloat16()):
         rest = dq, dk, dv, eager, inverse, *args, fold, fp8
         same(FUSED.qk_norm_rope_backward(*rest), EAGER.qk_norm_rope_backward(*rest))
 

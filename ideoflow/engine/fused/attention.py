@@ -119,7 +119,9 @@ def _aten_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
 def _aten_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Any) -> Any:
     aten, variant = torch.ops.aten, _variant(q)
     if variant == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, extra, 0.0, False)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, extra, 0.0, False
+        )
     if variant == "efficient":
         return aten._scaled_dot_product_efficient_attention_backward(
             dout, q, k, v, None, out, *extra, 0.0, [True, True, True, False], False

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from ideoflow.engine.fused.attention import CudnnVarlenAttention, SdpaAttention
 from ideoflow.engine.fused.linear import AdaptedLinear
+from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
 from ideoflow.engine.packed import PackedLayout
 
 # The values of each budget group; "z_*" are the adapters' thin products, which are always kept.
 _GROUPS = {
+    "input": ("input",),
     "attention": ("attended",),
     "ffn_output": ("ffn",),
     "attention_output": ("projected",),
@@ -225,23 +227,59 @@ class _Values:
         return self._linear("w2", self.block.w2)
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What one block keeps: groups on the device, groups on the host, and the store of the latter."""
+
+    index: int
+    device: frozenset[str]
+    host: frozenset[str]
+    store: HostStore | None
+
+    def part(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Moves the big tensor of each host value out of ``values``; returns what stays on the device."""
+        if self.store is None:
+            return values
+        leaving, staying = {}, {}
+        for name, value in values.items():
+            if name not in {n for group in self.host for n in _GROUPS[group]}:
+                staying[name] = value
+            elif isinstance(value, tuple):
+                leaving[name], staying[name] = value[0], (None, *value[1:])
+            else:
+                leaving[name], staying[name] = value, None
+        self.store.put(self.index, leaving)
+        return staying
+
+    def join(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The reverse; the block before starts on its way in as well."""
+        if self.store is None:
+            return values
+        back = self.store.take(self.index)
+        self.store.start(self.index - 1)
+        for name, tensor in back.items():
+            old = values[name]
+            values[name] = tensor if old is None else (tensor, *old[1:])
+        return values
+
+
 class BlockFunction(torch.autograd.Function):
-    """The autograd node of one block: apply(h, block, batch, modulation, kept, *block.parameters)."""
+    """The autograd node of one block: apply(h, block, batch, modulation, keeping, *block.parameters)."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, block: FusedBlock, batch: Batch, modulation: Modulation,
-                kept: frozenset[str], *parameters: Tensor) -> Tensor:  # fmt: skip
-        out, ctx.known = block.forward(h, batch, modulation, kept)
-        ctx.save_for_backward(h)
-        ctx.block, ctx.batch, ctx.modulation = block, batch, modulation
+                keeping: Keeping, *parameters: Tensor) -> Tensor:  # fmt: skip
+        out, known = block.forward(h, batch, modulation, keeping.device | keeping.host)
+        ctx.known = keeping.part({"input": h, **known})
+        ctx.block, ctx.batch, ctx.modulation, ctx.keeping = block, batch, modulation, keeping
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        (h,) = ctx.saved_tensors
-        known, ctx.known = ctx.known, None
-        if known is None:
+        if ctx.known is None:
             raise RuntimeError("a fused block's backward pass runs once: it frees what it kept")
+        known, ctx.known = ctx.keeping.join(ctx.known), None
+        h = known.pop("input")
         dh, gradients = ctx.block.backward(dout.contiguous(), h, ctx.batch, ctx.modulation, known,
                                            ctx.needs_input_grad[0])  # fmt: skip
         return dh, None, None, None, None, *gradients

@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import Literal
 
 Group = Literal["attention", "ffn_output", "attention_output", "qkv", "gate_up", "elementwise"]
+# Groups that may wait on the host; "input" is the block's own input. Operands in FP8 are cheaper to recompute.
+HOST_GROUPS = ("input", "attention", "ffn_output", "attention_output", "qkv", "gate_up")
 
 
 def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8: bool) -> dict[Group, int]:

@@ -79,7 +79,7 @@ class AdaptedLinear:
         self.weight = FrozenWeight(bases, fp8=fp8, ops=ops, scratch=scratch, keep_transposed=keep_transposed)
         self.ops, self.fp8, self.fold, self.parts = ops, fp8, self.weight.fold, len(bases)
         self.rank = max((a.down.shape[0] for a in self.adapters if a), default=0)
-        self.unfold = 1 / self.fold if self.fold is not None and self.rank else None
+        self.unfold = 1 / self.fold.float() if self.fold is not None and self.rank else None
         outputs, inputs = self.weight.shape
         device = self.weight.scratch.take(0, 0, dtype).device
         # Ranks that differ between parts are padded with zero rows and columns, which contribute nothing.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
+from collections.abc import Collection
 
 import torch
 from diffusers.models.transformers.transformer_ideogram4 import (
@@ -22,8 +23,9 @@ from ideoflow import kernels
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import NO_FP8_UNITS, TRITON_MISSING, UNFUSED_ADAPTER
 from ideoflow.engine.fused.attention import Kernel, make_attention
-from ideoflow.engine.fused.block import Batch, BlockFunction, FusedBlock, Modulation
-from ideoflow.engine.fused.budget import choose_kept, group_bytes
+from ideoflow.engine.fused.block import Batch, BlockFunction, FusedBlock, Keeping, Modulation
+from ideoflow.engine.fused.budget import HOST_GROUPS, choose_kept, group_bytes
+from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
 from ideoflow.engine.packed import PackedLayout
 
@@ -39,6 +41,8 @@ class FusedTransformer:
             activations' own type, whatever the base is stored as.
         attention: "cudnn_varlen" (mixed lengths at full speed, needs ``nvidia-cudnn-frontend``) or "sdpa".
         activation_budget: 0 recomputes every block in the backward pass, 1 recomputes nothing.
+        offload: groups of values (:data:`~ideoflow.engine.fused.budget.HOST_GROUPS`) that every block keeps
+            in pinned host memory; the budget is about the rest.
         dtype: of the activations; bf16 in training.
         keep_transposed: in FP8, keep a second, transposed copy of the weights instead of making it as needed.
 
@@ -48,12 +52,17 @@ class FusedTransformer:
 
     def __init__(self, transformer: Ideogram4Transformer2DModel, *, linear: str = "fp8",
                  attention: Kernel = "cudnn_varlen", activation_budget: float = 1.0,
+                 offload: Collection[str] = (),
                  dtype: torch.dtype = torch.bfloat16, keep_transposed: bool = False) -> None:  # fmt: skip
         self.model, self.dtype, self.budget = transformer, dtype, activation_budget
+        self.offload = frozenset(offload)
+        if not self.offload <= set(HOST_GROUPS):
+            raise ValueError(f"offload takes {', '.join(HOST_GROUPS)}, not {sorted(self.offload)}")
         self.fp8 = linear == "fp8"
         self.device = transformer.input_proj.weight.device
         self.ops = kernels.load(self._backend())
         choose_kept(activation_budget, 1, {})  # an impossible budget is told now, not in the first step
+        self._store = HostStore(self.device)
         scratch, kernel = Scratch(self.device), make_attention(attention, self.device)
         self.blocks = [
             FusedBlock(f"layers.{i}", block, dtype=dtype, fp8=self.fp8, ops=self.ops, attention=kernel,
@@ -89,13 +98,14 @@ class FusedTransformer:
             conditioning = self._conditioning(timestep)
             batch = Batch(layout, index.sample_index, *self._rotary(layout))
             modulations = self._modulations(conditioning)
-        kept = choose_kept(self.budget, len(self.blocks), self._sizes(layout))
-        training = torch.is_grad_enabled()
-        for block, modulation, groups in zip(self.blocks, modulations, kept, strict=True):
-            if training:
-                h = BlockFunction.apply(h, block, batch, modulation, groups, *block.parameters)
-            else:
+        if not torch.is_grad_enabled():
+            for block, modulation in zip(self.blocks, modulations, strict=True):
                 h, _ = block.forward(h, batch, modulation, None)
+        else:
+            for block, modulation, keeping in zip(
+                self.blocks, modulations, self._keeping(layout), strict=True
+            ):
+                h = BlockFunction.apply(h, block, batch, modulation, keeping, *block.parameters)
         return self._project(h, conditioning, index.image_index, index.sample_index)
 
     def _refresh_adapters(self) -> None:
@@ -150,10 +160,18 @@ class FusedTransformer:
         normed = layer.norm_final(h.index_select(0, image_index))
         return layer.linear(normed * scale[sample[image_index]])
 
-    def _sizes(self, layout: PackedLayout) -> dict:
-        model = self.model
-        return group_bytes(layout.total, model.hidden_size, model.config.intermediate_size, self.dtype.itemsize,
-                           self.fp8)  # fmt: skip
+    def _keeping(self, layout: PackedLayout) -> list[Keeping]:
+        """What each block keeps and where, for this layout."""
+        model, store = self.model, self._store if self.offload else None
+        sizes = group_bytes(layout.total, model.hidden_size, model.config.intermediate_size,
+                            self.dtype.itemsize, self.fp8)  # fmt: skip
+        on_device = {group: size for group, size in sizes.items() if group not in self.offload}
+        if store:
+            store.clear()
+        return [
+            Keeping(i, kept, self.offload, store)
+            for i, kept in enumerate(choose_kept(self.budget, len(self.blocks), on_device))
+        ]
 
     def _backend(self) -> kernels.Backend:
         if self.device.type != "cuda":

@@ -122,6 +122,13 @@ def test_gradients_are_the_same_at_every_budget(linear):
             model, linear=linear, attention="sdpa", activation_budget=budget, dtype=dtype
         )
         results.append(gradients(model, fused(*data, MIXED)))
+    for offload in (["input"], ["input", "attention", "ffn_output", "attention_output", "qkv", "gate_up"]):
+        fused = FusedTransformer(model, linear=linear, attention="sdpa", activation_budget=0.2, dtype=dtype,
+                                 offload=offload)  # fmt: skip
+        with torch.no_grad():
+            fused(*data, MIXED)
+        fused(*data, MIXED)  # a forward pass whose backward never comes must leave nothing behind
+        results.append(gradients(model, fused(*data, MIXED)))
     for other in results[1:]:
         for name, gradient in results[0].items():
             assert torch.equal(gradient, other[name]), name
