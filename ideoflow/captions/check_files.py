@@ -75,20 +75,15 @@ def check_each(
                 found.append(source)
                 continue
             result = compile_source(source, placeholders)
-            found += result.diagnostics
+            said = list(result.diagnostics)
             names |= result.placeholders
-            for compiled in result.captions:
-                picture = (
-                    source.image if compiled.name is None else str(Path(source.path).parent / compiled.name)
+            for one in result.captions:
+                place = source.image if one.name is None else str(Path(source.path).parent / one.name)
+                picture = _open(place) if pictures else None
+                said += check_caption(
+                    one.caption, path=source.path, locate=one.locate, image=picture, count_tokens=count_tokens
                 )
-                opened = _open(picture) if pictures else None
-                found += check_caption(
-                    compiled.caption,
-                    path=source.path,
-                    locate=compiled.locate,
-                    image=opened,
-                    count_tokens=count_tokens,
-                )
+            found += (at_line(d, source) for d in said)
         yield found, names
 
 
@@ -100,6 +95,13 @@ def compile_source(source: Source, placeholders: Mapping[str, str] | None = None
     if source.form == "json":
         return read_json_caption(source.text, path=source.path)
     return read_plain_caption(source.text, path=source.path, line=source.line)
+
+
+def at_line(d: Diagnostic, source: Source) -> Diagnostic:
+    """Diagnostics of a table's row point at the row: columns inside it mean nothing to a person."""
+    if not source.line:
+        return d
+    return Diagnostic(d.code, d.message, Span(source.path, source.line), d.cure, "", d.notes, d.severity)
 
 
 def _open(place: str) -> Image | None:

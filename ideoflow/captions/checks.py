@@ -86,7 +86,7 @@ def zero_area(caption: dict[str, Any], known: Known) -> Iterator[Finding]:
 
 # Words that say what shape the thing itself has; only the beginning of a description is about the thing.
 _TALL = re.compile(
-    r"\b(?:tall|towering|upright|vertical|standing|skyscraper|lighthouse|obelisk|flagpole|lamppost)\b", re.I
+    r"\b(?:tall|towering|upright|(?<!third )vertical|skyscraper|lighthouse|obelisk|flagpole|lamppost)\b", re.I
 )
 _WIDE = re.compile(r"\b(?:wide|horizontal|panoramic|sprawling|reclining|lying)\b", re.I)
 _TURNED = re.compile(

@@ -23,8 +23,8 @@ class Options:
     Args:
         placeholders: values for ``<name>``, as pairs.
         trigger: a word that every caption must have, see :func:`~ideoflow.captions.words.insert_trigger`.
-        boxes: ``xyxy`` if the boxes of JSON captions are ``[x1, y1, x2, y2]``: a person's word, never
-        guessed. columns: keys of the caption and the picture's name in records.
+        boxes: ``xyxy`` if JSON captions have ``[x1, y1, x2, y2]``: a person's word, never guessed.
+        columns: keys of the caption and the picture's name in records.
         one_per_line: a plain-text file holds several captions, a line each (SimpleTuner).
         write: ``json`` (canonical captions) or ``icap``.
     """
@@ -91,7 +91,7 @@ def compile_source(source: Source, options: Options) -> tuple[list[Compiled], li
         return [], [problem]
     result = check_files.compile_source(source, values or None)
     captions: list[Compiled] = []
-    diagnostics = [_at_line(d, source) for d in result.diagnostics]
+    diagnostics = [check_files.at_line(d, source) for d in result.diagnostics]
     for compiled in result.captions:
         name, image = _named(compiled.name, source)
         caption = compiled.caption
@@ -145,13 +145,6 @@ def _named(name: str | None, source: Source) -> tuple[str, str]:
     folder = source.name.rpartition("/")[0]
     clean = clean_name(name) or PurePosixPath(name).name or "unnamed"
     return (f"{folder}/{clean}" if folder else clean), str(Path(source.path).parent / name)
-
-
-def _at_line(d: Diagnostic, source: Source) -> Diagnostic:
-    """Diagnostics of a table's row point at the row: columns inside it mean nothing to a person."""
-    if not source.line:
-        return d
-    return Diagnostic(d.code, d.message, Span(source.path, source.line), d.cure, "", d.notes, d.severity)
 
 
 def _make(compiled: Compiled, options: Options) -> Made:

@@ -78,8 +78,8 @@ class JsonOrigin:
         if place is None:
             return Span(self.source.path)
         start, end = place
-        if self.source.text[self.offset + start] in "{[" and len(where) and isinstance(where[-1], str):
-            start, end = self._places.get((*where, KEY), place)
-        elif self.source.text[self.offset + start] == "{":
-            end = start + 1
+        opening = self.source.text[self.offset + start]
+        if opening == "{" or (opening == "[" and end - start > 100):  # whole objects would be long carets
+            key = where[-1] if where else 0
+            start, end = self._places[(*where, KEY)] if isinstance(key, str) else (start, start + 1)
         return self.source.span(self.offset + start, self.offset + end)

@@ -211,6 +211,7 @@ class _Reader:
                     )
                     return False
                 if isinstance(value, _Duplicates):
+                    self.layout.append("a key that stood twice")
                     for key in value.twice:
                         self.say(
                             codes.DUPLICATE_KEY,
@@ -236,7 +237,7 @@ class _Reader:
                 codes.REPAIRED_ORDER, "the keys are in the order that the model was trained with now", ()
             )
         compact = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        if self.layout or (compact != self.body.strip() and not isinstance(data, _Duplicates)):
+        if self.layout or (compact != self.body.strip()):
             what = ", ".join(self.layout) or "spaces, line breaks or escapes"
             self.say(codes.REPAIRED_LAYOUT, f"the layout is canonical now (was: {what})", ())
 

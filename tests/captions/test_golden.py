@@ -1,7 +1,8 @@
 """Golden files, four a case: NAME.icap, and what becomes of it: .json, .fmt, .err.
 
-``.json`` holds a line for each caption (with its image's name in a file for many), ``.fmt`` the formatted file,
-``.err`` the diagnostics as a person sees them. ``IDEOFLOW_UPDATE_GOLDEN=1`` writes them anew; read the diff.
+``.json`` holds a line for each caption (with its image's name in a file for many), ``.fmt`` the formatted
+file, ``.err`` the diagnostics as a person sees them. ``IDEOFLOW_UPDATE_GOLDEN=1`` writes them anew: read the
+diff.
 """
 
 import json
