@@ -35,8 +35,10 @@ def main() -> None:
         qkv = torch.randn(layout.total, 3, args.heads, args.size, device=device).bfloat16()
         dout = torch.randn_like(qkv[:, 0])
         results = {}
-        for kernel in ("sdpa", "cudnn_varlen") if device.type == "cuda" else ("sdpa",):
-            attention = make_attention(kernel, device)
+        for kernel in ("sdpa", "ragged", "exact") if device.type == "cuda" else ("sdpa",):
+            attention = make_attention("sdpa" if kernel == "sdpa" else "cudnn_varlen", device)
+            if kernel != "sdpa":  # one kind of plan only, whatever the number of calls
+                attention._exact = lambda _, choice=kernel == "exact": choice
             out, saved = attention.forward(qkv, layout)
             results[kernel] = (out, *attention.backward(dout, qkv, out, saved, layout))
             forward = measure(lambda a=attention, q=qkv, at=layout: a.forward(q, at), device)
