@@ -161,7 +161,9 @@ class _Run:
         for d in problems:
             self.report.add(d)
             if d.is_error and self._failures_file is not None:
-                self._failures_file.write(json.dumps(d.as_dict(), ensure_ascii=False).encode() + b"\n")
+                self._failures_file.write(
+                    json.dumps(d.as_dict(), ensure_ascii=False).encode(errors="replace") + b"\n"
+                )
 
     def checkpoint(self) -> None:
         if time.monotonic() - self._last >= CHECKPOINT_SECONDS:

@@ -87,7 +87,9 @@ def check_paths(paths: Sequence[str | Path]) -> None:
     """Raises IC710 or IC712, all at once, for paths that are not there or are no caption files."""
     problems = []
     for path in map(Path, paths):
-        if not path.exists():
+        if _is_unnamable(str(path)):
+            problems.append(_bad_name(str(path)))
+        elif not path.exists():
             problems.append(_problem(codes.NO_INPUT, f"{path} does not exist", str(path)))
         elif not path.is_dir() and path.suffix.lower() not in SIDECAR_SUFFIXES + TABLE_SUFFIXES:
             problems.append(
@@ -105,8 +107,11 @@ def check_paths(paths: Sequence[str | Path]) -> None:
 def find(
     paths: Iterable[str | Path], columns: Columns, *, skip: frozenset[str] = frozenset()
 ) -> Iterator[Item]:
-    """Every item under paths that :func:`check_paths` has passed, in a stable order: paths as given, folders
-    sorted by name. ``skip`` holds resolved paths that are not looked into (the output itself)."""
+    """Every item under paths that :func:`check_paths` has passed.
+
+    The order is stable: paths as given, folders sorted by name. ``skip`` holds resolved paths that are not
+    looked into (the output itself).
+    """
     for path in map(Path, paths):
         if path.is_dir():
             yield from _walk(path, columns, skip)
@@ -119,7 +124,9 @@ def find(
 
 def _walk(root: Path, columns: Columns, skip: frozenset[str]) -> Iterator[Item]:
     for here, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield from (Item("", problem=_bad_name(f)) for f in sorted((*folders, *files)) if _is_unnamable(f))
+        files = [f for f in files if not _is_unnamable(f)]
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _is_unnamable(f))
         if skip:
             folders[:] = [f for f in folders if str(Path(here, f).resolve()) not in skip]
         folder = Path(here).relative_to(root).as_posix()
@@ -213,8 +220,7 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
 
 
 def read(item: Item, columns: Columns) -> Iterator[Source | Diagnostic]:
-    """The captions in an item, as text; a diagnostic in the place of each that cannot be had. Never
-    raises."""
+    """The captions in an item, as text, with a diagnostic for each that cannot be had; never raises."""
     if item.problem is not None:
         yield item.problem
         return
@@ -351,7 +357,7 @@ def _picture_name(record: dict[str, Any], columns: Columns) -> str | None:
 def clean_name(name: str) -> str | None:
     """A picture's name as a relative path with ``/``; ``None`` where it leads out of the data set."""
     name = name.replace("\\", "/")
-    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
+    if _is_unnamable(name) or any(ord(c) < 32 for c in name):
         return None
     path = PurePosixPath(name)
     if path.is_absolute() or (len(name) > 1 and name[1] == ":"):
@@ -359,6 +365,16 @@ def clean_name(name: str) -> str | None:
     if ".." in path.parts or not path.name:
         return None
     return path.as_posix()
+
+
+def _is_unnamable(name: str) -> bool:
+    """Whether a name is no valid UTF-8: Python then has half characters in it, which JSON cannot hold."""
+    return any(0xD800 <= ord(c) < 0xE000 for c in name)
+
+
+def _bad_name(name: str) -> Diagnostic:
+    shown = name.encode("utf-8", "replace").decode()
+    return _problem(codes.BAD_NAME, f"the name {shown!r} is no valid UTF-8", shown, "rename it")
 
 
 def locate_image(expected: str | Path) -> Path | None:

@@ -1,5 +1,4 @@
-"""``captions preview``: one HTML file that shows every picture with its boxes, texts and palettes drawn
-over it.
+"""``captions preview``: one HTML file of all pictures with boxes, texts and palettes drawn over them.
 
 The file is complete in itself: styles, script and thumbnails are inside, nothing is loaded from a network,
 and a content security policy forbids it. Captions travel as JSON in inert script elements with every ``<``

@@ -170,3 +170,25 @@ def test_pictures_are_found_without_their_suffix(tmp_path):
     assert locate_image(tmp_path / "a.txt") == tmp_path / "a.jpg"
     assert locate_image(tmp_path / "c.png") == tmp_path / "c.png"
     assert locate_image(tmp_path / "gone.jpg") is None
+
+
+def test_file_names_that_are_no_text_are_told(tmp_path):
+    try:
+        (tmp_path / "caf\udce9.txt").write_text("A boat.")
+        (tmp_path / "d\udce9").mkdir()
+    except OSError:
+        pytest.skip("this file system takes only valid names")
+    put(tmp_path, {"a.txt": "A."})
+    sources, problems = harvest(tmp_path)
+    assert [s[0] for s in sources] == ["a"]
+    assert [d.code.id for d in problems] == ["IC722", "IC722"]
+    json.dumps([d.as_dict() for d in problems], ensure_ascii=False).encode()
+    with pytest.raises(IdeoflowError) as raised:
+        check_paths([tmp_path / "caf\udce9.txt"])
+    assert raised.value.diagnostics[0].code.id == "IC722"
+
+
+def test_symbolic_links_in_a_circle_end(tmp_path):
+    put(tmp_path, {"a.txt": "A."})
+    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert len(harvest(tmp_path)[0]) == 1
