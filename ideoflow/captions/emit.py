@@ -21,10 +21,12 @@ from ideoflow.captions.nodes import (
     Document,
     Element,
     Field,
+    PaletteBlock,
     PaletteLine,
     SizeLine,
     Statement,
     StyleLine,
+    Use,
 )
 from ideoflow.captions.parser import parse_source
 from ideoflow.captions.regions import PLACES, REGIONS, Size, resolve_box
@@ -109,9 +111,7 @@ class _Compiler:
                 self._caption(
                     item.name, item.body, item.at, whole=good and not self._touches(bad_lines, item)
                 )
-            elif (not hasattr(item, "path") and not hasattr(item, "colours")) or isinstance(
-                item, PaletteLine
-            ):
+            elif not isinstance(item, (Use, PaletteBlock)):
                 sidecar.append(item)
         if sidecar and images:
             first_line = sidecar[0]
@@ -234,7 +234,14 @@ class _Compiler:
                 caption = filled
                 encoded = to_json(caption)
         if not follows_rules(caption):
-            raise AssertionError(f"compiled a caption against the rules: {encoded[:500]}")
+            # No input is known to lead here; if one does, it must not reach the model, nor end in a traceback.
+            report(
+                codes.COMPILED_AGAINST_RULES,
+                "this caption was compiled wrongly",
+                at,
+                "please report this file",
+            )
+            return
         self.captions.append(CompiledCaption(name, caption, encoded, self.source.span(*at), origin))
 
     def _size(self, line: SizeLine) -> Size | None:

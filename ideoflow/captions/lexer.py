@@ -2,8 +2,8 @@
 
 Every pattern comes from ``grammar/caption.lark``. What is added here is what a regular expression cannot
 see: which lines continue a statement (they are indented deeper), where a block begins and ends, and where a
-line's exact part ends and its prose begins. An alternative, Lark's contextual lexer with an indenter, was
-measured at about half the speed, and it sees a misspelt key as prose, where this one can name it.
+line's exact part ends and its prose begins. Lark's own contextual lexer with an indenter could do it too, but
+would take a misspelt key for prose, where this one can name the mistake.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from ideoflow.captions.nodes import (
     Document,
     Element,
     Field,
+    Mark,
     PaletteBlock,
     PaletteLine,
     StyleLine,
     Use,
 )
-from ideoflow.captions.nodes import Mark as ColourMark
 from ideoflow.captions.parser import parse_source
 from ideoflow.captions.source import Source
 from ideoflow.diagnostics import Diagnostic, closest
@@ -140,7 +140,7 @@ class Library:
         return result
 
     def colours(
-        self, given: Sequence[Colour | ColourMark], most: int, owner: str, report: Reporter
+        self, given: Sequence[Colour | Mark], most: int, owner: str, report: Reporter
     ) -> tuple[str, ...] | None:
         """The colours with palette names filled in; ``DROPPED`` for ``none``, ``None`` after an error."""
         if len(given) == 1 and given[0].value == "none":
@@ -271,6 +271,8 @@ def take_over(
         try:
             path = (folder / use.path).resolve()
             stat = path.stat()
+            if not path.is_file():
+                raise ValueError("it is not a file")
             known = _read.get(path)
             stamp = (stat.st_mtime_ns, stat.st_size)
             if known is None or known[0] != stamp:

@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.set_defaults(act=compile_)
 
     command = actions.add_parser("check", help="find mistakes, and what looks like one")
-    command.add_argument("paths", nargs="+", metavar="PATH", help="folders or caption files")
+    command.add_argument("paths", nargs="*", metavar="PATH", help="folders or caption files")
+    command.add_argument("--explain", metavar="CODE", help="print the page of a code such as IC201, and stop")
     command.add_argument(
         "--pictures", action="store_true", help="look for the palettes' colours in the pictures"
     )
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="value of <NAME>")
     command.add_argument("--format", choices=["text", "json", "github"], default="text")
-    command.set_defaults(act=check)
+    command.set_defaults(act=check, usage=command.error)
 
     command = actions.add_parser("fmt", help="bring .icap files into the one style")
     command.add_argument(
@@ -81,6 +82,12 @@ def compile_(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
+    if args.explain:
+        from ideoflow.cli import explain
+
+        return explain.execute(argparse.Namespace(code=args.explain))
+    if not args.paths:
+        args.usage("at least one PATH is needed")
     from ideoflow.captions import check_captions
 
     count = None

@@ -131,3 +131,11 @@ def test_fmt_of_standard_input(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(UGLY))
     assert main(["captions", "fmt", "-"]) == 0
     assert capsys.readouterr().out == NEAT
+
+
+def test_check_explains_codes_and_wants_a_path(capsys):
+    assert main(["captions", "check", "--explain", "ic201"]) == 0
+    assert capsys.readouterr().out.startswith("IC201: a box pasted from JSON")
+    with pytest.raises(SystemExit) as stopped:
+        main(["captions", "check"])
+    assert stopped.value.code == 2

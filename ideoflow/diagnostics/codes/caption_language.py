@@ -106,6 +106,10 @@ FORMATTER_DISAGREES = define("IC125", "the formatter would have changed the capt
     format. Here the two differ, so nothing was written. This is a bug of ideoflow; please report the
     file.""")
 
+COMPILED_AGAINST_RULES = define("IC126", "a caption was compiled against the rules", """
+    Everything that is compiled is checked against the rules of the caption format before it is used. This
+    caption failed, so it was left out. This is a bug of ideoflow; please report the file.""")
+
 PASTED_BOX = define("IC201", "a box pasted from JSON", """
     Four bare numbers do not say which is x and which is y, and the order of Ideogram's boxes,
     `[y_min, x_min, y_max, x_max]`, is the one that everybody gets wrong. Here the axes are named:
