@@ -29,11 +29,11 @@ def encoder(nano: BaseFacts) -> TextEncoder:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """LoRA's second factor starts at zero; give it values, so that every gradient counts."""
+    """The same values for both factors in every model; the second starts at zero and would hide gradients."""
     g = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
-        if ".lora_B" in name:
-            p.data.copy_(torch.randn(p.shape, generator=g) * 0.02)
+        if ".lora_" in name:
+            p.data.copy_(torch.randn(p.shape, generator=g) * 0.05)
 
 
 def written_out_step(
