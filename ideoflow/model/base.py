@@ -131,7 +131,7 @@ def _look_in_hub_cache(name: str, revision: str | None, span: Span | None) -> Ba
         )
     if isinstance(index, str) and _is_complete(Path(index).parent):
         return read_base(name, Path(index).parent, span)
-    # Not downloaded, or not all of it: the sizes of the released model, so that a plan can be made beforehand.
+    # Not (all) downloaded: the sizes of the released model, so that a plan can be made beforehand.
     return BaseFacts(
         name,
         None,
@@ -189,7 +189,7 @@ def read_base(name: str, folder: Path, span: Span | None = None) -> BaseFacts:
     try:
         specs = (
             TransformerSpec.from_config(configs["transformer"]),
-            TextEncoderSpec.from_config(text.get("text_config", text)),
+            TextEncoderSpec.from_config(dict(text.get("text_config", text))),
             VaeSpec.from_config(configs["vae"]),
         )
     except (TypeError, ValueError, AttributeError) as error:

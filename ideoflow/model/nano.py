@@ -3,7 +3,9 @@
 It has every part of the released model (conditional and unconditional transformer, 36-layer Qwen3-VL text
 body, FLUX.2 autoencoder, byte-level tokenizer with the chat template, scheduler) at sizes that a laptop
 trains in a minute, so that the whole path can be tried, tested and demonstrated without a GPU or a download.
-Its weights are random: it knows nothing, and an adapter trained on it is good for nothing else.
+Nobody trained it: its weights are random, but for a colour path through the autoencoder and a linear
+denoiser through the transformers, so that samples are coloured shapes rather than static. It knows nothing,
+and an adapter trained on it is good for nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from diffusers import (
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
 )
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLModel
 
 from ideoflow.diagnostics import fail
@@ -68,7 +73,7 @@ def make_nano(folder: Path, seed: int = 0) -> Path:
             Path(scratch).chmod(0o755)
             _move(Path(scratch), folder)
     except OSError as error:
-        cure = "free some space (10 MB), or set IDEOFLOW_CACHE to a folder that can be written"
+        cure = "free some space (30 MB), or set IDEOFLOW_CACHE to a folder that can be written"
         fail(
             NO_DOWNLOAD, f"the nano base cannot be written to {folder}: {error.strerror or error}", cure=cure
         )
@@ -103,7 +108,37 @@ def nano_pipeline(seed: int = 0) -> Ideogram4Pipeline:
 
 def _transformer() -> Ideogram4Transformer2DModel:
     sizes = {name: getattr(NANO_TRANSFORMER, name) for name in NANO_TRANSFORMER.__slots__}
-    return Ideogram4Transformer2DModel(**sizes, mrope_section=(6, 5, 5)).eval()
+    model = Ideogram4Transformer2DModel(**sizes, mrope_section=(6, 5, 5)).eval()
+    _denoise_linearly(model)
+    return model
+
+
+@torch.no_grad()
+def _denoise_linearly(model: Ideogram4Transformer2DModel) -> None:
+    """Lets the model predict, on top of its random blocks, the best velocity that knows nothing of pictures.
+
+    For unit white data, x = (1 - sigma) x0 + sigma eps and v = x0 - eps, so E[v | x] = a x with
+    a = (1 - 2 sigma) / s^2 and s^2 = (1 - sigma)^2 + sigma^2. The first 128 channels of the stream carry x;
+    the last layer's norm divides them by s sqrt(128 / 192), and its scale, a linear function of the time
+    features, is fitted to a s sqrt(128 / 192). Without this, an untrained base predicts noise of its own and
+    an adapter spends all its steps on learning to be quiet.
+    """
+    channels, hidden = model.in_channels, model.hidden_size
+    model.input_proj.weight.copy_(2 * torch.eye(hidden, channels))
+    model.input_proj.bias.zero_()
+    model.embed_image_indicator.weight.mul_(0.1)
+    model.final_layer.linear.weight.copy_(torch.eye(channels, hidden))
+    model.final_layer.linear.bias.zero_()
+
+    t = torch.linspace(0.001, 0.999, 512)
+    sigma = 1 - t
+    spread = ((1 - sigma) ** 2 + sigma**2).sqrt()
+    wanted = (1 - 2 * sigma) / spread * (channels / hidden) ** 0.5
+    features = torch.nn.functional.silu(torch.nn.functional.silu(model.adaln_proj(model.t_embedding(t))))
+    with_bias = torch.cat([features, torch.ones(len(t), 1)], dim=1).double()
+    fitted = torch.linalg.lstsq(with_bias, (wanted - 1).double()[:, None]).solution[:, 0].float()
+    model.final_layer.adaln_modulation.weight.copy_(fitted[:-1].expand(hidden, -1))
+    model.final_layer.adaln_modulation.bias.fill_(float(fitted[-1]))
 
 
 def _text_encoder() -> Qwen3VLModel:
@@ -145,10 +180,87 @@ def _vae() -> AutoencoderKLFlux2:
         block_out_channels=NANO_VAE.block_out_channels,
         layers_per_block=NANO_VAE.layers_per_block,
         latent_channels=NANO_VAE.latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=_GROUPS,
     ).eval()
+    _carry_colours(vae)
     _fit_latent_statistics(vae)
     return vae
+
+
+# Channels come in groups that are normalised together; four of them make [+x, -x, +K, -K] below.
+_GROUPS = 4
+_K = 10.0
+
+
+@torch.no_grad()
+def _carry_colours(vae: AutoencoderKLFlux2) -> None:
+    """Lets the first three latent channels carry red, green and blue: 8 x 8 means in, interpolation out.
+
+    So that pictures come out blurred but recognisable from weights that nobody trained. Residual branches are
+    silenced; the remaining channels keep their random weights. The group norm and SiLU at the end of encoder
+    and decoder are made transparent by giving each colour a group with [+x, -x, +K, -K]: its mean is 0, its
+    deviation nearly the constant sqrt(K^2 / 2 + x^2 / 2) (scaled for the group's size), and
+    silu(y) - silu(-y) = y.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.zero_()
+            module.conv2.bias.zero_()
+            if module.conv_shortcut is not None:
+                _pass_colours(module.conv_shortcut, torch.ones(1, 1))
+        elif isinstance(module, Attention):
+            module.to_out[0].weight.zero_()
+            module.to_out[0].bias.zero_()
+    center = torch.zeros(3, 3)
+    center[1, 1] = 1
+    mean = torch.zeros(3, 3)
+    mean[:2, :2] = 0.25
+    tent = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.25]))
+    encoder, decoder = vae.encoder, vae.decoder
+    _pass_colours(encoder.conv_in, center)
+    for block in encoder.down_blocks[:-1]:
+        _pass_colours(block.downsamplers[0].conv, mean)
+    _to_pairs(encoder.down_blocks[-2].downsamplers[0].conv, mean, encoder.conv_norm_out)
+    _from_pairs(encoder.conv_out, encoder.conv_norm_out)
+    _pass_colours(vae.quant_conv, torch.ones(1, 1))
+    _pass_colours(vae.post_quant_conv, torch.ones(1, 1))
+    _pass_colours(decoder.conv_in, center)
+    for block in decoder.up_blocks[:-1]:
+        _pass_colours(block.upsamplers[0].conv, tent)
+    _to_pairs(decoder.up_blocks[-1].resnets[0].conv_shortcut, torch.ones(1, 1), decoder.conv_norm_out)
+    _from_pairs(decoder.conv_out, decoder.conv_norm_out)
+
+
+def _pass_colours(conv: nn.Conv2d, kernel: Tensor) -> None:
+    """Output channels 0..2 become ``kernel`` over input channels 0..2, and nothing else."""
+    conv.weight[:3] = 0
+    conv.bias[:3] = 0
+    for c in range(3):
+        conv.weight[c, c] = kernel
+
+
+def _to_pairs(conv: nn.Conv2d, kernel: Tensor, norm: nn.GroupNorm) -> None:
+    """Output group g becomes [+x, -x, +K, -K, 0...] of colour g, and ``norm`` undoes the division by K."""
+    size = norm.num_channels // norm.num_groups
+    for c in range(3):
+        group = slice(c * size, (c + 1) * size)
+        conv.weight[group] = 0
+        conv.bias[group] = 0
+        conv.weight[c * size, c] = kernel
+        conv.weight[c * size + 1, c] = -kernel
+        conv.bias[c * size + 2] = _K
+        conv.bias[c * size + 3] = -_K
+        norm.weight[group] = _K * (2 / size) ** 0.5
+
+
+def _from_pairs(conv: nn.Conv2d, norm: nn.GroupNorm) -> None:
+    """Output channels 0..2 become silu(+x) - silu(-x) of their group, which is x."""
+    size = norm.num_channels // norm.num_groups
+    conv.weight[:3] = 0
+    conv.bias[:3] = 0
+    for c in range(3):
+        conv.weight[c, c * size, 1, 1] = 1
+        conv.weight[c, c * size + 1, 1, 1] = -1
 
 
 @torch.no_grad()

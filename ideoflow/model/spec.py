@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 # Decoder layers of the text encoder whose outputs are the text features (diffusers'
 # QWEN3_VL_ACTIVATION_LAYERS); the layer index varies fastest in the feature vector.
@@ -113,10 +114,10 @@ class VaeSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> VaeSpec:
         """From a diffusers ``vae/config.json``."""
-        known = {k: config[k] for k in cls.__slots__ if k in config}
-        if "block_out_channels" in known:
-            known["block_out_channels"] = tuple(known["block_out_channels"])  # type: ignore[arg-type]
-        return cls(**known)  # type: ignore[arg-type]
+        known: dict[str, Any] = {k: int(str(config[k])) for k in cls.__slots__[1:] if k in config}
+        if "block_out_channels" in config:
+            known["block_out_channels"] = tuple(map(int, config["block_out_channels"]))  # type: ignore[call-overload]
+        return cls(**known)
 
     def parameters(self) -> int:
         """All parameters of encoder, decoder and the 1x1 convolutions between them."""

@@ -35,7 +35,9 @@ def tokenize(
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > max_tokens:
         cure = "shorten descriptions, or drop the least important elements"
-        fail(TOO_LONG, f"a caption of {len(ids)} tokens; the limit is {max_tokens}", span, cure=cure)
+        notes = (f"it begins {caption[:80]}",)
+        message = f"a caption of {len(ids)} tokens; the limit is {max_tokens}"
+        fail(TOO_LONG, message, span, cure=cure, notes=notes)
     return ids
 
 
