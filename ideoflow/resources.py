@@ -46,11 +46,6 @@ def user_cache() -> Path:
 
 
 @cache
-def _umask() -> int:
-    # There is no way to read the mask but to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -67,8 +62,6 @@ def write_whole(file: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files that only their owner may read; results are ordinary files.
-        Path(scratch).chmod(0o666 & ~_umask())
         scratch.replace(file)
     except BaseException:
         with contextlib.suppress(OSError):
