@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="write the plan; ideoflow run FILE runs it exactly"
     )
+    parser.add_argument("--html", metavar="FILE", help="write a page with a chart of the memory over the run")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -101,6 +102,10 @@ class _Planner:
 def _report(args: argparse.Namespace, plan: Plan, planner: _Planner | None) -> int:
     if args.output:
         _write(Path(args.output), plan.to_json())
+    if args.html:
+        from ideoflow.report.plan_page import render_plan
+
+        _write(Path(args.html), render_plan(plan))
     if args.json:
         sys.stdout.write(plan.to_json())
     elif args.explain:

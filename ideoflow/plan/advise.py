@@ -120,7 +120,7 @@ def _smallest_card(problem: Problem, best: Evaluation) -> tuple[Change, ...]:
         return ()
     peak = best.ledger.peak_bytes
     cards = [h for p in PROFILES if p.kind == "cuda" and (h := hardware_from_profile(p.key))]
-    fitting = [h for h in cards if h.free_bytes >= peak and h.fast_bf16]
+    fitting = [h for h in cards if TIGHT_SHARE * h.free_bytes >= peak and h.fast_bf16]
     if not fitting:
         return ()
     card = min(fitting, key=lambda h: (h.total_bytes, h.name))

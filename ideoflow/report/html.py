@@ -10,7 +10,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ideoflow import __version__
 from ideoflow.diagnostics import fail
@@ -18,7 +20,7 @@ from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
 from ideoflow.plan.document import Plan
 from ideoflow.report import account, results, training
 from ideoflow.report.history import History, read_history
-from ideoflow.report.markup import Html, join, json_script, tag
+from ideoflow.report.markup import Child, Html, join, json_script, tag
 
 REPORT = "report.html"
 
@@ -58,6 +60,16 @@ def render(folder: Path, plan: Plan, history: History) -> str:
         account.settings(plan),
         account.versions(plan, history),
     ]
+    sections = ("pictures", "training", "memory", "time", "plan", "warnings", "settings")
+    links = {id: id.capitalize() for id in sections}
+    title = f"{plan.name}: training report"
+    return page(title, results.headline(folder, plan, history), links, parts, training.readout(history))
+
+
+def page(
+    title: str, headline: Html, links: Mapping[str, str], parts: Sequence[Child], readout: Mapping[str, Any]
+) -> str:
+    """A whole document; ``links`` go to sections by id, ``readout`` is what the page's script shows."""
     style, script = (Html(_own(name)) for name in ("page.css", "page.js"))
     policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
     head = join(
@@ -66,19 +78,17 @@ def render(folder: Path, plan: Plan, history: History) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", name="generator", content=f"ideoflow {__version__}"),
-        tag("title", f"{plan.name}: training report"),
+        tag("title", title),
         tag("style", style),
     )
-    links = [("pictures", "Pictures"), ("training", "Training"), ("memory", "Memory"), ("time", "Time"),
-             ("plan", "Plan"), ("warnings", "Warnings"), ("settings", "Settings")]  # fmt: skip
     body = join(
-        results.headline(folder, plan, history),
-        tag("nav", [tag("a", text, href=f"#{id}") for id, text in links], aria_label="Sections"),
+        headline,
+        tag("nav", [tag("a", text, href=f"#{id}") for id, text in links.items()], aria_label="Sections"),
         tag("main", parts),
         tag("footer", f"Written by ideoflow {__version__}. This file is complete: it loads nothing else."),
-        json_script("readout", training.readout(history)),
+        json_script("readout", readout),
         tag("script", script),
-    )  # fmt: skip
+    )
     return f'<!doctype html>\n<html lang="en">{tag("head", head)}{tag("body", body)}</html>\n'
 
 

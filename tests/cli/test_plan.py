@@ -71,6 +71,12 @@ def test_json_is_the_plan_and_nothing_else(recipe, capsys):
     assert json.loads(out)["recipe_path"].endswith("barn.toml")
 
 
+def test_the_page_is_written(recipe, capsys, tmp_path):
+    file = tmp_path / "plan.html"
+    assert run(capsys, recipe, "--gpu", "h200", "--html", file)[0] == 0
+    assert "H200" in file.read_text(encoding="utf-8")
+
+
 def test_written_shown_and_compared(recipe, capsys, tmp_path):
     file = tmp_path / "deep" / "barn.plan.json"
     code, out, _ = run(capsys, recipe, "--gpu", "h200", "-o", file)

@@ -202,7 +202,7 @@ PLAN_UNWRITABLE = define(
     "IP009",
     "the plan cannot be written",
     """
-    The file that `-o` names cannot be written: a folder of that name is there, the disk is full, or
-    permission is missing.
+    The file that `-o` or `--html` names cannot be written: a folder of that name is there, the disk is
+    full, or permission is missing.
     """,
 )
