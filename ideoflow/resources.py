@@ -45,9 +45,6 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ideoflow"
 
 
-@cache
-
-
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file so that it is there whole or not at all, even if the power goes.
 

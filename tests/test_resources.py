@@ -54,7 +54,9 @@ def test_the_users_cache_can_be_moved(monkeypatch, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path):
     file = tmp_path / "new" / "a.bin"
-    resources.write_whole(file, b"first")
+    for content in (b"first", b"other", b"first"):
+        resources.write_whole(file, content)
+        assert file.read_bytes() == content
 
     def power_cut(handle):
         raise OSError("no space left")
