@@ -1,0 +1,160 @@
+"""Does the whole path hold at the true size? Runs a recipe on a base of full size with random weights.
+
+No weights are downloaded: transformer (9.3 G), text encoder (8.2 G) and autoencoder are filled with random
+numbers on the GPU and written in diffusers' layout (35 GB of disk), then `ideoflow`'s own workflow plans,
+encodes, trains, samples and exports, exactly as for a user. Prints what each stage took, and the memory
+predicted against measured.
+
+    python benchmarks/full_size.py --base /scratch/base --out results.json
+    python benchmarks/full_size.py --size nano --steps 2 --resolution 64       # a try without a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
+)
+from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLModel
+
+from ideoflow.model.base import TextEncoderSpec
+from ideoflow.model.nano import make_nano, nano_pipeline
+from ideoflow.resources import recipes
+from ideoflow.workflow import prepare, run
+
+
+def fill(model: nn.Module, device: str) -> nn.Module:
+    """Random weights that keep activations near unit size: 1 / sqrt(inputs); norms one, biases zero."""
+    model = model.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
+    for name, p in model.named_parameters():
+        if p.ndim >= 2:
+            p.normal_(0, (p.numel() / p.shape[0]) ** -0.5)
+        else:
+            p.fill_(1.0 if name.endswith("weight") else 0.0)
+    for name, buffer in model.named_buffers():
+        buffer.fill_(1) if "var" in name else buffer.zero_()
+    return model
+
+
+def make_base(folder: Path, device: str) -> None:
+    """A base of full size in diffusers' layout; the unconditional transformer is the same files again."""
+    spec = TextEncoderSpec()
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
+    text = {name: getattr(spec, name) for name in spec.__slots__} | {"rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64,
+              "out_hidden_size": spec.hidden_size, "deepstack_visual_indexes": [0]}  # fmt: skip
+    with torch.device("meta"):
+        transformer, vae = Ideogram4Transformer2DModel(), AutoencoderKLFlux2()
+        encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+    Ideogram4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=fill(vae, device), text_encoder=fill(encoder, device),
+        tokenizer=nano_pipeline().tokenizer, transformer=fill(transformer, device),
+        unconditional_transformer=None,
+    ).save_pretrained(folder)  # fmt: skip
+    (folder / "unconditional_transformer").symlink_to("transformer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=["full", "nano"], default="full")
+    parser.add_argument(
+        "--base", type=Path, help="where to make (or find) the base; default: a temporary folder"
+    )
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="further settings"
+    )
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(args, Path(scratch))
+    print(json.dumps(results, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Makes the base, runs the recipe, gathers what happened."""
+    base = args.base or scratch / "base"
+    started = time.perf_counter()
+    if not base.exists():
+        make_nano(base) if args.size == "nano" else make_base(base, "cuda")
+    made = time.perf_counter() - started
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    recipe = scratch / "full.toml"
+    recipe.write_text(recipe_text(base, args, scratch))
+    events: list[Any] = []
+    prepared = prepare(recipe)
+    run(prepared, on_event=events.append)
+    plan = prepared.plan
+    stages: dict[str, dict[str, float]] = {}
+    for e in events:
+        if type(e).__name__ == "StageDone":
+            stage = stages.setdefault(e.stage, {"seconds": 0.0, "peak_gib": 0.0})
+            stage["seconds"] += e.seconds
+            stage["peak_gib"] = max(stage["peak_gib"], e.peak_bytes / 2**30)
+    steps = [e for e in events if type(e).__name__ == "StepDone"]
+    later = sorted(e.seconds for e in steps[3:] or steps)
+    return {
+        "device": plan.hardware.name,
+        "torch": torch.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip(),
+        "size": args.size,
+        "resolution": args.resolution,
+        "decisions": {d.id: d.value for d in plan.decisions},
+        "make_base_seconds": made,
+        "stages": stages,
+        "predicted_gib": {p: plan.ledger.peak(p) / 2**30 for p in ("text", "latents", "train", "sample")},
+        "predicted_step_ms": plan.time.step_ms if plan.time else None,
+        "first_step_ms": 1e3 * steps[0].seconds,
+        "step_ms_median": 1e3 * later[len(later) // 2],
+        "losses": [e.loss for e in steps],
+    }
+
+
+def recipe_text(base: Path, args: argparse.Namespace, scratch: Path) -> str:
+    """A recipe over the shipped photographs."""
+    pictures = recipes() / "quickstart"
+    prompt = pictures / "prompts" / "cat-with-cup.icap"
+    tables: dict[str, list[str]] = {
+        "model": [f'base = "{base}"'],
+        "data": [f'images = "{pictures}"', f"resolution = {args.resolution}", "upscale_limit = 99.0"],
+        "adapter": ["rank = 32"],
+        "train": [f"steps = {args.steps}", "checkpoint_every = 1000"],
+        "memory": [],
+        "validate": [f'prompts = ["{prompt}"]', 'preset = "turbo"', "every = 1000"],
+        "output": [f'folder = "{scratch / "out"}"'],
+    }  # fmt: skip
+    for setting in args.set:
+        key, _, value = setting.partition("=")
+        table, _, name = key.partition(".")
+        tables[table] = [line for line in tables[table] if not line.startswith(f"{name} ")] + [
+            f"{name} = {value}"
+        ]
+    return "\n".join(f"[{table}]\n" + "\n".join(lines) + "\n" for table, lines in tables.items())
+
+
+if __name__ == "__main__":
+    main()
