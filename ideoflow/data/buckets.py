@@ -16,22 +16,23 @@ def bucket_size(
 ) -> tuple[int, int]:
     """The (width, height) to train a picture at: multiples of 16, area near ``resolution`` squared.
 
-    ``preserve`` takes the two nearest heights on the grid for the ideal one and, for each, the nearest width
-    for the aspect; of these the pair whose aspect is closest to the picture's wins, and among equals the one
-    whose area is closest. So less than one token row or column is cropped.
+    ``preserve`` takes the two nearest lengths on the grid for the ideal shorter side and, for each, the
+    nearest longer side for the aspect; of these the pair whose aspect is closest to the picture's wins, and
+    among equals the one whose area is closest. So no more than half a token row or column is cropped.
     """
     if aspect == "square":
         return resolution, resolution
-    ratio = width / height
+    ratio = max(width, height) / min(width, height)
     ideal = resolution / math.sqrt(ratio)
     pairs = []
-    for rows in (math.floor(ideal / PIXELS_PER_TOKEN), math.ceil(ideal / PIXELS_PER_TOKEN)):
-        h = max(SMALLEST_SIDE, rows * PIXELS_PER_TOKEN)
-        w = max(SMALLEST_SIDE, round(h * ratio / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN)
-        distortion = abs(math.log(w / h / ratio))
-        area = abs(math.log(w * h / resolution**2))
-        pairs.append((round(distortion, 6), area, (w, h)))
-    return min(pairs)[2]
+    for tokens in (math.floor(ideal / PIXELS_PER_TOKEN), math.ceil(ideal / PIXELS_PER_TOKEN)):
+        short = max(SMALLEST_SIDE, tokens * PIXELS_PER_TOKEN)
+        long = round(short * ratio / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN
+        distortion = abs(math.log(long / short / ratio))
+        area = abs(math.log(long * short / resolution**2))
+        pairs.append((round(distortion, 6), area, long, short))
+    _, _, long, short = min(pairs)
+    return (long, short) if width >= height else (short, long)
 
 
 def center_crop(width: int, height: int, size: tuple[int, int]) -> Geometry:

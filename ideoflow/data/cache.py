@@ -8,6 +8,7 @@ ever out of date and nothing needs a lock.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ideoflow.diagnostics import fail
-from ideoflow.diagnostics.codes.data import CACHE_UNWRITABLE
+from ideoflow.diagnostics.codes.data import CACHE_LOST, CACHE_UNWRITABLE
+from ideoflow.model.base import read_safetensors_header
 from ideoflow.resources import write_whole
 
 # Raise when the meaning of cached values changes.
@@ -42,18 +44,30 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def __contains__(self, key: str) -> bool:
-        return self._file(key).is_file()
+        """Whether the entry is there whole; what is left of a damaged one is removed."""
+        file = self._file(key)
+        try:
+            return "value" in read_safetensors_header(file)
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError):
+            _remove(file)
+            return False
 
-    def get(self, key: str) -> Tensor | None:
-        """The tensor, or ``None`` when it is not there or its file is damaged (it is removed then)."""
+    def get(self, key: str) -> Tensor:
+        """The tensor.
+
+        Raises:
+            IdeoflowError: when the entry is not there any more, or damaged (it is removed then).
+        """
         file = self._file(key)
         try:
             return load_file(file)["value"]
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, KeyError, OSError, ValueError):
-            file.unlink(missing_ok=True)
-            return None
+        except (SafetensorError, LookupError, OSError, ValueError) as error:
+            if not isinstance(error, FileNotFoundError):
+                _remove(file)
+            cure = "run again: it is made anew, and training goes on from the last checkpoint"
+            fail(CACHE_LOST, f"the cached file {file} cannot be read: {error}", cure=cure)
 
     def put(self, key: str, value: Tensor) -> None:
         """Keeps a tensor.
@@ -66,6 +80,11 @@ class TensorCache:
         except OSError as error:
             cure = "free some space, or set IDEOFLOW_CACHE to another folder"
             fail(CACHE_UNWRITABLE, f"cannot write to {self.folder}: {error.strerror or error}", cure=cure)
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -108,20 +108,21 @@ class Encoder:
 
     def text_features(self, caption: str) -> Tensor:
         """Cached projected features (tokens, hidden) of a caption that was encoded before."""
-        return self._get(self._text_key(caption))
+        return self.cache.get(self._text_key(caption))
 
     def tensors(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Cached latents (tokens, 128) float32 and text features (tokens, hidden)."""
-        return self._get(encoded.latents), self._get(encoded.text)
-
-    def _get(self, key: str) -> Tensor:
-        value = self.cache.get(key)
-        if value is None:
-            raise KeyError(f"cache entry {key} vanished")
-        return value
+        return self.cache.get(encoded.latents), self.cache.get(encoded.text)
 
     def _text_key(self, caption: str) -> str:
-        return cache_key("text", base=self.base_digest, dtype=dtype_name(self.dtype), caption=caption)
+        # max_tokens belongs to it: a lower limit must refuse captions that a higher one let through.
+        return cache_key(
+            "text",
+            base=self.base_digest,
+            dtype=dtype_name(self.dtype),
+            max_tokens=self.max_tokens,
+            caption=caption,
+        )
 
     def _latents_key(self, sample: Sample) -> str:
         return cache_key(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
+from ideoflow.data.pictures import open_picture
 from ideoflow.data.survey import Sample
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.data import BAD_PICTURE
@@ -26,25 +26,9 @@ def load_pixels(sample: Sample) -> Tensor:
     Raises:
         IdeoflowError: when the file is damaged.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(sample.picture) as image:
-                image.load()
-                picture = to_srgb(ImageOps.exif_transpose(image))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        fail(
-            BAD_PICTURE,
-            f"{sample.picture.name} cannot be decoded: {error}",
-            Span(str(sample.picture)),
-            cure="replace or remove the file",
-        )
+    with open_picture(sample.picture) as image:
+        image.load()
+        picture = to_srgb(ImageOps.exif_transpose(image))
     # Lanczos averages over the whole source area of each pixel, so that shrinking does not alias.
     resized = picture.resize(sample.size, Image.Resampling.LANCZOS, box=sample.geometry.window)
     values = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
@@ -59,7 +43,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
         # Single-channel pictures of more than 8 bits; float ones are taken to run from 0 to 1.
         scale = 255.0 if image.mode == "F" else 255.0 / 65535.0
         return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("P", "PA", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode == "RGBA":
         colours = _apply_profile(image.convert("RGB"), profile).convert("RGBA")
@@ -71,18 +55,32 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile and image.mode in ("RGB", "L", "CMYK", "LAB"):
-        try:
+    try:
+        if image.mode == "LAB":  # no plain conversion exists
+            source = (
+                ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
+            )
+        elif profile:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError):
-            pass  # A broken profile, or one of another colour space: the plain values are the best there is.
+        else:
+            return image.convert("RGB")
+        converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+        if converted is not None:
+            return converted
+    except (ImageCms.PyCMSError, OSError):
+        pass  # A broken profile, or one of another colour space: the plain values are the best there is.
     return image.convert("RGB")
 
 
 def picture_digest(picture: Path) -> str:
-    """SHA-256 of the file's bytes."""
-    with picture.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """SHA-256 of the file's bytes.
+
+    Raises:
+        IdeoflowError: when it cannot be read any more.
+    """
+    try:
+        with picture.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        message = f"{picture.name} cannot be read: {error.strerror or error}"
+        fail(BAD_PICTURE, message, Span(str(picture)), cure="put it back, or run again without it")

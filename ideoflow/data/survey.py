@@ -9,45 +9,36 @@ import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from ideoflow.captions import (
     CompiledCaption,
     CompileResult,
     check_caption,
     compile_caption,
+    fill_placeholders,
     read_json_caption,
     to_json,
     wrap_text,
 )
 from ideoflow.captions.boxes import Geometry, transform_caption
 from ideoflow.data.buckets import bucket_size, center_crop
+from ideoflow.data.pictures import PICTURE_SUFFIXES, find_pictures, open_picture, shown_size
 from ideoflow.diagnostics import Collector, Diagnostic, IdeoflowError, Span
-from ideoflow.diagnostics.codes.data import (
-    BAD_PICTURE,
-    EMPTY_DATASET,
-    NO_CAPTION,
-    NO_PICTURE,
-    NOT_JSON,
-    UPSCALED,
-)
+from ideoflow.diagnostics.codes.data import EMPTY_DATASET, NO_CAPTION, NO_PICTURE, NOT_JSON, UPSCALED
 from ideoflow.plan.document import Bucket, DataSummary
 from ideoflow.recipe import Recipe
 from ideoflow.recipe.load import matching_files
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 CAPTION_SUFFIXES = (".icap", ".json", ".txt")
 # One caption file for a whole folder, each caption under its picture's name.
 FOLDER_CAPTIONS = "captions.icap"
 # Characters of canonical caption JSON per token of Qwen's tokenizer, and tokens of the chat template; only
 # used where the tokenizer itself is not at hand.
 _CHARACTERS_PER_TOKEN, _TEMPLATE_TOKENS = 3.4, 8
-_ORIENTATION_TAG = 0x0112
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ def read_dataset(recipe: Recipe) -> Dataset:
         IdeoflowError: with up to 20 problems: no pictures, unreadable ones, missing or wrong captions.
     """
     folder = recipe.folder / recipe.tables.data.images
-    pictures = sorted(p for p in _files(folder) if p.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = find_pictures(folder)
     problems = Collector()
     if not pictures:
         known = ", ".join(sorted(PICTURE_SUFFIXES))
@@ -132,35 +123,18 @@ def read_dataset(recipe: Recipe) -> Dataset:
         if size is not None and caption is not None:
             samples.append(_sample(recipe, picture, size, caption, problems))
     if recipe.tables.data.caption == "sidecar":
-        _report_orphans(recipe, pictures, captions.named, problems)
+        _report_orphans(recipe, pictures, captions, problems)
     problems.raise_if_errors()
     return Dataset(tuple(samples), tuple(problems.items))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-
-
 def _picture_size(picture: Path, problems: Collector) -> tuple[int, int] | None:
-    """(width, height) as the picture is meant to be seen: EXIF orientation applied."""
     try:
-        with Image.open(picture) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
-            return (height, width) if turned else (width, height)
-    except Image.DecompressionBombError as error:
-        problems.add(
-            BAD_PICTURE,
-            f"{picture.name} is too large: {error}",
-            Span(str(picture)),
-            cure="scale it down: nothing above 2048 pixels a side is trained anyway",
-        )
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "not a picture that can be read" if "cannot identify" in str(error) else str(error)
-        problems.add(
-            BAD_PICTURE, f"{picture.name}: {reason}", Span(str(picture)), cure="replace or remove the file"
-        )
-    return None
+        with open_picture(picture) as image:
+            return shown_size(image)
+    except IdeoflowError as error:
+        problems.extend(error.diagnostics)
+        return None
 
 
 def _sample(
@@ -191,33 +165,46 @@ class _Captions:
         self.recipe, self.problems = recipe, problems
         self.named: set[Path] = set()  # pictures that a captions.icap names
         self._folders: dict[Path, dict[str, CompiledCaption]] = {}
+        self._instances: dict[tuple[int, int] | None, CompileResult] = {}
+        self._told: set[Diagnostic] = set()
 
     def of(self, picture: Path, size: tuple[int, int] | None) -> Mapping[str, Any] | None:
         way = self.recipe.tables.data.caption
         if way == "instance":
             return self._instance(size)
         if way == "filename":
-            return wrap_text(picture.stem.replace("_", " ").replace("-", " "))
+            words = picture.stem.replace("_", " ").replace("-", " ")
+            return self._only(
+                read_caption(words, str(picture), ".txt", self.recipe, size), Span(str(picture))
+            )
         return self._sidecar(picture, size)
 
     def _instance(self, size: tuple[int, int] | None) -> Mapping[str, Any] | None:
-        text = self.recipe.tables.data.instance_prompt or ""
-        result = read_caption(text, str(self.recipe.path), _kind_of(text), self.recipe, size)
-        return self._only(result, self.recipe.span("data.instance_prompt"))
+        span = self.recipe.span("data.instance_prompt")
+        if size not in self._instances:
+            text = self.recipe.tables.data.instance_prompt or ""
+            result = read_caption(
+                text, str(self.recipe.path), _kind_of(text), self.recipe, size, self.recipe.folder
+            )
+            # Lines of the prompt are no lines of the recipe: what is wrong stands at the prompt as a whole.
+            found = tuple(replace(d, span=span) for d in result.diagnostics)
+            self._instances[size] = replace(result, diagnostics=found)
+        return self._only(self._instances[size], span)
 
     def _sidecar(self, picture: Path, size: tuple[int, int] | None) -> Mapping[str, Any] | None:
         for suffix in CAPTION_SUFFIXES:
             file = picture.with_suffix(suffix)
             if file.is_file():
                 return self._only(read_caption_file(file, self.recipe, size), Span(str(file)))
-        shared = self._folder_captions(picture.parent).get(picture.name)
+        shared = self.of_folder(picture.parent).get(picture.name)
         if shared is not None:
             return shared.caption
         cure = f"write {picture.stem}.icap (or .json, .txt) beside it, or set data.caption"
         self.problems.add(NO_CAPTION, f"{picture.name} has no caption", Span(str(picture)), cure=cure)
         return None
 
-    def _folder_captions(self, folder: Path) -> dict[str, CompiledCaption]:
+    def of_folder(self, folder: Path) -> dict[str, CompiledCaption]:
+        """The captions in a folder's captions.icap, by picture."""
         if folder not in self._folders:
             file = folder / FOLDER_CAPTIONS
             found: dict[str, CompiledCaption] = {}
@@ -239,8 +226,10 @@ class _Captions:
             self.problems.add(NO_CAPTION, message, span, cure=cure)
         return None
 
-    def _report(self, diagnostics: Iterable[Diagnostic]) -> None:
-        self.problems.extend(diagnostics)
+    def _report(self, diagnostics: tuple[Diagnostic, ...]) -> None:
+        # One caption serves many pictures with data.caption = 'instance': its faults are told once.
+        self.problems.extend(d for d in diagnostics if d not in self._told)
+        self._told.update(diagnostics)
         if len(self.problems.errors) >= self.problems.limit:
             self.problems.raise_if_errors()
 
@@ -258,11 +247,9 @@ def read_caption_file(file: Path, recipe: Recipe, size: tuple[int, int] | None) 
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise IdeoflowError(
-            Diagnostic(
-                NO_CAPTION, f"{file} cannot be read: {reason}", Span(str(file)), cure="save it as UTF-8"
-            )
-        ) from None
+        message = f"{file} cannot be read: {reason}"
+        problem = Diagnostic(NO_CAPTION, message, Span(str(file)), "save it as UTF-8 text")
+        return CompileResult((), (problem,))
     kind = ".json" if text.lstrip().startswith("{") else file.suffix.lower()
     return read_caption(text, str(file), kind, recipe, size, file.parent)
 
@@ -278,7 +265,7 @@ def read_caption(
     """Captions of one text: ``.icap``, ``.json``, or ``.txt`` for prose."""
     placeholders = recipe.tables.captions.placeholders
     if kind == ".json":
-        return read_json_caption(text, path=path)
+        return _filled(read_json_caption(text, path=path), placeholders)
     if kind == ".icap":
         return compile_caption(text, path=path, placeholders=placeholders, image_size=size, base_dir=base_dir)
     if not recipe.tables.captions.wrap:
@@ -291,16 +278,26 @@ def read_caption(
         return CompileResult((), (problem,))
     caption = wrap_text(text)
     problems = check_caption(caption, path=path)
-    return CompileResult((CompiledCaption(None, caption, to_json(caption), Span(path)),), tuple(problems))
+    compiled = CompiledCaption(None, caption, to_json(caption), Span(path))
+    return _filled(CompileResult((compiled,), tuple(problems)), placeholders)
 
 
-def _report_orphans(recipe: Recipe, pictures: list[Path], named: set[Path], problems: Collector) -> None:
+def _filled(result: CompileResult, placeholders: Mapping[str, str]) -> CompileResult:
+    """The captions with the recipe's placeholders filled in, as compiling does it for caption language."""
+    filled = (fill_placeholders(c.caption, placeholders) for c in result.captions)
+    captions = (replace(c, caption=f, json=to_json(f)) for c, f in zip(result.captions, filled, strict=True))
+    return replace(result, captions=tuple(captions))
+
+
+def _report_orphans(recipe: Recipe, pictures: list[Path], captions: _Captions, problems: Collector) -> None:
+    """Reports captions without a picture, in the folders that hold pictures."""
     stems = {p.with_suffix("") for p in pictures}
     for folder in sorted({p.parent for p in pictures}):
-        for file in sorted(folder.glob("*.icap")):
+        captions.of_folder(folder)
+        for file in sorted(p for p in folder.iterdir() if p.suffix in CAPTION_SUFFIXES and p.is_file()):
             if file.name == FOLDER_CAPTIONS or file.with_suffix("") in stems:
                 continue
-            # A file of shared styles has no caption of its own.
+            # A file of shared styles has no caption of its own, and not every .json is one.
             if read_caption_file(file, recipe, None).captions:
                 problems.add(
                     NO_PICTURE,
@@ -308,7 +305,7 @@ def _report_orphans(recipe: Recipe, pictures: list[Path], named: set[Path], prob
                     Span(str(file)),
                     cure="rename it after its picture, or remove it",
                 )
-    for picture in sorted(named - set(pictures)):
+    for picture in sorted(captions.named - set(pictures)):
         problems.add(
             NO_PICTURE,
             f"{FOLDER_CAPTIONS} names {picture.name}, which is not there",

@@ -6,8 +6,8 @@ EMPTY_DATASET = define(
     "ID001",
     "no pictures",
     """
-    The folder in `data.images` holds no file with a picture's suffix, not even in its sub-folders, so there is
-    nothing to train on.
+    The folder in `data.images` holds no file with a picture's suffix, not even in its sub-folders, so there
+    is nothing to train on.
     """,
 )
 BAD_PICTURE = define(
@@ -60,5 +60,13 @@ CACHE_UNWRITABLE = define(
     """
     Encoded pictures and captions are kept in the user's cache folder (`$IDEOFLOW_CACHE`, else
     `~/.cache/ideoflow`). It is full or may not be written. Nothing that was cached before is lost.
+    """,
+)
+CACHE_LOST = define(
+    "ID008",
+    "a cached file is gone or damaged",
+    """
+    An encoded picture or caption was there when the run began and cannot be read now: something removed or
+    changed files in the cache folder while it was in use. Run again: what is missing is encoded anew.
     """,
 )
