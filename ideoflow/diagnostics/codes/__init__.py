@@ -2,7 +2,7 @@
 
 | prefix | domain | module |
 |---|---|---|
-| IC | captions | ``codes.captions``, ``codes.caption_tools`` (IC7xx) |
+| IC | captions | ``codes.caption_language``, ``codes.caption_json``, ``codes.caption_tools`` |
 | IR | recipes | ``codes.recipe`` |
 | IP | plans and hardware | ``codes.plan`` |
 | IM | base models | ``codes.model`` |
@@ -21,7 +21,7 @@ from inspect import cleandoc
 from typing import Literal
 
 DOMAINS = {
-    "IC": ("captions", "caption_tools"),
+    "IC": ("caption_language", "caption_json", "caption_tools"),
     "IR": ("recipe",),
     "IP": ("plan",),
     "IM": ("model",),
