@@ -215,13 +215,14 @@ def build_ledger(
     shapes: Shapes,
     choice: Choice,
     *,
+    samples: int = 1,
     memory_factor: float = 1.0,
     calibrated_by: str = "",
 ) -> Ledger:
     """Every phase's lines for one choice.
 
-    ``memory_factor`` scales what comes and goes (activations and workspaces), as measured by the runs that
-    ``calibrated_by`` names.
+    ``samples`` are those of one optimiser step, which run one after the other. ``memory_factor`` scales what
+    comes and goes (activations and workspaces), as measured by the runs that ``calibrated_by`` names.
     """
     lines: list[LedgerLine] = []
 
@@ -241,7 +242,7 @@ def build_ledger(
     finish("text")
     _latents(add, base.vae, shapes, choice)
     finish("latents")
-    _train(add, base.transformer, targets, rank, shapes, choice)
+    _train(add, base.transformer, targets, rank, shapes, choice, samples)
     if choice.device == "cpu" and shapes.sample_tokens:
         # On a GPU these wait in the host's memory; on a CPU that is the same memory.
         waiting = base.vae.parameters() * choice.element
@@ -297,29 +298,46 @@ def _latents(add: _Add, spec: VaeSpec, shapes: Shapes, choice: Choice) -> None:
 
 
 def _train(
-    add: _Add, spec: TransformerSpec, targets: tuple[str, ...], rank: int, shapes: Shapes, choice: Choice
+    add: _Add,
+    spec: TransformerSpec,
+    targets: tuple[str, ...],
+    rank: int,
+    shapes: Shapes,
+    choice: Choice,
+    samples: int,
 ) -> None:
     e = choice.element
     weights = resident_parameters(spec)
     adapter = adapter_parameters(spec, targets, rank)
     on = choice.checkpointing == "on"
     a = activations(spec, targets, rank, shapes.tokens, e, checkpointing=on, compiled=choice.compiled)
+    kept = a.checkpoints + (0 if on else a.kept)
+    blocks = max(1, len(targets_by_block(targets)))
+    gradients = adapter * ADAPTER_BYTES
+    # Of a single sample, gradients come as the blocks' activations go; only a second one finds them all.
+    held = gradients if samples > 1 else max(gradients // blocks, gradients - kept * (blocks - 1) // blocks)
     add("train", "weights", weights * e, f"{_count(weights)} parameters x {e} bytes ({choice.precision})")
     _adapter(add, "train", adapter)
-    add("train", "gradients", adapter * ADAPTER_BYTES, f"{_count(adapter)} x {ADAPTER_BYTES} bytes")
+    among = "of all samples" if samples > 1 else "at the peak, of what comes while activations go"
+    add("train", "gradients", held, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
     where = f"{shapes.tokens} tokens ({shapes.grid_tokens} image, {shapes.text_tokens} text)"
     if on:
-        add("train", "checkpoints", a.checkpoints, f"each block's input; {where}", transient=True)
+        add("train", "checkpoints", kept, f"each block's input; {where}", transient=True)
         add("train", "recomputed block", a.kept, "one block's activations", transient=True)
     else:
-        kept = a.checkpoints + a.kept
         add("train", "saved activations", kept, f"{spec.num_layers} blocks; {where}", transient=True)
     add("train", "backward workspace", a.backward, "gradients alive at once in a block", transient=True)
     add("train", "attention mask", a.mask, "kept by the checkpoints", transient=True)
     add("train", "inputs and loss", a.ends, "last hidden state, rotary tables, velocity", transient=True)
     # AdamW's foreach step makes one temporary of the adapter's size, when the activations are gone.
-    extra = adapter * ADAPTER_BYTES - a.total
-    add("train", "optimizer step", extra, "AdamW's temporary, beyond the activations' space", transient=True)
+    extra = 2 * gradients - held - a.total
+    add(
+        "train",
+        "optimizer step",
+        extra,
+        "all gradients and AdamW's temporary, beyond the rest",
+        transient=True,
+    )
 
 
 def _sample(

@@ -11,7 +11,7 @@ from ideoflow.plan.memory import TRANSIENT, Choice
 from ideoflow.plan.search import DOMAINS, ENGINE, Problem, evaluate
 
 # Lines that are no tensors, which an allocator's figures do not hold.
-_NOT_ALLOCATED = frozenset({"CUDA context", "Python and torch", "fragmentation"})
+NOT_ALLOCATED = frozenset({"CUDA context", "Python and torch", "fragmentation"})
 
 
 def measured_run(
@@ -33,7 +33,7 @@ def measured_run(
     if any(line.phase == "sample" for line in plan.ledger.lines):
         problem = replace(problem, prompts=1)
     plain = evaluate(problem, choice)
-    lines = [x for x in plain.ledger.of("train") if x.name not in _NOT_ALLOCATED]
+    lines = [x for x in plain.ledger.of("train") if x.name not in NOT_ALLOCATED]
     moving = sum(x.bytes for x in lines if x.name in TRANSIENT)
     steady = sum(x.bytes for x in lines) - moving
     return Measured(

@@ -155,6 +155,7 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
         problem.tables.adapter.rank,
         problem.shapes,
         choice,
+        samples=problem.load.samples,
         memory_factor=factors.memory,
         calibrated_by=factors.source,
     )

@@ -151,8 +151,9 @@ def test_plain_diffusers_as_measured(batch, compiled, gib):
         # One mask a sample, [4416, 4416]; the formula's own square counts the packed sequence.
         mask_bytes=batch * 3 * 4416**2 - tokens**2,
     )
-    predicted = spec.parameters() * 2 + adapter * 2 * 4 + passing.total
-    assert predicted / GIB == pytest.approx(gib, rel=0.02)
+    # Weights, adapter and moments; the gradients, set to None each step, come when the activations go.
+    predicted = spec.parameters() * 2 + adapter * 2 * 3 + passing.total
+    assert predicted / GIB == pytest.approx(gib, rel=0.01)
 
 
 def test_adapter_size_against_the_published_count():
@@ -218,6 +219,23 @@ def test_the_optimizers_temporary_counts_only_where_it_is_the_peak(full_base):
 
     assert "optimizer step" not in names_of(32, 1024)
     assert "optimizer step" in names_of(1024, 256)
+
+
+def test_gradients_come_as_activations_go(full_base):
+    """The peak of one backward pass over the blocks, against a simulation of it block by block."""
+    names, gib = target_modules("all"), {}
+    for rank, side in ((32, 1024), (1024, 256)):
+        shapes = Shapes(side * side // 256, 64, side * side, 0, 0)
+        one = build_ledger(full_base, names, rank, shapes, choice())
+        many = build_ledger(full_base, names, rank, shapes, choice(), samples=2)
+        line = {x.name: x.bytes for x in one.of("train")}
+        whole = next(x.bytes for x in many.of("train") if x.name == "gradients")
+        checkpoint, gradient = line["checkpoints"] / 34, whole / 34
+        peak = max((34 - done) * checkpoint + (done + 1) * gradient for done in range(34))
+        assert line["checkpoints"] + line["gradients"] == pytest.approx(peak, rel=1e-6)
+        assert whole == adapter_parameters(full_base.transformer, names, rank) * 4
+        gib[rank] = line["gradients"] / whole
+    assert gib[32] < 0.05 and gib[1024] > 0.5
 
 
 def test_calibration_scales_what_comes_and_goes_and_says_so(full_base):
