@@ -234,13 +234,9 @@ class _Compiler:
                 caption = filled
                 encoded = to_json(caption)
         if not follows_rules(caption):
-            # No input is known to lead here; if one does, it must not reach the model, nor end in a traceback.
-            report(
-                codes.COMPILED_AGAINST_RULES,
-                "this caption was compiled wrongly",
-                at,
-                "please report this file",
-            )
+            # No input is known to lead here; if one does, it must neither reach the model nor raise.
+            cure = "please report this file"
+            report(codes.COMPILED_AGAINST_RULES, "this caption was compiled wrongly", at, cure)
             return
         self.captions.append(CompiledCaption(name, caption, encoded, self.source.span(*at), origin))
 

@@ -215,6 +215,8 @@ def parse_source(source: Source) -> tuple[Document, tuple[Diagnostic, ...]]:
         if token.type in ("_NL", "_INDENT", "DEDENT"):
             line_at = at
     document = state.feed_token(Tok("$END", "", 0, 0), True)
-    if given.problems or diagnostics:
-        return document, mistakes.finished(source, diagnostics, given.problems)
-    return document, ()
+    if not given.problems and not diagnostics:
+        return document, ()
+    if len(diagnostics) + len(given.problems) > mistakes.LIMIT:
+        document = Document(())  # what is wrong beyond the limit is not told, so nothing is taken for right
+    return document, mistakes.finished(source, diagnostics, given.problems)

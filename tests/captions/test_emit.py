@@ -162,3 +162,9 @@ def test_captions_with_errors_are_left_out_and_the_others_stay():
         "IC202",
         "IC101",
     }
+
+
+@pytest.mark.parametrize("line", ["\tbackground: x", "  background x", "  obj y2..1 x1..2: d"])
+def test_beyond_twenty_errors_nothing_is_told_and_nothing_is_taken_for_right(line):
+    result = compile_caption("".join(f"image {n}\n{line}\n" for n in range(50)))
+    assert result.captions == () and len(result.errors) == 20
