@@ -10,17 +10,7 @@ from ideoflow.diagnostics.codes.plan import DEVICE_MISMATCH, NO_GPU, NO_TARGETS_
 from ideoflow.model.base import BaseFacts
 from ideoflow.plan.advise import advise, cheapest_changes
 from ideoflow.plan.calibration import Calibration, shipped
-from ideoflow.plan.document import (
-    FORMAT,
-    DataSummary,
-    Decision,
-    Digests,
-    DiskSizes,
-    Hardware,
-    Plan,
-    Rejected,
-    Value,
-)
+from ideoflow.plan.document import FORMAT, DataSummary, Decision, Digests, DiskSizes, Hardware, Plan, Rejected
 from ideoflow.plan.memory import ADAPTER_BYTES, ELEMENT_BYTES, adapter_parameters
 from ideoflow.plan.search import (
     DOMAINS,
@@ -257,8 +247,3 @@ def _evidence(best: Evaluation, name: str, compared: Mapping[str, Evaluation], t
         time = f", {e.step_ms:.0f} ms a step" if timed else ""
         cells.append(f"{value}: {e.ledger.peak_bytes / GIB:.1f} GiB{time}")
     return "; ".join(cells)
-
-
-def decision_values(plan: Plan) -> dict[str, Value]:
-    """Every decision's value by id."""
-    return {d.id: d.value for d in plan.decisions}

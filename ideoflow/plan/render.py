@@ -55,6 +55,8 @@ def _head(plan: Plan) -> RenderableType:
         facts.append(f"PCIe {hardware.pcie_generation} x{hardware.pcie_width}")
     if hardware.source == "profile":
         facts.append("by name")
+    if hardware.note:
+        facts.append(hardware.note)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column()
