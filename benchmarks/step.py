@@ -136,6 +136,7 @@ def main() -> None:
         "--attention", choices=["cudnn_varlen", "sdpa"], help="default: cudnn_varlen on a GPU"
     )
     parser.add_argument("--budget", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--offload", nargs="*", default=[], help="groups of values kept in host memory")
     parser.add_argument("--keep-transposed", action="store_true")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=6)
@@ -194,13 +195,14 @@ def main() -> None:
             rates = report["rates_tflops"] = unit_rates(model.config, device, fp8)
         attention = args.attention or ("cudnn_varlen" if gpu else "sdpa")
         fused = FusedTransformer(model, linear="fp8" if fp8 else "bf16", attention=attention, dtype=dtype,
-                                 keep_transposed=args.keep_transposed)  # fmt: skip
+                                 offload=args.offload, keep_transposed=args.keep_transposed)  # fmt: skip
         for layout in layouts:
             for budget in args.budget:
                 fused.budget = budget
                 free()
                 run = fused_step(fused, parameters, layout, random_inputs(model, layout))
-                settings = {"linear": "fp8" if fp8 else "bf16", "attention": attention, "budget": budget}
+                settings = {"linear": "fp8" if fp8 else "bf16", "attention": attention, "budget": budget,
+                            "offload": args.offload, "keep_transposed": args.keep_transposed}  # fmt: skip
                 add("fused", layout, measure(run, device, repeat=args.repeat), **settings)
         if args.profile and gpu:
             _profile(run, args.profile)

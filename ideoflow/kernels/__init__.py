@@ -31,6 +31,7 @@ OPS: dict[str, str] = {
     "swiglu_backward": "swiglu",
     "adapter_down": "adapter",
     "adapter_gradient": "adapter",
+    "split_precision": "adapter",
 }
 
 

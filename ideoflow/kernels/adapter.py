@@ -1,4 +1,4 @@
-"""The two thin products of a low-rank adapter (Hu et al. 2021), straight from quantised operands, in Triton.
+"""The thin products of a low-rank adapter (Hu et al. 2021), straight from quantised operands, in Triton.
 
 Both are bound by reading their wide operand, which is why they read the e4m3 copy that the base product reads
 (half the bytes of bf16) and turn it into bf16 in registers. Long sums are split over programs into float32
@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ideoflow.kernels.quantize import FP8_MAX, SMALLEST_AMAX
 from ideoflow.kernels.reference import Operand
 
-_PROGRAMS = 264  # two for each multiprocessor of a large card
+_PROGRAMS = 400  # three for each multiprocessor of a large card
 
 
 def _rank_block(rank: int) -> int:
@@ -22,17 +23,15 @@ def _rank_block(rank: int) -> int:
 
 
 def _split(blocks: int, tiles: int) -> tuple[int, int]:
-    """Steps of each program along the summed axis, and programs along it, for ``blocks`` blocks to sum.
-
-    Steps are a power of two, four at least: few kernels compile whatever the lengths.
-    """
-    steps = triton.next_power_of_2(max(4, triton.cdiv(blocks * tiles, _PROGRAMS)))
+    """Steps of each program along the summed axis, and programs along it, for ``blocks`` blocks to sum."""
+    programs = max(1, min(blocks // 8, round(_PROGRAMS / tiles)))
+    steps = triton.cdiv(blocks, programs)
     return steps, triton.cdiv(blocks, steps)
 
 
 @triton.jit
-def _down(x_ptr, x_scale, matrix, unfold, out, tokens, k_size, rank, parts, stride_k, stride_r,
-          STEPS: tl.constexpr, SCALED: tl.constexpr, UNFOLD: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
+def _down(x_ptr, x_scale, matrix, unfold, out, tokens, k_size, rank, parts, stride_k, stride_r, steps,
+          SCALED: tl.constexpr, UNFOLD: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
           RANK: tl.constexpr):  # fmt: skip
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     part = tl.program_id(1)
@@ -40,8 +39,8 @@ def _down(x_ptr, x_scale, matrix, unfold, out, tokens, k_size, rank, parts, stri
     r = tl.arange(0, RANK)
     total = tl.zeros((TOKENS, RANK), tl.float32)
     x_row = x_ptr + t[:, None].to(tl.int64) * (parts * k_size) + part * k_size
-    for step in range(STEPS):
-        k = (split * STEPS + step) * K + tl.arange(0, K)
+    for step in range(steps):
+        k = (split * steps + step) * K + tl.arange(0, K)
         x = tl.load(x_row + k[None, :], mask=(t[:, None] < tokens) & (k[None, :] < k_size), other=0.0)
         at = (part * k_size + k[:, None]).to(tl.int64) * stride_k + r[None, :] * stride_r
         m = tl.load(matrix + at, mask=(k[:, None] < k_size) & (r[None, :] < rank), other=0.0)
@@ -71,8 +70,8 @@ def adapter_down(x: Operand, matrix: Tensor, parts: int = 1, unfold: Tensor | No
 
 
 @triton.jit
-def _gradient(x_ptr, x_scale, z_ptr, unfold, out, tokens, n_size, rank, parts,
-              STEPS: tl.constexpr, SCALED: tl.constexpr, UNFOLD: tl.constexpr, RANK_FIRST: tl.constexpr,
+def _gradient(x_ptr, x_scale, z_ptr, unfold, out, tokens, n_size, rank, parts, steps,
+              SCALED: tl.constexpr, UNFOLD: tl.constexpr, RANK_FIRST: tl.constexpr,
               TOKENS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)
     part = tl.program_id(1)
@@ -80,8 +79,8 @@ def _gradient(x_ptr, x_scale, z_ptr, unfold, out, tokens, n_size, rank, parts,
     r = tl.arange(0, RANK)
     total = tl.zeros((RANK, N), tl.float32)
     column = part * n_size + n
-    for step in range(STEPS):
-        t = (split * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+    for step in range(steps):
+        t = (split * steps + step) * TOKENS + tl.arange(0, TOKENS)
         at = t[:, None].to(tl.int64) * (parts * n_size) + column[None, :]
         x = tl.load(x_ptr + at, mask=(t[:, None] < tokens) & (n[None, :] < n_size), other=0.0)
         at = t[None, :] * (parts * rank) + part * rank + r[:, None]
@@ -112,3 +111,40 @@ def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | Non
         unfold is not None, rank_first, block_t, block_n, _rank_block(rank), num_warps=4, num_stages=3,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
+
+
+@triton.jit
+def _split_precision(matrix, unfold, out, out_scale, n_size, rank, parts, group, stride_n, stride_r,
+                     UNFOLD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    part = row // rank
+    j = tl.arange(0, BLOCK)
+    mask = j < n_size
+    column = part * n_size + j
+    x = tl.load(matrix + column.to(tl.int64) * stride_n + (row % rank) * stride_r, mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if UNFOLD:
+        x *= tl.load(unfold + column, mask=mask, other=0.0)
+    width = parts * n_size
+    high_row = (row // group) * 2 * group + row % group
+    for piece in tl.static_range(2):
+        target = high_row + piece * group
+        amax = tl.maximum(tl.max(tl.abs(x), 0), SMALLEST_AMAX)
+        values = tl.minimum(tl.maximum(x * (FP8_MAX / amax), -FP8_MAX), FP8_MAX).to(out.dtype.element_ty)
+        tl.store(out_scale + target, amax / FP8_MAX)
+        for other in range(parts):  # the other parts' columns of a row are zero
+            kept = tl.where((other == part) & mask, values.to(tl.float32), 0.0).to(out.dtype.element_ty)
+            tl.store(out + target.to(tl.int64) * width + other * n_size + j, kept, mask=mask)
+        x -= values.to(tl.float32) * (amax / FP8_MAX)
+
+
+def split_precision(matrix: Tensor, out: Tensor, scale: Tensor, parts: int = 1, unfold: Tensor | None = None,
+                    group: int | None = None) -> None:  # fmt: skip
+    """See :func:`ideoflow.kernels.reference.split_precision`."""
+    n_size, rank = matrix.shape[0] // parts, matrix.shape[1]
+    rows = parts * rank
+    block = triton.next_power_of_2(n_size)
+    _split_precision[(rows,)](
+        matrix, unfold, out, scale, n_size, rank, parts, group or rows, matrix.stride(0), matrix.stride(1),
+        unfold is not None, block, num_warps=8,
+    )  # fmt: skip

@@ -59,12 +59,11 @@ def norm_modulate(h: Tensor, factor: Tensor, sample: Tensor, eps: float, fp8: bo
 
 
 @triton.jit
-def _norm_modulate_backward(
-    dx, h, factor, sample, residual, out, width, eps, A: tl.constexpr, B: tl.constexpr
-):
+def _norm_modulate_backward(dx, dx_stride, h, factor, sample, residual, out, width, eps, A: tl.constexpr,
+                            B: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     x1, x2 = load_row(h, row, width, A, B)
-    g1, g2 = load_row(dx, row, width, A, B)
+    g1, g2 = load_row(dx + row.to(tl.int64) * (dx_stride - width), row, width, A, B)
     f1, f2 = load_row(factor, tl.load(sample + row), width, A, B)
     before1, before2 = load_row(residual, row, width, A, B)
     g1, g2 = _rms_backward(g1 * f1, g2 * f2, x1, x2, width, eps)
@@ -77,7 +76,17 @@ def norm_modulate_backward(dx: Tensor, h: Tensor, factor: Tensor, sample: Tensor
     rows, width = h.shape
     out = torch.empty_like(h)
     _norm_modulate_backward[(rows,)](
-        dx, h, factor, sample, residual, out, width, eps, *pieces(width), num_warps=warps_for(width)
+        dx,
+        dx.stride(0),
+        h,
+        factor,
+        sample,
+        residual,
+        out,
+        width,
+        eps,
+        *pieces(width),
+        num_warps=warps_for(width),
     )
     return out
 

@@ -187,3 +187,25 @@ def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | Non
     pairs = zip(dense.chunk(parts, -1), _wide(z).chunk(parts, -1), strict=True)
     result = torch.cat([left.t() @ right for left, right in pairs])
     return result.t().contiguous() if rank_first else result
+
+
+def split_precision(matrix: Tensor, out: Tensor, scale: Tensor, parts: int = 1, unfold: Tensor | None = None,
+                    group: int | None = None) -> None:  # fmt: skip
+    """A thin matrix as e4m3 rows in two pieces, the second holding what the first rounded away (2^-8 together).
+
+    matrix [parts * K, R], each row times ``unfold`` where given; ``out`` [2 * parts * R, parts * K] and
+    ``scale`` [2 * parts * R] are written. Row p * R + r of the first pieces holds column r of part p, and zeros
+    in the other parts' columns. Of every ``group`` rows (default all) the first pieces come before the second.
+    """
+    k, rank = matrix.shape[0] // parts, matrix.shape[1]
+    group = group or parts * rank
+    source = _wide(matrix) if unfold is None else _wide(matrix) * unfold[:, None]
+    dense = source.new_zeros(parts * rank, parts * k)
+    for p in range(parts):
+        dense[p * rank : (p + 1) * rank, p * k : (p + 1) * k] = source[p * k : (p + 1) * k].t()
+    high = _operand(dense, True, dense.dtype)
+    low = _operand(dense - high.dense(), True, dense.dtype)
+    values, scales = out.view(-1, 2, group, parts * k), scale.view(-1, 2, group)
+    for i, piece in enumerate((high, low)):
+        values[:, i] = piece.values.view(-1, group, parts * k)
+        scales[:, i] = piece.scale.view(-1, group)

@@ -111,38 +111,46 @@ def _store_halves(out, x1, x2, factor, first, heads, half, FP8_OUT: tl.constexpr
 @triton.jit
 def _qk_norm_rope_backward(
     dq, dk, dv, q_token, q_head, k_token, k_head, v_token, v_head, qkv, inverse, weight_q, weight_k, cos, sin,
-    fold, out, out_scale, heads, half, FOLD: tl.constexpr, FP8_OUT: tl.constexpr, A: tl.constexpr,
-    B: tl.constexpr, HALF: tl.constexpr,
+    fold, out, out_scale, tokens, heads, half, FOLD: tl.constexpr, FP8_OUT: tl.constexpr, A: tl.constexpr,
+    B: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, HALF)
     size = heads * 2 * half
     dtype: tl.constexpr = qkv.dtype.element_ty
-    c = tl.load(cos + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-    q, k, ri = qkv + t * 3 * size, qkv + t * 3 * size + size, inverse + t * 2 * heads
-    gq, gk, gv = dq + t * q_token, dk + t * k_token, dv + t * v_token
-    # The heads come in two pieces of power-of-two sizes (18 = 16 + 2), so that no lanes are wasted.
-    q1, q2, m1 = _rotated_back(gq, q_head, q, ri, weight_q, fold, c, s, 0, heads, half, FOLD, A, HALF)
-    q3, q4, m2 = _rotated_back(gq, q_head, q, ri, weight_q, fold, c, s, A, heads, half, FOLD, B, HALF)
-    ri += heads
-    k1, k2, m3 = _rotated_back(gk, k_head, k, ri, weight_k, fold + size, c, s, 0, heads, half, FOLD, A, HALF)
-    k3, k4, m4 = _rotated_back(gk, k_head, k, ri, weight_k, fold + size, c, s, A, heads, half, FOLD, B, HALF)
-    v1, v2, m5 = _plain(gv, v_head, fold + 2 * size, 0, heads, half, dtype, FOLD, A, HALF)
-    v3, v4, m6 = _plain(gv, v_head, fold + 2 * size, A, heads, half, dtype, FOLD, B, HALF)
-    factor = 1.0
-    if FP8_OUT:
-        amax = tl.maximum(tl.maximum(tl.maximum(m1, m2), tl.maximum(m3, m4)), tl.maximum(m5, m6))
-        amax = tl.maximum(amax, SMALLEST_AMAX)
-        tl.store(out_scale + t, amax / FP8_MAX)
-        factor = FP8_MAX / amax
-    row = out + t * 3 * size
-    _store_halves(row, q1, q2, factor, 0, heads, half, FP8_OUT, A, HALF)
-    _store_halves(row, q3, q4, factor, A, heads, half, FP8_OUT, B, HALF)
-    _store_halves(row + size, k1, k2, factor, 0, heads, half, FP8_OUT, A, HALF)
-    _store_halves(row + size, k3, k4, factor, A, heads, half, FP8_OUT, B, HALF)
-    _store_halves(row + 2 * size, v1, v2, factor, 0, heads, half, FP8_OUT, A, HALF)
-    _store_halves(row + 2 * size, v3, v4, factor, A, heads, half, FP8_OUT, B, HALF)
+    for i in tl.range(TOKENS, num_stages=STAGES):
+        t = tl.minimum(tl.program_id(0) * TOKENS + i, tokens - 1).to(tl.int64)
+        c = tl.load(cos + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+        s = tl.load(sin + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+        q, k, ri = qkv + t * 3 * size, qkv + t * 3 * size + size, inverse + t * 2 * heads
+        gq, gk, gv = dq + t * q_token, dk + t * k_token, dv + t * v_token
+        # The heads come in two pieces of power-of-two sizes (18 = 16 + 2), so that no lanes are wasted.
+        q1, q2, m1 = _rotated_back(gq, q_head, q, ri, weight_q, fold, c, s, 0, heads, half, FOLD, A, HALF)
+        q3, q4, m2 = _rotated_back(gq, q_head, q, ri, weight_q, fold, c, s, A, heads, half, FOLD, B, HALF)
+        ri += heads
+        k1, k2, m3 = _rotated_back(
+            gk, k_head, k, ri, weight_k, fold + size, c, s, 0, heads, half, FOLD, A, HALF
+        )
+        k3, k4, m4 = _rotated_back(
+            gk, k_head, k, ri, weight_k, fold + size, c, s, A, heads, half, FOLD, B, HALF
+        )
+        v1, v2, m5 = _plain(gv, v_head, fold + 2 * size, 0, heads, half, dtype, FOLD, A, HALF)
+        v3, v4, m6 = _plain(gv, v_head, fold + 2 * size, A, heads, half, dtype, FOLD, B, HALF)
+        factor = 1.0
+        if FP8_OUT:
+            amax = tl.maximum(tl.maximum(tl.maximum(m1, m2), tl.maximum(m3, m4)), tl.maximum(m5, m6))
+            amax = tl.maximum(amax, SMALLEST_AMAX)
+            tl.store(out_scale + t, amax / FP8_MAX)
+            factor = FP8_MAX / amax
+        row = out + t * 3 * size
+        _store_halves(row, q1, q2, factor, 0, heads, half, FP8_OUT, A, HALF)
+        _store_halves(row, q3, q4, factor, A, heads, half, FP8_OUT, B, HALF)
+        _store_halves(row + size, k1, k2, factor, 0, heads, half, FP8_OUT, A, HALF)
+        _store_halves(row + size, k3, k4, factor, A, heads, half, FP8_OUT, B, HALF)
+        _store_halves(row + 2 * size, v1, v2, factor, 0, heads, half, FP8_OUT, A, HALF)
+        _store_halves(row + 2 * size, v3, v4, factor, A, heads, half, FP8_OUT, B, HALF)
+
+
+_TOKENS, _STAGES, _WARPS = 4, 2, 8
 
 
 def qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inverse: Tensor, weight_q: Tensor,
@@ -154,9 +162,10 @@ def qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inver
     has_fold = fold is not None
     first = 1 << (heads.bit_length() - 1)
     rest = triton.next_power_of_2(max(1, heads - first))
-    _qk_norm_rope_backward[(tokens,)](
+    _qk_norm_rope_backward[(triton.cdiv(tokens, _TOKENS),)](
         dq, dk, dv, dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv,
         inverse, weight_q, weight_k, cos, sin, fold if has_fold else inverse, result.values, result.scale,
-        heads, size // 2, has_fold, fp8, first, rest, triton.next_power_of_2(size // 2), num_warps=4,
+        tokens, heads, size // 2, has_fold, fp8, first, rest, triton.next_power_of_2(size // 2), _TOKENS, _STAGES,
+        num_warps=_WARPS,
     )  # fmt: skip
     return result

@@ -42,12 +42,14 @@ def swiglu(gate_up: Tensor, fp8: bool) -> Operand:
 
 
 @triton.jit
-def _gradients(du, gate_up, fold, row, width, columns, FOLD: tl.constexpr):
+def _gradients(du, du_stride, gate_up, fold, row, width, columns, FOLD: tl.constexpr):
     """Gradients of gate and up for some columns of one row, in the type of gate_up, and the largest of them."""
     mask = columns < width
     start = gate_up + row.to(tl.int64) * 2 * width
     # What is read once must not push the fold, which every row reads, out of the first-level cache.
-    g = tl.load(du + row.to(tl.int64) * width + columns, mask=mask, other=0.0, eviction_policy="evict_first")
+    g = tl.load(
+        du + row.to(tl.int64) * du_stride + columns, mask=mask, other=0.0, eviction_policy="evict_first"
+    )
     gate = tl.load(start + columns, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     up = tl.load(start + width + columns, mask=mask, other=0.0, eviction_policy="evict_first")
     g, up = g.to(tl.float32), up.to(tl.float32)
@@ -72,30 +74,36 @@ def _store(start, x, factor, columns, width, FP8_OUT: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(du, gate_up, fold, out, out_scale, width, FOLD: tl.constexpr, FP8_OUT: tl.constexpr,
-                     A: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0)
+def _swiglu_backward(du, du_stride, gate_up, fold, out, out_scale, rows, width, FOLD: tl.constexpr,
+                     FP8_OUT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, A: tl.constexpr,
+                     B: tl.constexpr):  # fmt: skip
     columns1, columns2 = tl.arange(0, A), A + tl.arange(0, B)
-    dgate1, dup1, amax1 = _gradients(du, gate_up, fold, row, width, columns1, FOLD)
-    dgate2, dup2, amax2 = _gradients(du, gate_up, fold, row, width, columns2, FOLD)
-    factor = 1.0
-    if FP8_OUT:
-        amax = tl.maximum(tl.maximum(amax1, amax2), SMALLEST_AMAX)
-        tl.store(out_scale + row, amax / FP8_MAX)
-        factor = FP8_MAX / amax
-    start = out + row.to(tl.int64) * 2 * width
-    _store(start, dgate1, factor, columns1, width, FP8_OUT)
-    _store(start, dgate2, factor, columns2, width, FP8_OUT)
-    _store(start + width, dup1, factor, columns1, width, FP8_OUT)
-    _store(start + width, dup2, factor, columns2, width, FP8_OUT)
+    # Too many registers for two programs at once: the next row is loaded while this one is worked on instead.
+    for i in tl.range(ROWS, num_stages=STAGES):
+        row = tl.minimum(tl.program_id(0) * ROWS + i, rows - 1)
+        dgate1, dup1, amax1 = _gradients(du, du_stride, gate_up, fold, row, width, columns1, FOLD)
+        dgate2, dup2, amax2 = _gradients(du, du_stride, gate_up, fold, row, width, columns2, FOLD)
+        factor = 1.0
+        if FP8_OUT:
+            amax = tl.maximum(tl.maximum(amax1, amax2), SMALLEST_AMAX)
+            tl.store(out_scale + row, amax / FP8_MAX)
+            factor = FP8_MAX / amax
+        start = out + row.to(tl.int64) * 2 * width
+        _store(start, dgate1, factor, columns1, width, FP8_OUT)
+        _store(start, dgate2, factor, columns2, width, FP8_OUT)
+        _store(start + width, dup1, factor, columns1, width, FP8_OUT)
+        _store(start + width, dup2, factor, columns2, width, FP8_OUT)
+
+
+_ROWS, _STAGES, _WARPS = 4, 2, 16
 
 
 def swiglu_backward(du: Tensor, gate_up: Tensor, fold: Tensor | None, fp8: bool) -> Operand:
     """See :func:`ideoflow.kernels.reference.swiglu_backward`."""
     rows, width = du.shape
     result = empty_operand(rows, 2 * width, gate_up, fp8)
-    _swiglu_backward[(rows,)](
-        du, gate_up, fold, result.values, result.scale, width, fold is not None, fp8, *pieces(width),
-        num_warps=2 * warps_for(width),
+    _swiglu_backward[(triton.cdiv(rows, _ROWS),)](
+        du, du.stride(0), gate_up, fold, result.values, result.scale, rows, width, fold is not None, fp8, _ROWS,
+        _STAGES, *pieces(width), num_warps=_WARPS,
     )  # fmt: skip
     return result

@@ -30,10 +30,11 @@ def _seed(monkeypatch):
 
 
 def _mend_interpreter(monkeypatch):
-    """Two faults of Triton's interpreter, mended with PyTorch's arithmetic.
+    """Three faults of Triton's interpreter, mended.
 
     Its cast to a narrower type drops the carry of rounding (127.9 becomes 64 in e4m3), and its dot multiplies
-    the bit patterns of bf16 numbers as if they were integers.
+    the bit patterns of bf16 numbers as if they were integers: PyTorch's arithmetic does both. And NumPy no
+    longer turns an array of one element, which is how it holds a loop's bound, into an index.
     """
     from triton.runtime import interpreter
 
@@ -53,6 +54,13 @@ def _mend_interpreter(monkeypatch):
     def _widened(x):
         return (x.data.astype("uint32") << 16).view("float32")
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     monkeypatch.setattr(interpreter, "_convert_float", convert)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
@@ -102,7 +110,7 @@ def test_dequantize_and_transpose(tokens, width):
 def test_norm_modulate(tokens, width, fp8):
     args = normal(tokens, width), normal(2, width), samples(tokens), 1e-5
     same(FUSED.norm_modulate(*args, fp8), EAGER.norm_modulate(*args, fp8))
-    dx, residual = normal(tokens, width), normal(tokens, width)
+    dx, residual = normal(tokens, width + 16)[:, :width], normal(tokens, width)
     same(FUSED.norm_modulate_backward(dx, *args, residual), EAGER.norm_modulate_backward(dx, *args, residual))
 
 
@@ -110,10 +118,7 @@ def test_norm_modulate(tokens, width, fp8):
 @PRECISION
 @pytest.mark.parametrize("fold", [False, True])
 def test_gated_residual(tokens, width, fp8, fold):
-    h, args = (
-        normal(tokens, width),
-        (normal(tokens, width), normal(2, width), samples(tokens), 1e-5),
-    )
+    h, args = (normal(tokens, width), (normal(tokens, width), normal(2, width), samples(tokens), 1e-5))
     same(FUSED.gated_residual(h, *args), EAGER.gated_residual(h, *args))
     scales = torch.rand(width, device=DEVICE).bfloat16() if fold else None
     same(
@@ -126,7 +131,7 @@ def test_gated_residual(tokens, width, fp8, fold):
 @PRECISION
 @pytest.mark.parametrize("fold", [False, True])
 def test_swiglu(tokens, width, fp8, fold):
-    gate_up, du = 3 * normal(tokens, 2 * width), normal(tokens, width)
+    gate_up, du = 3 * normal(tokens, 2 * width), normal(tokens, width + 8)[:, :width]
     same(FUSED.swiglu(gate_up, fp8), EAGER.swiglu(gate_up, fp8))
     scales = torch.rand(2 * width, device=DEVICE).bfloat16() if fold else None
     same(FUSED.swiglu_backward(du, gate_up, scales, fp8), EAGER.swiglu_backward(du, gate_up, scales, fp8))
@@ -164,6 +169,24 @@ def test_adapter_products(tokens, width, rank, parts, fp8):
     if parts == 1:
         got, expected = (ops.adapter_gradient(x, z, rank_first=True) for ops in (FUSED, EAGER))
         assert got.is_contiguous() and (got - expected).norm() <= 4e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("width", "rank", "group"), [(48, 8, None), (132, 16, 4)])
+def test_split_precision(width, rank, parts, group):
+    matrix, unfold = normal(parts * width, rank), torch.rand(parts * width, device=DEVICE) + 0.5
+    matrix[:, 1] = 0
+    results = []
+    for ops in (FUSED, EAGER):
+        out = torch.full((2 * parts * rank, parts * width), 3.0, device=DEVICE).to(FP8)
+        scale = torch.full((2 * parts * rank,), torch.nan, device=DEVICE)
+        ops.split_precision(matrix, out, scale, parts, unfold, group)
+        results.append(Operand(out, scale))
+    torch.testing.assert_close(results[0].dense(), results[1].dense(), rtol=2**-7, atol=2**-9)
+    # The two pieces add up to the matrix, part by part, to 2^-8.
+    rows = results[0].dense().view(-1, 2, group or parts * rank, parts * width).sum(1).view(-1, parts * width)
+    expected = torch.block_diag(*(matrix.float() * unfold[:, None]).split(width)).t()
+    assert (rows - expected).norm() <= 2**-8 * expected.norm()
 
 
 def test_unknown_backend():

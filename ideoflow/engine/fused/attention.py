@@ -172,7 +172,9 @@ class CudnnVarlenAttention:
         if not self._exact(layout):
             plan = self._plan("forward", layout.samples, _padded(layout), heads, size, qkv.dtype, True)
             stats = torch.empty(layout.samples, heads, _padded(layout), 1, device=qkv.device)
-            self._run(plan, q=qkv[:, 0], k=qkv[:, 1], v=qkv[:, 2], o=out, stats=stats, **self._data(qkv, layout))
+            self._run(
+                plan, q=qkv[:, 0], k=qkv[:, 1], v=qkv[:, 2], o=out, stats=stats, **self._data(qkv, layout)
+            )
             return out, stats
         saved = []
         for start, batch, length in _runs(layout):

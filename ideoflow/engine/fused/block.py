@@ -70,15 +70,16 @@ class FusedBlock:
         at, ff = block.attention, block.feed_forward
         self.heads, self.size = at.num_heads, at.head_dim
 
-        def group(*layers: tuple[str, nn.Module]) -> AdaptedLinear:
+        def group(*layers: tuple[str, nn.Module], joined: bool = True) -> AdaptedLinear:
             named = [(f"{name}.{part}", layer) for part, layer in layers]
             return AdaptedLinear(named, dtype=dtype, fp8=fp8, ops=ops, scratch=scratch,
-                                 keep_transposed=keep_transposed)  # fmt: skip
+                                 keep_transposed=keep_transposed, joined=joined)  # fmt: skip
 
         self.qkv = group(
             ("attention.to_q", at.to_q), ("attention.to_k", at.to_k), ("attention.to_v", at.to_v)
         )
-        self.o = group(("attention.to_out.0", at.to_out[0]))
+        # Attention's backward pass wants its gradient contiguous.
+        self.o = group(("attention.to_out.0", at.to_out[0]), joined=False)
         self.ffn = group(("feed_forward.w1", ff.w1), ("feed_forward.w3", ff.w3))
         self.w2 = group(("feed_forward.w2", ff.w2))
         self.linears = (self.qkv, self.o, self.ffn, self.w2)

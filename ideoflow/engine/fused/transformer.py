@@ -25,6 +25,7 @@ from ideoflow.diagnostics.codes.engine import NO_FP8_UNITS, TRITON_MISSING, UNFU
 from ideoflow.engine.fused.attention import Kernel, make_attention
 from ideoflow.engine.fused.block import Batch, BlockFunction, FusedBlock, Keeping, Modulation
 from ideoflow.engine.fused.budget import HOST_GROUPS, choose_kept, group_bytes
+from ideoflow.engine.fused.linear import lay_together
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
 from ideoflow.engine.packed import PackedLayout
@@ -76,6 +77,11 @@ class FusedTransformer:
                          block.ffn_norm2.weight])
             for block in transformer.layers
         ]).float()[:, :, None]  # fmt: skip
+        self._pieces = [
+            piece
+            for same in zip(*(block.linears for block in self.blocks), strict=True)
+            for piece in lay_together(same)
+        ]
         self._copies = [copy for block in self.blocks for part in block.linears for copy in part.copies()]
         self._tables: OrderedDict[PackedLayout, tuple[Tensor, Tensor]] = OrderedDict()
 
@@ -109,7 +115,7 @@ class FusedTransformer:
         return self._project(h, conditioning, index.image_index, index.sample_index)
 
     def _refresh_adapters(self) -> None:
-        """Working copies of all adapters, in two launches rather than two a layer."""
+        """Working copies of all adapters, in a few launches rather than a few a layer."""
         if not self._copies:
             return
         copies, masters, factors = zip(*self._copies, strict=True)
@@ -117,6 +123,8 @@ class FusedTransformer:
         scaled = [(copy, factor) for copy, factor in zip(copies, factors, strict=True) if factor != 1]
         if scaled:
             torch._foreach_mul_([copy for copy, _ in scaled], [factor for _, factor in scaled])
+        for down, (values, scale), group in self._pieces:
+            self.ops.split_precision(down.t(), values, scale, group=group)
 
     def _embed(self, latents: Tensor, text: Tensor, layout: PackedLayout) -> Tensor:
         model, index = self.model, layout.tensors(self.device)

@@ -8,7 +8,7 @@ into one matrix, and the modules' own weights become views of it: no second copy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,12 +59,13 @@ class FrozenWeight:
 
     def __init__(self, layers: Sequence[nn.Module], *, fp8: bool, ops: SimpleNamespace, scratch: Scratch,
                  keep_transposed: bool = False) -> None:  # fmt: skip
-        self.ops, self.scratch, self.fp8 = ops, scratch, fp8
+        self.ops, self.scratch, self.fp8, self.keep_transposed = ops, scratch, fp8, keep_transposed
         self.widths = [int(layer.out_features) for layer in layers]
         self.shape = (sum(self.widths), int(layers[0].in_features))
         self.scale: Tensor | None = None
         self.fold: Tensor | None = None
         self._transposed: Tensor | None = None
+        self._row_scales: Tensor | None = None
         self._packed: list[Any] = []
         kinds = {_kind(layer) for layer in layers}
         if len(kinds) > 1:
@@ -85,22 +86,42 @@ class FrozenWeight:
             self.scale = torch.where(scale > 0, scale, 1.0)
             if fp8:
                 self.fold = self.scale.bfloat16()
-                self._transposed = ops.transpose(self.values) if keep_transposed else None
 
     def forward(self, x: Operand) -> Tensor:
         """x [T, K] times the weight's transpose: [T, N]."""
         if self.fp8:
-            return _scaled_product(x, self.values, self.scale)
+            return scaled_product(x, self.values, self.scale)
         return x.values @ self._dense(x.values.dtype).t()
 
     def backward(self, dy: Operand) -> Tensor:
         """dy [T, N] (with :attr:`fold` in it) times the weight: [T, K]."""
         if not self.fp8:
             return dy.values @ self._dense(dy.values.dtype)
-        transposed = self._transposed
-        if transposed is None:
-            transposed = self.ops.transpose(self.values, self.scratch.take(self.shape[1], self.shape[0], FP8))
-        return _scaled_product(dy, transposed, None)
+        return scaled_product(dy, self._transposed_weight(self.shape[1]), None)
+
+    def backward_with(self, dy: Operand, rows: int, write: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """FP8 only: :meth:`backward` with ``rows`` more outputs, [T, K + rows], in the same product.
+
+        ``write(values, scale)`` fills the transposed weight's further rows, e4m3 [rows, N] and float32 [rows].
+        """
+        inputs = self.shape[1]
+        if self._row_scales is None or self._row_scales.numel() != inputs + rows:
+            self._row_scales = torch.ones(inputs + rows, dtype=torch.float32, device=self.values.device)
+        extended = self._transposed_weight(inputs + rows)
+        write(extended[inputs:], self._row_scales[inputs:])
+        return scaled_product(dy, extended, self._row_scales)
+
+    def _transposed_weight(self, rows: int) -> Tensor:
+        """[rows, N], of which the first K hold the transposed weight."""
+        outputs, inputs = self.shape
+        if not self.keep_transposed:
+            result = self.scratch.take(rows, outputs, FP8)
+            self.ops.transpose(self.values, result[:inputs])
+            return result
+        if self._transposed is None or self._transposed.shape[0] < rows:
+            self._transposed = torch.empty(rows, outputs, dtype=FP8, device=self.values.device)
+            self.ops.transpose(self.values, self._transposed[:inputs])
+        return self._transposed[:rows]
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         if self.kind == "dense":
@@ -131,7 +152,7 @@ def _kind(layer: nn.Module) -> str:
          cure="use a bf16, FP8 or NF4 base, or the reference engine")  # fmt: skip
 
 
-def _scaled_product(x: Operand, weight: Tensor, scale: Tensor | None) -> Tensor:
+def scaled_product(x: Operand, weight: Tensor, scale: Tensor | None) -> Tensor:
     """e4m3 x [T, K] times e4m3 weight [N, K] transposed, row scales on both: bf16 [T, N]."""
     if scale is None:
         scale = torch.ones((), dtype=torch.float32, device=weight.device).expand(weight.shape[0])
