@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -112,25 +112,30 @@ def _memory(plan: Plan) -> RenderableType:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(ratio=1)
-    limit = plan.hardware.free_bytes
-    grid.add_row("memory", "GiB", Text("at the peak of each phase; * as measured here before", style="dim"))
+    limit, small = plan.hardware.free_bytes, plan.ledger.peak_bytes < GIB
+    amount = mib if small else gib
+    grid.add_row(
+        "memory",
+        "MiB" if small else "GiB",
+        Text("at the peak of each phase; * as measured here before", style="dim"),
+    )
     for phase in (p for p in PHASES if plan.ledger.of(p)):
         peak = plan.ledger.peak(phase)
         style = "red" if peak > limit else "bold" if phase == plan.ledger.peak_phase else ""
-        cells = Text(gib(peak), style=style), Text(_lines(plan.ledger, phase), style="dim")
+        cells = Text(amount(peak), style=style), Text(_lines(plan.ledger, phase, amount), style="dim")
         grid.add_row(f"  {PHASE_NAMES[phase]}", *cells)
     verdict = "fits" if plan.fits else f"over by {size(plan.ledger.peak_bytes - limit)}"
-    grid.add_row("  free", gib(limit), Text(verdict, style="green" if plan.fits else "bold red"))
+    grid.add_row("  free", amount(limit), Text(verdict, style="green" if plan.fits else "bold red"))
     return Padding(grid, (1, 0, 0, 0))
 
 
-def _lines(ledger: Ledger, phase: Phase) -> str:
+def _lines(ledger: Ledger, phase: Phase, amount: Callable[[float], str]) -> str:
     """The lines of a phase, largest first; what is below a hundredth of the peak is summed up."""
     lines, peak = sorted(ledger.of(phase), key=lambda x: -x.bytes), ledger.peak(phase)
     large = [x for x in lines if x.bytes >= 0.01 * peak]
     rest = sum(x.bytes for x in lines) - sum(x.bytes for x in large)
-    cells = [f"{x.name} {gib(x.bytes)}{'*' if x.calibrated else ''}" for x in large]
-    return " | ".join([*cells, f"rest {gib(rest)}"] if rest else cells)
+    cells = [f"{x.name} {amount(x.bytes)}{'*' if x.calibrated else ''}" for x in large]
+    return " | ".join([*cells, f"rest {amount(rest)}"] if rest else cells)
 
 
 def _changes(changes: Sequence[Change]) -> RenderableType | None:
@@ -226,6 +231,12 @@ def gib(size: float) -> str:
     """``22.2``, or ``0.03`` for what would round to nothing."""
     value = size / GIB
     return f"{value:.1f}" if value >= 0.095 or value == 0 else f"{value:.2g}"
+
+
+def mib(size: float) -> str:
+    """Whole MiB, one decimal below ten."""
+    value = size / (1 << 20)
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def size(size: float) -> str:
