@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ideoflow.diagnostics import fail
@@ -62,7 +62,8 @@ class TensorCache:
         """
         file = self._file(key)
         try:
-            return load_file(file)["value"]
+            # Not mapped: a file that something else cuts while it is mapped stops the process (SIGBUS).
+            return load(file.read_bytes())["value"]
         except (SafetensorError, LookupError, OSError, ValueError) as error:
             if not isinstance(error, FileNotFoundError):
                 _remove(file)

@@ -228,7 +228,8 @@ class _Captions:
 
     def _report(self, diagnostics: tuple[Diagnostic, ...]) -> None:
         # One caption serves many pictures with data.caption = 'instance': its faults are told once.
-        self.problems.extend(d for d in diagnostics if d not in self._told)
+        # Notes, which say how a caption could be better, are for `captions check`.
+        self.problems.extend(d for d in diagnostics if d not in self._told and d.severity != "note")
         self._told.update(diagnostics)
         if len(self.problems.errors) >= self.problems.limit:
             self.problems.raise_if_errors()

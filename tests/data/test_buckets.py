@@ -25,8 +25,8 @@ def test_area_aspect_and_crop(width, height, resolution):
     ideal = resolution / math.sqrt(max(width, height) / min(width, height))
     if ideal >= 64:
         # The shorter side is less than one token off; the longer follows it.
-        bound = (ideal + 16) / ideal
-        assert bound**-2 * (1 - 8 / max(w, h)) <= w * h / resolution**2 <= bound**2 * (1 + 16 / max(w, h))
+        below, above = (1 - 16 / ideal) ** 2, (1 + 16 / ideal) ** 2
+        assert below * (1 - 8 / max(w, h)) <= w * h / resolution**2 <= above * (1 + 16 / max(w, h))
     left, top, right, bottom = center_crop(width, height, (w, h)).window
     scale = w / (right - left)
     lost_columns, lost_rows = (width - (right - left)) * scale, (height - (bottom - top)) * scale

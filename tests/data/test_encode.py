@@ -1,0 +1,178 @@
+"""What is cached is what the encoders give, bit for bit; what goes wrong loses nothing that was cached."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ideoflow.data import encode
+from ideoflow.data.cache import TensorCache
+from ideoflow.data.encode import Encoder
+from ideoflow.data.pixels import load_pixels
+from ideoflow.data.survey import read_dataset
+from ideoflow.diagnostics import IdeoflowError
+from ideoflow.diagnostics.codes import data as codes
+from ideoflow.diagnostics.codes import model as model_codes
+from ideoflow.model.latents import encode_pixels
+from ideoflow.model.load import load_vae
+from ideoflow.model.text import TextEncoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def encoder_for(nano_base, tmp_path):
+    def make(**changes):
+        options = {"dtype": torch.float32, "device": CPU, "max_tokens": 2048} | changes
+        cache = options.pop("cache", None) or TensorCache(tmp_path / "cache")
+        digest = options.pop("base_digest", nano_base.digest)
+        return Encoder(nano_base.folder, digest, cache, **options)
+
+    return make
+
+
+@pytest.fixture
+def samples(folder, picture, recipe):
+    """Four pictures of two sizes with prose captions."""
+    for n, (width, height) in enumerate([(64, 64), (96, 64), (100, 70), (64, 64)]):
+        picture(width, height, seed=n).save(folder / f"{n}.jpg", quality=95)
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    return read_dataset(recipe()).samples
+
+
+def entries(encoder):
+    return sorted(p.stem for p in encoder.cache.folder.rglob("*.safetensors"))
+
+
+def no_loading(monkeypatch):
+    def load(*_, **__):
+        pytest.fail("an encoder was loaded although everything is cached")
+
+    monkeypatch.setattr(encode, "load_vae", load)
+    monkeypatch.setattr(TextEncoder, "load", load)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_holds_what_the_encoders_give(encoder_for, samples, nano_base, dtype, monkeypatch):
+    seen = []
+    encoder = encoder_for(dtype=dtype, progress=lambda *event: seen.append(event))
+    encoder.encode_captions([s.caption for s in samples] + ["a prompt"])
+    encoded = encoder.encode_pictures(samples)
+    assert [e for e in seen if e[0] == "captions"] == [("captions", n, 5) for n in range(6)]
+    assert [e for e in seen if e[0] == "pictures"] == [("pictures", n, 4) for n in range(5)]
+
+    vae = load_vae(nano_base.folder, dtype=dtype, device=CPU)
+    text = TextEncoder.load(nano_base.folder, dtype=dtype, device=CPU, max_tokens=2048)
+    for sample, where in zip(samples, encoded, strict=True):
+        latents, features = encoder.tensors(where)
+        assert torch.equal(latents, encode_pixels(vae, load_pixels(sample)[None])[0])
+        assert torch.equal(features, text.encode(sample.caption))
+        assert where.grid == (sample.size[1] // 16, sample.size[0] // 16)
+        assert latents.shape == (where.grid[0] * where.grid[1], 128) and latents.dtype == torch.float32
+        assert features.dtype == dtype
+    assert torch.equal(encoder.text_features("a prompt"), text.encode("a prompt"))
+
+    no_loading(monkeypatch)
+    encoder.encode_captions([s.caption for s in samples])
+    assert encoder.encode_pictures(samples) == encoded
+
+
+def test_a_damaged_entry_is_made_anew(encoder_for, samples):
+    encoder = encoder_for()
+    encoder.encode_captions([s.caption for s in samples])
+    encoded = encoder.encode_pictures(samples)
+    before = [encoder.tensors(e) for e in encoded]
+    for file in encoder.cache.folder.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    encoder.encode_captions([s.caption for s in samples])
+    assert encoder.encode_pictures(samples) == encoded
+    for (a, b), where in zip(before, encoded, strict=True):
+        latents, features = encoder.tensors(where)
+        assert torch.equal(a, latents) and torch.equal(b, features)
+
+
+def test_what_changes_is_encoded_again_and_nothing_else(encoder_for, samples, folder, picture, recipe):
+    encoder = encoder_for()
+    first = encoder.encode_pictures(samples)
+    picture(96, 64, seed=9).save(folder / "1.jpg")
+    (folder / "2.txt").write_text("other words")
+    second = encoder.encode_pictures(read_dataset(recipe()).samples)
+    assert [a.latents == b.latents for a, b in zip(first, second, strict=True)] == [True, False, True, True]
+    assert [a.text == b.text for a, b in zip(first, second, strict=True)] == [True, True, False, True]
+    square = encoder.encode_pictures(read_dataset(recipe("aspect = 'square'")).samples)
+    assert [a.latents == b.latents for a, b in zip(second, square, strict=True)] == [True, False, False, True]
+    for other in (encoder_for(dtype=torch.bfloat16), encoder_for(base_digest="another base")):
+        assert not {e.latents for e in other.encode_pictures(samples[:1])} & {e.latents for e in first}
+
+
+def test_truncated_pictures_are_told_and_the_others_cached(encoder_for, samples, monkeypatch):
+    for n in (1, 3):
+        content = samples[n].picture.read_bytes()
+        samples[n].picture.write_bytes(content[: len(content) // 2])
+    encoder = encoder_for()
+    with pytest.raises(IdeoflowError) as caught:
+        encoder.encode_pictures(samples)
+    assert [(d.code, d.span.path) for d in caught.value.diagnostics] == [
+        (codes.BAD_PICTURE, str(samples[n].picture)) for n in (1, 3)
+    ]
+    assert len(entries(encoder)) == 2
+    no_loading(monkeypatch)
+    assert len(encoder.encode_pictures([samples[0], samples[2]])) == 2
+
+
+def test_captions_that_are_too_long_are_told_and_the_others_cached(encoder_for):
+    encoder = encoder_for(max_tokens=40)
+    captions = ["short", "boat " * 100, "brief", "sea " * 100]
+    with pytest.raises(IdeoflowError) as caught:
+        encoder.encode_captions(captions)
+    assert [d.code for d in caught.value.diagnostics] == [model_codes.TOO_LONG] * 2
+    assert len(entries(encoder)) == 2
+    assert encoder.text_features("brief").shape[0] <= 40
+
+
+def test_a_lower_limit_refuses_what_a_higher_one_cached(encoder_for):
+    encoder_for().encode_captions(["boat " * 20])
+    with pytest.raises(IdeoflowError):
+        encoder_for(max_tokens=8).encode_captions(["boat " * 20])
+
+
+def test_a_cache_that_is_emptied_while_it_is_used(encoder_for, samples):
+    encoder = encoder_for()
+    (where,) = encoder.encode_pictures(samples[:1])
+    for file in encoder.cache.folder.rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(IdeoflowError) as caught:
+        encoder.tensors(where)
+    assert caught.value.diagnostics[0].code is codes.CACHE_LOST
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing(encoder_for, samples, small_disk, monkeypatch):
+    """Sixteen tokens take 8 KiB and twenty-four 12 KiB: a filler leaves room for two entries or three."""
+    encoder = encoder_for(cache=TensorCache(small_disk / "cache"))
+    encoder.encode_pictures(samples[:1])
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(36 * 1024))
+    with pytest.raises(IdeoflowError) as caught:
+        encoder.encode_pictures(samples)
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code is codes.CACHE_UNWRITABLE and "No space left" in diagnostic.message
+    kept = entries(encoder)
+    assert 1 <= len(kept) < 4 and all(key in encoder.cache for key in kept)
+    assert [p for p in small_disk.rglob(".*") if p.is_file()] == [], "nothing half-written is left"
+    filler.unlink()
+    assert len(encoder.encode_pictures(samples)) == 4 and set(kept) < set(entries(encoder))
+    no_loading(monkeypatch)
+    encoder.encode_pictures(samples)
