@@ -181,7 +181,11 @@ def sidecar_name(name: str, suffix: str) -> str:
 
 
 def _write_whole(target: Path, data: bytes) -> None:
-    """Writes a file so that it exists whole or not at all."""
+    """Writes a file so that a kill leaves it whole or absent.
+
+    Unlike ``resources.write_whole`` it does not wait for the disk: 100,000 sidecars would take that many
+    waits, and after a power cut the conversion can be run again.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name[:100]}.part")
     part.write_bytes(data)
