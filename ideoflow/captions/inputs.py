@@ -403,7 +403,8 @@ def image_size(expected: str | Path) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5
+            # Pillow has swapped the sides of a TIFF already.
+            turned = image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     return (height, width) if turned else (width, height)

@@ -174,6 +174,11 @@ class _Captions:
             return self._instance(size)
         if way == "filename":
             words = picture.stem.replace("_", " ").replace("-", " ")
+            if any("\ud800" <= c <= "\udfff" for c in words):  # Python's stand-ins for other encodings
+                shown = words.encode("utf-8", "replace").decode()
+                message = f"the name '{shown}' is no valid UTF-8, and so no caption"
+                self.problems.add(NO_CAPTION, message, Span(str(picture.parent)), cure="rename the picture")
+                return None
             return self._only(
                 read_caption(words, str(picture), ".txt", self.recipe, size), Span(str(picture))
             )

@@ -128,6 +128,16 @@ def test_names_as_captions(add, recipe):
     assert caption["high_level_description"] == "a red boat"
 
 
+def test_a_name_that_is_no_text(add, recipe, folder):
+    file = add("a.png")
+    try:
+        file.rename(folder / b"caf\xe9.png".decode("utf-8", "surrogateescape"))
+    except OSError:
+        pytest.skip("this disk takes UTF-8 names only")
+    (diagnostic,) = refused(recipe("caption = 'filename'"))
+    assert diagnostic.code is codes.NO_CAPTION and "caf?" in diagnostic.message
+
+
 @pytest.mark.parametrize("prompt", ["a cat", json.dumps(CAPTION)])
 def test_one_caption_for_all(add, recipe, prompt):
     for name in ("a.png", "b.png"):
