@@ -64,7 +64,7 @@ class Sampler:
         self.unconditional = None
         if plan.value("unconditional") == "loaded":
             self.unconditional = load_transformer(
-                self.folder, "unconditional_transformer", dtype=self.dtype, device=host
+                self.folder, "unconditional_transformer", precision=str(plan.value("precision")), device=host
             )
             self.unconditional.set_attn_processor(UnpaddedAttention())
 

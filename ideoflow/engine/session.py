@@ -20,7 +20,8 @@ from ideoflow.engine.events import Emit, Note, Progress, RunStarted, SampleMade,
 from ideoflow.engine.loop import Stop, Trainer, run_identity
 from ideoflow.engine.meter import Meter
 from ideoflow.engine.sampling import Sampler, write_picture
-from ideoflow.engine.setup import DTYPES, Trainable, build, plan_device, plan_dtype
+from ideoflow.engine.setup import Trainable, build, plan_device, plan_dtype
+from ideoflow.model.load import PRECISIONS
 from ideoflow.plan.document import Plan
 from ideoflow.resources import user_cache
 
@@ -152,7 +153,7 @@ class _Session:
             "ideoflow.steps": str(step),
             "ideoflow.rank": str(adapter.rank),
         }
-        dtype = DTYPES[plan.tables.output.dtype]
+        dtype = PRECISIONS[plan.tables.output.dtype]
         return write_adapter(
             self.folder / f"{plan.name}.safetensors", lora_factors(model.parameters), scale, dtype, metadata
         )

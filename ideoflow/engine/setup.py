@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import NO_DEVICE
-from ideoflow.model.load import load_transformer
+from ideoflow.model.load import PRECISIONS, load_transformer
 from ideoflow.plan.document import Plan
-
-DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 def plan_device(plan: Plan) -> torch.device:
@@ -33,8 +31,8 @@ def plan_device(plan: Plan) -> torch.device:
 
 
 def plan_dtype(plan: Plan) -> torch.dtype:
-    """Type of the frozen weights and of the arithmetic with them."""
-    return DTYPES[str(plan.value("precision"))]
+    """Type of the arithmetic, and of the frozen weights that are not quantised."""
+    return PRECISIONS[str(plan.value("precision"))]
 
 
 class UnpaddedAttention(Ideogram4AttnProcessor):
@@ -71,7 +69,7 @@ def build(plan: Plan) -> Trainable:
     """Loads the base and puts a fresh adapter on it."""
     device = plan_device(plan)
     assert plan.base.folder is not None, "the base is fetched before the engine starts"
-    transformer = load_transformer(plan.base.folder, dtype=plan_dtype(plan), device=device)
+    transformer = load_transformer(plan.base.folder, precision=str(plan.value("precision")), device=device)
     transformer.set_attn_processor(UnpaddedAttention())
     parameters = add_adapter(transformer, plan)
     if plan.value("checkpointing") == "on":

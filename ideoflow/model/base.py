@@ -151,7 +151,7 @@ def _is_complete(folder: Path) -> bool:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         named = {part for part, classes in index.items() if isinstance(classes, list) and any(classes)}
         weighted = named.intersection(_WEIGHTED)
-        shards = {part: _shards(folder / part) for part in weighted}
+        shards = {part: weight_files(folder / part) for part in weighted}
     except (OSError, ValueError, AttributeError, TypeError):
         return False
     return all((folder / part).is_dir() for part in named) and all(
@@ -159,7 +159,7 @@ def _is_complete(folder: Path) -> bool:
     )
 
 
-def _shards(part: Path) -> list[Path]:
+def weight_files(part: Path) -> list[Path]:
     """The weight files of a part: those that its index names, else those that are there."""
     for index in part.glob("*.safetensors.index.json"):
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -278,7 +278,7 @@ def _storage(part: Path, span: Span | None) -> str:
     sizes: dict[str, int] = {}
     file = part
     try:
-        for file in _shards(part):
+        for file in weight_files(part):
             for tensor in read_safetensors_header(file).values():
                 begin, end = tensor["data_offsets"]
                 sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin

@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLFlux2, Ideogram4Transformer2DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, WRONG_WEIGHTS
+from ideoflow.kernels.float8 import Float8Linear, quantize_weight
+from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.quiet import disable_progress_bars
+
+# Type of everything that is not quantised, and of the arithmetic.
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 T = TypeVar("T")
 
@@ -47,25 +53,69 @@ def _complete(part: Path, missing: Iterable[str], extra: Iterable[str], mismatch
 
 
 def load_transformer(
-    folder: Path, part: str = "transformer", *, dtype: torch.dtype, device: torch.device
+    folder: Path, part: str = "transformer", *, precision: str, device: torch.device
 ) -> Ideogram4Transformer2DModel:
     """The frozen transformer, ready for *projected* text features.
 
-    ``llm_cond_norm`` and ``llm_cond_proj`` are replaced by identities, since what they compute is cached; and
-    the time embedding takes float32 times with weights of any type: the sinusoid is computed in float32 and
-    cast before the first Linear (diffusers casts to the time's type, which raises for float32 times with bf16
-    weights, and loses precision for bf16 times).
+    Args:
+        precision: ``bf16`` or ``float32`` throughout; or ``fp8``, the Linears of the blocks as e4m3 with a
+            scale a row (kept exactly where they are stored so) and all else in bf16.
+
+    Each tensor goes straight from its file to its final form on ``device``, so host and device never hold
+    much more than the final size. ``llm_cond_norm`` and ``llm_cond_proj`` become identities, since what they
+    compute is cached; and the time embedding takes float32 times with weights of any type: the sinusoid is
+    computed in float32 and cast before the first Linear (diffusers casts to the time's type, which raises
+    for float32 times with bf16 weights, and loses precision for bf16 times).
     """
-    model = _load(
-        lambda: Ideogram4Transformer2DModel.from_pretrained(
-            folder, subfolder=part, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
-        ),
-        folder / part,
-    )
-    model.llm_cond_norm = nn.Identity()
-    model.llm_cond_proj = nn.Identity()
+    with _told(folder / part):
+        config = Ideogram4Transformer2DModel.load_config(folder / part)
+        # The rotary frequencies are a buffer that no file holds: they must be computed, not left empty.
+        with init_empty_weights(include_buffers=False):
+            model = Ideogram4Transformer2DModel.from_config(config)
+            model.llm_cond_norm = nn.Identity()
+            model.llm_cond_proj = nn.Identity()
+            if precision == "fp8":
+                for block in model.layers:
+                    _make_float8(block)
+        checkpoint = Checkpoint(folder / part)
+        _check_names(folder / part, model, checkpoint)
+        _fill(folder / part, model, checkpoint, PRECISIONS[precision], device)
     model.t_embedding.mlp_in.register_forward_pre_hook(_cast_to_weight)
-    return model.to(device)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _make_float8(block: nn.Module) -> None:
+    for parent in list(block.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                bias = child.bias is not None
+                setattr(
+                    parent, name, Float8Linear(child.in_features, child.out_features, bias, device="meta")
+                )
+
+
+def _check_names(part: Path, model: nn.Module, checkpoint: Checkpoint) -> None:
+    wanted = dict(model.named_parameters())
+    extra = [n for n in checkpoint.names() if n not in wanted and not n.startswith("llm_cond_")]
+    _complete(part, wanted.keys() - set(checkpoint.names()), extra, ())
+
+
+@torch.no_grad()
+def _fill(
+    part: Path, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> None:
+    for name, empty in list(model.named_parameters()):
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if isinstance(module, Float8Linear) and leaf == "weight":
+            stored = checkpoint.float8(name, device)
+            value, scale = stored or quantize_weight(checkpoint.dense(name, torch.float32, device))
+            module.weight_scale = scale
+        else:
+            value = checkpoint.dense(name, dtype, device)
+        if value.shape != empty.shape:
+            _complete(part, (), (), [f"{name} ({list(value.shape)}, not {list(empty.shape)})"])
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -110,13 +160,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_tensors(part: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Single tensors by name from a part's safetensors files, sharded or not."""
-    wanted, found = set(names), {}
+def read_tensors(
+    part: Path, names: Iterable[str], *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Single tensors of a transformer by diffusers' names, dense, whatever form they are stored in."""
     with _told(part):
-        for file in sorted(part.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                for name in wanted & set(tensors.keys()):
-                    found[name] = tensors.get_tensor(name)
-    _complete(part, wanted - set(found), (), ())
-    return found
+        checkpoint = Checkpoint(part)
+        _complete(part, [n for n in names if n not in checkpoint], (), ())
+        return {name: checkpoint.dense(name, dtype, device) for name in names}

@@ -136,7 +136,9 @@ def _denoise_linearly(model: Ideogram4Transformer2DModel) -> None:
     wanted = (1 - 2 * sigma) / spread * (channels / hidden) ** 0.5
     features = torch.nn.functional.silu(torch.nn.functional.silu(model.adaln_proj(model.t_embedding(t))))
     with_bias = torch.cat([features, torch.ones(len(t), 1)], dim=1).double()
-    fitted = torch.linalg.lstsq(with_bias, (wanted - 1).double()[:, None]).solution[:, 0].float()
+    # A little ridge keeps the weights small, so that the fit outlives their rounding to bf16 or FP8.
+    gram = with_bias.T @ with_bias + 1e-3 * torch.eye(with_bias.shape[1], dtype=torch.float64)
+    fitted = torch.linalg.solve(gram, with_bias.T @ (wanted - 1).double()).float()
     model.final_layer.adaln_modulation.weight.copy_(fitted[:-1].expand(hidden, -1))
     model.final_layer.adaln_modulation.bias.fill_(float(fitted[-1]))
 

@@ -80,11 +80,11 @@ class TextEncoder:
     def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device, max_tokens: int) -> TextEncoder:
         """From a base in diffusers' layout; only two layers of the transformer are read."""
         names = ("llm_cond_norm.weight", "llm_cond_proj.weight", "llm_cond_proj.bias")
-        tensors = read_tensors(folder / "transformer", names)
+        tensors = read_tensors(folder / "transformer", names, dtype=dtype, device=device)
         hidden, features = tensors["llm_cond_proj.weight"].shape
         with torch.device("meta"):
             projection = TextProjection(features, hidden)
-        projection.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
+        projection.load_state_dict(tensors, assign=True)
         model = load_text_encoder(folder, dtype=dtype, device=device)
         return cls(load_tokenizer(folder), model, projection.requires_grad_(False), max_tokens)
 

@@ -13,7 +13,7 @@ from ideoflow.data.order import draw
 from ideoflow.engine.setup import build
 from ideoflow.engine.step import accumulate, predict_velocity, prepare, velocity_loss
 from ideoflow.model.base import BaseFacts
-from ideoflow.model.load import load_transformer
+from ideoflow.model.load import PRECISIONS, load_transformer
 from ideoflow.model.text import TextEncoder, raw_features, tokenize
 from ideoflow.recipe import ScheduleSettings
 
@@ -151,12 +151,12 @@ def test_every_image_position_has_its_own_rotary_row_even_under_autocast() -> No
         assert torch.unique(torch.cat([cos, sin], -1)[0], dim=0).shape[0] == 4096
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_time_keeps_its_precision_up_to_the_sinusoid(nano: BaseFacts, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp8"])
+def test_time_keeps_its_precision_up_to_the_sinusoid(nano: BaseFacts, precision: str) -> None:
     assert nano.folder
-    model = load_transformer(nano.folder, dtype=dtype, device=torch.device("cpu"))
+    model = load_transformer(nano.folder, precision=precision, device=torch.device("cpu"))
     near = torch.tensor([0.5, 0.5 + 1e-4])  # the same number in bf16, 1 apart on the embedding's 1e4 scale
     with torch.no_grad():
         a, b = model.t_embedding(near)
-    assert a.dtype == dtype
+    assert a.dtype == PRECISIONS[precision]
     assert (a - b).float().norm() > 0.05 * a.float().norm()

@@ -135,9 +135,9 @@ def test_shards_are_read_by_their_index(copy):
     where = copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     where.write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert locate_base(str(copy)).storage == "bf16"
-    model = load_transformer(copy, **CPU)
+    model = load_transformer(copy, precision="float32", device=torch.device("cpu"))
     assert torch.equal(model.input_proj.weight, tensors["input_proj.weight"].bfloat16().float())
-    (found,) = read_tensors(copy / "transformer", ["llm_cond_proj.bias"]).values()
+    (found,) = read_tensors(copy / "transformer", ["llm_cond_proj.bias"], **CPU).values()
     assert torch.equal(found, tensors["llm_cond_proj.bias"].bfloat16())
     (copy / "transformer" / "b.safetensors").unlink()
     diagnostic = located(copy)
@@ -283,9 +283,13 @@ def test_another_model(copy):
 # Loading --------------------------------------------------------------------------------------------------
 
 
+def load_float32_transformer(folder, *, dtype, device):
+    return load_transformer(folder, precision="float32", device=device)
+
+
 @pytest.mark.parametrize(
     ("load", "part"),
-    [(load_transformer, "transformer"), (load_vae, "vae"), (load_text_encoder, "text_encoder")],
+    [(load_float32_transformer, "transformer"), (load_vae, "vae"), (load_text_encoder, "text_encoder")],
 )
 def test_weights_that_do_not_fit(copy, load, part):
     file = next((copy / part).glob("*.safetensors"))
@@ -323,5 +327,7 @@ def test_a_tokenizer_without_a_chat_template(copy):
 
 
 def test_tensors_by_name_that_are_missing(nano_folder):
-    diagnostic = refused(read_tensors, nano_folder / "transformer", ["llm_cond_norm.weight", "no.such"])
+    diagnostic = refused(
+        read_tensors, nano_folder / "transformer", ["llm_cond_norm.weight", "no.such"], **CPU
+    )
     assert diagnostic.code is codes.WRONG_WEIGHTS and "no.such" in diagnostic.message

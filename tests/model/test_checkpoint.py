@@ -1,0 +1,183 @@
+"""Each form of checkpoint gives the weights it was made from, within the form's error, and predicts alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from diffusers import Ideogram4Transformer2DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ideoflow.engine.step import predict_velocity
+from ideoflow.kernels.float8 import Float8Linear
+from ideoflow.model.base import locate_base
+from ideoflow.model.checkpoint import Checkpoint
+from ideoflow.model.hub import fetch_base
+from ideoflow.model.load import load_transformer
+
+CPU = torch.device("cpu")
+FP8_MAX = 448.0
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict[str, Tensor]:
+    """The nano transformer's weights as bf16 holds them: what a checkpoint is made from."""
+    facts = fetch_base(locate_base("nano"))
+    model = Ideogram4Transformer2DModel.from_pretrained(facts.folder, subfolder="transformer")
+    return {name: value.bfloat16() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def config() -> str:
+    facts = fetch_base(locate_base("nano"))
+    assert facts.folder
+    return (facts.folder / "transformer" / "config.json").read_text()
+
+
+def fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Original layout: q, k, v rows stacked as qkv, to_out.0 called o."""
+    out = {}
+    for name, value in state.items():
+        if ".to_q." in name:
+            parts = [state[name.replace("to_q", leaf)] for leaf in ("to_q", "to_k", "to_v")]
+            out[name.replace("to_q", "qkv")] = torch.cat(parts)
+        elif ".to_k." not in name and ".to_v." not in name:
+            out[name.replace("to_out.0", "o")] = value
+    return out
+
+
+def is_linear(name: str, value: Tensor) -> bool:
+    return name.endswith(".weight") and value.ndim == 2 and "indicator" not in name
+
+
+def to_fp8(state: dict[str, Tensor], scale_shape: str, marker: bool = False) -> dict[str, Tensor]:
+    """Each Linear as e4m3 with a scale a row ([out] or [out, 1]) or one for all ([])."""
+    out = {}
+    for name, value in state.items():
+        if not is_linear(name, value):
+            out[name] = value
+            continue
+        w = value.float()
+        largest = w.abs().amax(1, keepdim=True) if scale_shape != "[]" else w.abs().max()
+        scale = (largest / FP8_MAX).clamp(min=1e-12)
+        out[name] = (w / scale).to(torch.float8_e4m3fn)
+        out[f"{name}_scale"] = scale if scale_shape == "[out, 1]" else scale.squeeze()
+        if marker:
+            out[name.replace(".weight", ".comfy_quant")] = torch.zeros(8, dtype=torch.uint8)
+    return out
+
+
+def to_nf4(state: dict[str, Tensor], nested: bool) -> dict[str, Tensor]:
+    """The blocks' Linears in bitsandbytes' 4-bit form (its CPU kernels need rows of a multiple of 64)."""
+    out = {}
+    for name, value in state.items():
+        if not (is_linear(name, value) and name.startswith("layers.")):
+            out[name] = value
+            continue
+        packed, quant_state = bnb.quantize_4bit(value, quant_type="nf4", compress_statistics=nested)
+        out[name] = packed
+        out |= {f"{name}.{key}": t for key, t in quant_state.as_dict(packed=True).items()}
+    return out
+
+
+FORMS: dict[str, tuple[Any, float]] = {
+    # form -> (how it is made, largest error relative to the largest weight of a row)
+    "diffusers, bf16": (lambda s: s, 0.0),
+    "original layout, bf16": (fuse, 0.0),
+    "split, FP8, [out]": (lambda s: to_fp8(s, "[out]"), 2**-4),
+    "original layout, FP8, [out]": (lambda s: to_fp8(fuse(s), "[out]"), 2**-4),
+    "original layout, FP8, [out, 1]": (lambda s: to_fp8(fuse(s), "[out, 1]"), 2**-4),
+    "ComfyUI": (
+        lambda s: {f"diffusion_model.{k}": v for k, v in to_fp8(fuse(s), "[]", marker=True).items()},
+        2**-4,
+    ),
+    "ComfyUI, long prefix": (
+        lambda s: {f"model.diffusion_model.{k}": v for k, v in to_fp8(fuse(s), "[]").items()},
+        2**-4,
+    ),
+    "NF4": (lambda s: to_nf4(s, nested=False), 0.2),
+    "NF4, nested": (lambda s: to_nf4(s, nested=True), 0.2),
+}
+
+
+@pytest.fixture
+def make(tmp_path: Path, dense: dict[str, Tensor], config: str) -> Any:
+    """make(form, shards) -> folder with a transformer in that form."""
+
+    def build(form: str, shards: int = 1) -> Path:
+        part = tmp_path / f"{shards}" / "transformer"
+        part.mkdir(parents=True)
+        (part / "config.json").write_text(config)
+        tensors = {k: v.contiguous() for k, v in FORMS[form][0](dense).items()}
+        names = sorted(tensors)
+        stem = "diffusion_pytorch_model"
+        if shards == 1:
+            save_file(tensors, part / f"{stem}.safetensors", {"format": "pt"})
+        else:
+            files = [f"{stem}-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+            where = {name: files[n % shards] for n, name in enumerate(names)}  # a scale far from its weight
+            for file in files:
+                save_file({k: tensors[k] for k in names if where[k] == file}, part / file, {"format": "pt"})
+            (part / f"{stem}.safetensors.index.json").write_text(
+                json.dumps({"metadata": {}, "weight_map": where})
+            )
+        return part.parent
+
+    return build
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_weights_of_its_origin(make: Any, dense: dict[str, Tensor], form: str) -> None:
+    checkpoint = Checkpoint(make(form) / "transformer")
+    assert set(checkpoint.names()) == set(dense)
+    for name, value in dense.items():
+        read = checkpoint.dense(name, torch.float32, CPU)
+        assert read.shape == value.shape
+        largest = value.float().abs().amax()
+        assert (read - value.float()).abs().amax() <= FORMS[form][1] * largest, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_predicts_alike(make: Any, dense: dict[str, Tensor], form: str) -> None:
+    def velocity(folder: Path) -> Tensor:
+        model = load_transformer(folder, precision="float32", device=CPU)
+        g = torch.Generator().manual_seed(0)
+        text, noisy = torch.randn(5, 192, generator=g), torch.randn(16, 128, generator=g)
+        with torch.no_grad():
+            return predict_velocity(model, noisy, torch.tensor([0.4]), text, (4, 4))
+
+    expected = velocity(fetch_base(locate_base("nano")).folder)  # type: ignore[arg-type]
+    error = (velocity(make(form)) - expected).norm() / expected.norm()
+    assert error < (0.01 if FORMS[form][1] == 0 else 0.15)
+
+
+@pytest.mark.parametrize("form", ["split, FP8, [out]", "original layout, FP8, [out]", "NF4, nested"])
+def test_shards_are_one_checkpoint(make: Any, dense: dict[str, Tensor], form: str) -> None:
+    whole, sharded = Checkpoint(make(form) / "transformer"), Checkpoint(make(form, shards=3) / "transformer")
+    for name in dense:
+        assert torch.equal(whole.dense(name, torch.float32, CPU), sharded.dense(name, torch.float32, CPU))
+
+
+def test_fp8_is_kept_exactly_as_stored(make: Any, dense: dict[str, Tensor]) -> None:
+    folder = make("original layout, FP8, [out]")
+    model = load_transformer(folder, precision="fp8", device=CPU)
+    stored = to_fp8(dense, "[out]")  # rows are scaled one by one, so fusing them changes nothing
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, Float8Linear):
+            count += 1
+            assert torch.equal(module.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
+            torch.testing.assert_close(module.weight_scale, stored[f"{name}.weight_scale"])
+    assert count == 6 * 8  # q, k, v, o, w1, w2, w3 and the modulation of each block
+    assert model.input_proj.weight.dtype == torch.bfloat16
+
+
+def test_a_dense_base_can_be_held_in_fp8(make: Any, dense: dict[str, Tensor]) -> None:
+    model = load_transformer(make("diffusers, bf16"), precision="fp8", device=CPU)
+    w1 = model.layers[0].feed_forward.w1
+    restored = w1.weight.float() * w1.weight_scale[:, None]
+    original = dense["layers.0.feed_forward.w1.weight"].float()
+    assert (restored - original).norm() / original.norm() < 0.03
