@@ -98,10 +98,8 @@ def main() -> None:
             u(inputs, 1),
         )
         y, dx = normal(t, outputs), normal(t, inputs)
-        from ideoflow.engine.fused.linear import _add_product
-
-        add(f"{name} adapter up", lambda y=y, z=z, m=up, p=parts: _add_product(y, z, m, p), 2 * u(outputs))
-        add(f"{name} adapter dx", lambda y=dx, z=z, m=down: y.addmm_(z, m), 2 * u(inputs))
+        add(f"{name} adapter up", lambda y=y, z=z, m=up, p=parts: ops.adapter_up(y, z, m, p), 2 * u(outputs))
+        add(f"{name} adapter dx", lambda y=dx, z=z, m=down: ops.adapter_up(y, z, m.t()), 2 * u(inputs))
     s = SimpleNamespace(h=normal(t, d), y=normal(t, d), m=normal(1, d), fold=normal(3 * d))
     sample = torch.zeros(t, dtype=torch.int32, device=device)
     add("quantize", lambda: ops.quantize(s.y), u(d, 3))

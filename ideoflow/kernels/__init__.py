@@ -30,6 +30,7 @@ OPS: dict[str, str] = {
     "swiglu": "swiglu",
     "swiglu_backward": "swiglu",
     "adapter_down": "adapter",
+    "adapter_up": "adapter",
     "adapter_gradient": "adapter",
     "split_precision": "adapter",
 }

@@ -47,7 +47,7 @@ def _down(x_ptr, x_scale, matrix, unfold, out, tokens, k_size, rank, parts, stri
         if UNFOLD:
             u = tl.load(unfold + part * k_size + k, mask=k < k_size, other=0.0)
             m = (m.to(tl.float32) * u[:, None]).to(m.dtype)
-        total += tl.dot(x.to(m.dtype), m)
+        total += tl.dot(x.to(m.dtype), m, input_precision="ieee")
     if SCALED:
         total *= tl.load(x_scale + t, mask=t < tokens, other=0.0)[:, None]
     at = (split.to(tl.int64) * tokens + t[:, None]) * (parts * rank) + part * rank + r[None, :]
@@ -88,7 +88,7 @@ def _gradient(x_ptr, x_scale, z_ptr, unfold, out, tokens, n_size, rank, parts, s
         if SCALED:
             s = tl.load(x_scale + t, mask=t < tokens, other=0.0)
             z = (z.to(tl.float32) * s[None, :]).to(z.dtype)
-        total += tl.dot(z, x.to(z.dtype))
+        total += tl.dot(z, x.to(z.dtype), input_precision="ieee")
     if UNFOLD:
         total *= tl.load(unfold + column, mask=n < n_size, other=0.0)[None, :]
     if RANK_FIRST:
@@ -111,6 +111,34 @@ def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | Non
         unfold is not None, rank_first, block_t, block_n, _rank_block(rank), num_warps=4, num_stages=3,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
+
+
+@triton.jit
+def _up(y_ptr, z_ptr, matrix, tokens, n_size, rank, parts, y_stride, stride_n, stride_r, TOKENS: tl.constexpr,
+        N: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    part = tl.program_id(2)
+    r = tl.arange(0, RANK)
+    at = y_ptr + t[:, None].to(tl.int64) * y_stride + part * n_size + n[None, :]
+    mask = (t[:, None] < tokens) & (n[None, :] < n_size)
+    y = tl.load(at, mask=mask, other=0.0)
+    z = tl.load(z_ptr + t[:, None] * (parts * rank) + part * rank + r[None, :],
+                mask=(t[:, None] < tokens) & (r[None, :] < rank), other=0.0)  # fmt: skip
+    m = tl.load(matrix + (part * n_size + n[None, :]).to(tl.int64) * stride_n + r[:, None] * stride_r,
+                mask=(n[None, :] < n_size) & (r[:, None] < rank), other=0.0)  # fmt: skip
+    total = y.to(tl.float32) + tl.dot(z, m, input_precision="ieee")
+    tl.store(at, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def adapter_up(y: Tensor, z: Tensor, matrix: Tensor, parts: int = 1) -> None:
+    """See :func:`ideoflow.kernels.reference.adapter_up`."""
+    tokens, n_size, rank = y.shape[0], y.shape[1] // parts, matrix.shape[1]
+    grid = (triton.cdiv(n_size, 128), triton.cdiv(tokens, 64), parts)
+    _up[grid](
+        y, z, matrix, tokens, n_size, rank, parts, y.stride(0), matrix.stride(0), matrix.stride(1), 64, 128,
+        _rank_block(rank), num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -189,6 +189,12 @@ def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | Non
     return result.t().contiguous() if rank_first else result
 
 
+def adapter_up(y: Tensor, z: Tensor, matrix: Tensor, parts: int = 1) -> None:
+    """y [T, parts * N] += z [T, parts * R] times matrix [parts * N, R] transposed, part by part, in place."""
+    for into, left, right in zip(y.chunk(parts, 1), z.chunk(parts, 1), matrix.chunk(parts), strict=True):
+        into.copy_(_wide(into) + _wide(left) @ _wide(right).t())
+
+
 def split_precision(matrix: Tensor, out: Tensor, scale: Tensor, parts: int = 1, unfold: Tensor | None = None,
                     group: int | None = None) -> None:  # fmt: skip
     """A thin matrix as e4m3 rows in two pieces, the second holding what the first rounded away (2^-8 together).

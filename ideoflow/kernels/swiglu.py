@@ -74,36 +74,31 @@ def _store(start, x, factor, columns, width, FP8_OUT: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(du, du_stride, gate_up, fold, out, out_scale, rows, width, FOLD: tl.constexpr,
-                     FP8_OUT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, A: tl.constexpr,
-                     B: tl.constexpr):  # fmt: skip
+def _swiglu_backward(du, du_stride, gate_up, fold, out, out_scale, width, FOLD: tl.constexpr,
+                     FP8_OUT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
     columns1, columns2 = tl.arange(0, A), A + tl.arange(0, B)
-    # Too many registers for two programs at once: the next row is loaded while this one is worked on instead.
-    for i in tl.range(ROWS, num_stages=STAGES):
-        row = tl.minimum(tl.program_id(0) * ROWS + i, rows - 1)
-        dgate1, dup1, amax1 = _gradients(du, du_stride, gate_up, fold, row, width, columns1, FOLD)
-        dgate2, dup2, amax2 = _gradients(du, du_stride, gate_up, fold, row, width, columns2, FOLD)
-        factor = 1.0
-        if FP8_OUT:
-            amax = tl.maximum(tl.maximum(amax1, amax2), SMALLEST_AMAX)
-            tl.store(out_scale + row, amax / FP8_MAX)
-            factor = FP8_MAX / amax
-        start = out + row.to(tl.int64) * 2 * width
-        _store(start, dgate1, factor, columns1, width, FP8_OUT)
-        _store(start, dgate2, factor, columns2, width, FP8_OUT)
-        _store(start + width, dup1, factor, columns1, width, FP8_OUT)
-        _store(start + width, dup2, factor, columns2, width, FP8_OUT)
-
-
-_ROWS, _STAGES, _WARPS = 4, 2, 16
+    dgate1, dup1, amax1 = _gradients(du, du_stride, gate_up, fold, row, width, columns1, FOLD)
+    dgate2, dup2, amax2 = _gradients(du, du_stride, gate_up, fold, row, width, columns2, FOLD)
+    factor = 1.0
+    if FP8_OUT:
+        amax = tl.maximum(tl.maximum(amax1, amax2), SMALLEST_AMAX)
+        tl.store(out_scale + row, amax / FP8_MAX)
+        factor = FP8_MAX / amax
+    start = out + row.to(tl.int64) * 2 * width
+    _store(start, dgate1, factor, columns1, width, FP8_OUT)
+    _store(start, dgate2, factor, columns2, width, FP8_OUT)
+    _store(start + width, dup1, factor, columns1, width, FP8_OUT)
+    _store(start + width, dup2, factor, columns2, width, FP8_OUT)
 
 
 def swiglu_backward(du: Tensor, gate_up: Tensor, fold: Tensor | None, fp8: bool) -> Operand:
     """See :func:`ideoflow.kernels.reference.swiglu_backward`."""
     rows, width = du.shape
     result = empty_operand(rows, 2 * width, gate_up, fp8)
-    _swiglu_backward[(triton.cdiv(rows, _ROWS),)](
-        du, du.stride(0), gate_up, fold, result.values, result.scale, rows, width, fold is not None, fp8, _ROWS,
-        _STAGES, *pieces(width), num_warps=_WARPS,
+    # 8 warps leave room for two programs a multiprocessor; 4 and 16 warps, or prefetching rows, were slower.
+    _swiglu_backward[(rows,)](
+        du, du.stride(0), gate_up, fold, result.values, result.scale, width, fold is not None, fp8,
+        *pieces(width), num_warps=8,
     )  # fmt: skip
     return result

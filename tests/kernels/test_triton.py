@@ -166,6 +166,11 @@ def test_adapter_products(tokens, width, rank, parts, fp8):
         # z times the row scale is rounded to bf16 before the product, hence the wider bound.
         got, expected = (ops.adapter_gradient(x, z, parts, unfold) for ops in (FUSED, EAGER))
         assert (got - expected).norm() <= 4e-3 * expected.norm()
+    fused = normal(tokens, parts * width + 16)  # rows apart by more than their width
+    eager = fused.clone()
+    FUSED.adapter_up(fused[:, : parts * width], z, matrix, parts)
+    EAGER.adapter_up(eager[:, : parts * width], z, matrix, parts)
+    same(fused, eager)
     if parts == 1:
         got, expected = (ops.adapter_gradient(x, z, rank_first=True) for ops in (FUSED, EAGER))
         assert got.is_contiguous() and (got - expected).norm() <= 4e-3 * expected.norm()

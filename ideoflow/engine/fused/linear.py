@@ -119,7 +119,7 @@ class AdaptedLinear:
         if self.rank:
             if z is None:
                 z = self._down(x)
-            _add_product(y, z, self.up, self.parts)
+            self.ops.adapter_up(y, z, self.up, self.parts)
         return y, z
 
     def backward(self, dy: Operand, x: Operand, z: Tensor | None,
@@ -138,7 +138,7 @@ class AdaptedLinear:
         dup = self.ops.adapter_gradient(dy, z, self.parts, self.unfold)
         ddown = self.ops.adapter_gradient(x, dz, rank_first=True)
         if dx is not None:
-            dx.addmm_(dz, self.down)
+            self.ops.adapter_up(dx, dz, self.down.t())
         gradients, start = [], 0
         for p, (adapter, width) in enumerate(zip(self.adapters, self.weight.widths, strict=True)):
             if adapter:
@@ -189,14 +189,3 @@ def lay_together(linears: Sequence[AdaptedLinear]) -> list[tuple[Tensor, tuple[T
         pieces = slice(2 * i * rows, 2 * (i + 1) * rows)
         linear.down_pieces = (values[pieces], scale[pieces])
     return [(down, (values, scale), rows)]
-
-
-def _add_product(y: Tensor, z: Tensor, up: Tensor, parts: int) -> None:
-    """y_p += z_p up_p^T in place, for parts of equal width side by side in y [T, N], one under another in up."""
-    if parts == 1:
-        y.addmm_(z, up.t())
-        return
-    tokens, outputs = y.shape
-    y.view(tokens, parts, outputs // parts).transpose(0, 1).baddbmm_(
-        z.view(tokens, parts, -1).transpose(0, 1), up.view(parts, outputs // parts, -1).transpose(1, 2)
-    )

@@ -29,6 +29,7 @@ from ideoflow.engine.fused.linear import lay_together
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
 from ideoflow.engine.packed import PackedLayout
+from ideoflow.kernels.float8 import Float8Linear
 
 _TABLES_KEPT = 32  # rotary tables: 2.3 MB for 4416 tokens in bf16
 
@@ -64,10 +65,10 @@ class FusedTransformer:
         self.ops = kernels.load(self._backend())
         choose_kept(activation_budget, 1, {})  # an impossible budget is told now, not in the first step
         self._store = HostStore(self.device)
-        scratch, kernel = Scratch(self.device), make_attention(attention, self.device)
+        self._scratch, kernel = Scratch(self.device), make_attention(attention, self.device)
         self.blocks = [
             FusedBlock(f"layers.{i}", block, dtype=dtype, fp8=self.fp8, ops=self.ops, attention=kernel,
-                       scratch=scratch, keep_transposed=keep_transposed)
+                       scratch=self._scratch, keep_transposed=keep_transposed)
             for i, block in enumerate(transformer.layers)
         ]  # fmt: skip
         self._check_covered()
@@ -155,12 +156,21 @@ class FusedTransformer:
 
     def _modulations(self, conditioning: Tensor) -> list[Modulation]:
         """The four norm factors of every block, all blocks in one pass: [blocks, 4, B, D]."""
-        raw = torch.stack([block.source.adaln_modulation(conditioning) for block in self.blocks])
+        raw = torch.stack(
+            [self._adaptive(block.source.adaln_modulation, conditioning) for block in self.blocks]
+        )
         raw = raw.unflatten(-1, (4, -1)).transpose(1, 2).float()
         factors = torch.empty(raw.shape, dtype=self.dtype, device=self.device)
         factors[:, 0::2] = (1 + raw[:, 0::2]) * self._norms[:, 0::2]
         factors[:, 1::2] = raw[:, 1::2].tanh() * self._norms[:, 1::2]
         return [Modulation(*four) for four in factors]
+
+    def _adaptive(self, layer: nn.Module, conditioning: Tensor) -> Tensor:
+        if not isinstance(layer, Float8Linear):
+            return layer(conditioning)
+        weight = self._scratch.take(*layer.weight.shape, self.dtype)
+        self.ops.dequantize(layer.weight, layer.weight_scale, self.dtype, weight)
+        return functional.linear(conditioning, weight, layer.bias.to(self.dtype))
 
     def _project(self, h: Tensor, conditioning: Tensor, image_index: Tensor, sample: Tensor) -> Tensor:
         layer = self.model.final_layer
