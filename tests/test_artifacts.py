@@ -43,7 +43,7 @@ def adapted(
     g = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if ".lora_" in name:
-            p.data.copy_(torch.randn(p.shape, generator=g) * 0.1)
+            p.data.copy_(torch.randn(p.shape, generator=g) * 0.3)
     return model
 
 

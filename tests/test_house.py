@@ -160,7 +160,10 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-@pytest.mark.parametrize("requirement", requirements("dev"), ids=lambda r: r.name)
+# Torch's CUDA builds pin the triton that they were made for; a version of ours would contradict them.
+@pytest.mark.parametrize(
+    "requirement", [r for r in requirements("dev") if r.name != "triton"], ids=lambda r: r.name
+)
 def test_every_dependency_has_a_tested_version(requirement):
     pin = pins()[requirement.name]
     assert requirement.specifier.contains(pin), f"constraints.txt pins {pin}"
