@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def add_adapters(model: nn.Module, rank: int, dtype: torch.dtype, targets: list[
 
 
 def make_layout(batch: int, pixels: int, text: int, mixed: bool, multiple: int = 16) -> PackedLayout:
-    """``batch`` samples of ``pixels`` squared; mixed ones vary captions and aspect ratio at about equal area."""
+    """``batch`` samples of ``pixels`` squared; mixed ones vary caption and aspect at about equal area."""
     side = pixels // 16
     if not mixed:
         return PackedLayout((text,) * batch, ((side, side),) * batch, multiple)
@@ -156,7 +157,7 @@ def measure(
         run()
         mark.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    times = [a.elapsed_time(b) for a, b in pairwise(marks)]
     return {
         "ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times),
         "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -172,7 +173,7 @@ def linear_flop(layout: PackedLayout, config: Any) -> float:
 
 
 def attention_flop(layout: PackedLayout, config: Any) -> float:
-    """Floating-point operations of attention's two forward products over all blocks; backward takes 2.5 times."""
+    """Operations of attention's two forward products over all blocks; the backward pass takes 2.5 times."""
     hidden = config.attention_head_dim * config.num_attention_heads
     return 4.0 * sum(length * length for length in layout.lengths) * hidden * config.num_layers
 

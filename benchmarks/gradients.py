@@ -1,10 +1,11 @@
-"""Full-size correctness on random weights: the fused engine and plain diffusers + PEFT against float32 arithmetic.
+"""Full-size correctness: the fused engine and plain diffusers + PEFT against float32, on random weights.
 
     python benchmarks/gradients.py --json out.json
 
-All compute over the same base: e4m3 weights with row scales, which plain diffusers dequantises. Reported are the
-cosine of the velocities and of every adapter gradient with those of float32, the same at several activation
-budgets, and whether anything is not finite for spikes, zeros, very short and very long captions and pictures.
+All compute over the same base: e4m3 weights with row scales, which plain diffusers dequantises. Reported are
+the cosine of the velocities and of every adapter gradient with those of float32, the same at several
+activation budgets, and whether anything is not finite for spikes, zeros, very short and very long captions
+and pictures.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> None:
         engine.budget, engine.offload = budget, frozenset(offload)
         now = fused(engine)
         first = first or now
-        # Not zero on a GPU: attention's backward pass adds up in no fixed order, so two equal runs differ too.
+        # Not zero on a GPU: attention's backward pass adds in no fixed order, so two equal runs differ.
         apart = max(1 - cosine(a, b) for a, b in zip(now[2], first[2], strict=True))
         finite = all(bool(g.isfinite().all()) for g in now[2])
         row = {"budget": budget, "offload": list(offload), "loss": now[1], "max_1_minus_cosine": apart,

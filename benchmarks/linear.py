@@ -111,7 +111,8 @@ def main() -> None:
     )
     add("gated_residual", lambda: ops.gated_residual(s.h, s.y, s.m, sample, 1e-5), u(d, 6))
     add("gated_residual_backward",
-        lambda: ops.gated_residual_backward(s.h, s.y, s.m, sample, 1e-5, s.fold[:d], True), u(d, 5))  # fmt: skip
+        lambda: ops.gated_residual_backward(s.h, s.y, s.m, sample, 1e-5, s.fold[:d], True),
+        u(d, 5))  # fmt: skip
     gate_up, du, fold = normal(t, 2 * f), normal(t, f), normal(2 * f)
     add("swiglu", lambda: ops.swiglu(gate_up, True), u(f, 5))
     add("swiglu_backward", lambda: ops.swiglu_backward(du, gate_up, fold, True), u(f, 8))
@@ -122,8 +123,9 @@ def main() -> None:
     add("qk_norm_rope", lambda: ops.qk_norm_rope(qkv, norm, norm, half, half, 1e-5), u(d, 8))
     dqkv = normal(t, 3, args.heads, d // args.heads)
     add("qk_norm_rope_backward",
-        lambda: ops.qk_norm_rope_backward(dqkv[:, 0], dqkv[:, 1], dqkv[:, 2], qkv, inverse, norm, norm, half, half,
-                                          s.fold, True), u(d, 13))  # fmt: skip
+        lambda: ops.qk_norm_rope_backward(*dqkv.unbind(1), qkv, inverse, norm, norm, half, half, s.fold,
+                                          True),
+        u(d, 13))  # fmt: skip
     write_json(args.json, {"environment": environment(device), "arguments": vars(args), "rows": rows})
 
 

@@ -5,9 +5,9 @@
     python benchmarks/step.py --size nano --device cpu        # a try without a GPU
 
 A step is: gradients to None, forward, mean squared error in float32, backward, AdamW. Plain diffusers runs in
-bf16 with gradient checkpointing on every block and adapters in bf16 (float32 adapters would make PEFT multiply
-in float32); the fused engine keeps its adapters in float32. The floor is two passes of the block linears and one
-of attention, forward and backward, at the rates that this card reached in this run on the same shapes.
+bf16 with gradient checkpointing on every block and adapters in bf16 (float32 adapters would make PEFT
+multiply in float32); the fused engine keeps its adapters in float32. The floor is two passes of the block
+linears and one of attention, forward and backward, at the rates that this card reached in this run.
 """
 
 from __future__ import annotations
@@ -88,13 +88,19 @@ def unit_rates(config: Any, device: torch.device, fp8: bool) -> dict[str, float]
     outputs = 2 * config.intermediate_size
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     w = torch.randn(outputs, hidden, device=device).bfloat16()
-    product = lambda: x @ w.t()
+
+    def product() -> torch.Tensor:
+        return x @ w.t()
+
     if fp8:
         a, b = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
         sa, sb = torch.ones(tokens, 1, device=device), torch.ones(1, outputs, device=device)
-        product = lambda: torch._scaled_mm(
-            a, b.t(), scale_a=sa, scale_b=sb, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
+
+        def product() -> torch.Tensor:
+            return torch._scaled_mm(
+                a, b.t(), scale_a=sa, scale_b=sb, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
     ms = measure(product, device, repeat=20)["min_ms"]
     layout = PackedLayout((320,), ((64, 64),))
     kernel = make_attention("sdpa", device)

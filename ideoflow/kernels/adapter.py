@@ -62,8 +62,8 @@ def adapter_down(x: Operand, matrix: Tensor, parts: int = 1, unfold: Tensor | No
     dtype = torch.float32 if splits > 1 else matrix.dtype
     out = torch.empty(splits, tokens, parts * rank, dtype=dtype, device=x.values.device)
     _down[(triton.cdiv(tokens, block_t), parts, splits)](
-        x.values, x.scale, matrix, unfold, out, tokens, k_size, rank, parts, matrix.stride(0), matrix.stride(1),
-        steps, x.scale is not None, unfold is not None, block_t, block_k, _rank_block(rank), num_warps=4,
+        x.values, x.scale, matrix, unfold, out, tokens, k_size, rank, parts, *matrix.stride(), steps,
+        x.scale is not None, unfold is not None, block_t, block_k, _rank_block(rank), num_warps=4,
         num_stages=3,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(matrix.dtype)

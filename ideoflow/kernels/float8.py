@@ -50,7 +50,8 @@ class Float8Linear(nn.Linear):
     weight_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+                 device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, dtype=FP8, device=device), requires_grad=False
@@ -78,7 +79,7 @@ class Float8Linear(nn.Linear):
 
 
 def quantize_blocks(transformer: nn.Module) -> int:
-    """Replaces every dense linear layer inside ``transformer.layers`` by a :class:`Float8Linear`, one at a time.
+    """Replaces each dense linear layer inside ``transformer.layers`` by a :class:`Float8Linear`, one by one.
 
     Call it before adapters are injected. Returns how many layers were replaced.
     """

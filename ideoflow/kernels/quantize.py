@@ -53,7 +53,7 @@ def pieces(width: int) -> tuple[int, int]:
 
 
 def warps_for(width: int) -> int:
-    """Warps for a kernel that holds one row; 4 for 4608 and 8 for 12288 were the fastest of 2 to 16 on an H200."""
+    """Warps for a kernel that holds one row; 4 for 4608 and 8 for 12288 were the fastest on an H200."""
     return min(16, max(4, triton.next_power_of_2(width) // 2048))
 
 

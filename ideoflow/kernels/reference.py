@@ -17,12 +17,12 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-# Gradients of a mean over half a million elements, times a weight scale, reach 1e-13: the floor lies far below.
+# Gradients of a mean over half a million elements, times a weight scale, reach 1e-13: far above this floor.
 SMALLEST_AMAX = 1e-30
 
 
 class Operand(NamedTuple):
-    """An operand of a matrix product: ``values`` [T, K], and for e4m3 values their row scales [T] in float32."""
+    """An operand of a matrix product: ``values`` [T, K] and, if they are e4m3, float32 row scales [T]."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -153,7 +153,7 @@ def swiglu(gate_up: Tensor, fp8: bool) -> Operand:
 
 
 def swiglu_backward(du: Tensor, gate_up: Tensor, fold: Tensor | None, fp8: bool) -> Operand:
-    """The gradient of gate_up [T, 2 * F] given du [T, F], times ``fold`` [2 * F] where given, as an operand."""
+    """The gradient of gate_up [T, 2 * F] given du [T, F], times ``fold`` [2 * F] if given, as an operand."""
     gate, up = _wide(gate_up).chunk(2, -1)
     du_, sigmoid = _wide(du), torch.sigmoid(gate)
     grad = torch.cat((du_ * up * sigmoid * (1 + gate * (1 - sigmoid)), du_ * gate * sigmoid), -1)
@@ -164,7 +164,7 @@ def adapter_down(x: Operand, matrix: Tensor, parts: int = 1, unfold: Tensor | No
     """x [T, parts * K] times matrix [parts * K, R], part by part: [T, parts * R].
 
     With one part it is the down-projection of an adapter; with several it is the gradient that flows into
-    each part's down-projection from its own slice of the outputs. ``unfold`` [parts * K] multiplies x's columns.
+    each part's down-projection from its own outputs. ``unfold`` [parts * K] multiplies x's columns.
     """
     dtype = matrix.dtype
     dense = _wide(x.dense(torch.float32 if x.scale is not None else x.values.dtype))
@@ -177,7 +177,7 @@ def adapter_down(x: Operand, matrix: Tensor, parts: int = 1, unfold: Tensor | No
 
 def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | None = None,
                      rank_first: bool = False) -> Tensor:  # fmt: skip
-    """x^T z summed over tokens, part by part, in float32: [parts * K, R] from x [T, parts * K], z [T, parts * R].
+    """x^T z, part by part, in float32: [parts * K, R] from x [T, parts * K] and z [T, parts * R].
 
     With ``rank_first`` (one part only) the result comes transposed, [R, K], and contiguous.
     """
@@ -197,11 +197,11 @@ def adapter_up(y: Tensor, z: Tensor, matrix: Tensor, parts: int = 1) -> None:
 
 def split_precision(matrix: Tensor, out: Tensor, scale: Tensor, parts: int = 1, unfold: Tensor | None = None,
                     group: int | None = None) -> None:  # fmt: skip
-    """A thin matrix as e4m3 rows in two pieces, the second holding what the first rounded away (2^-8 together).
+    """A thin matrix as e4m3 rows in two pieces, the second what the first rounded away (2^-8 together).
 
     matrix [parts * K, R], each row times ``unfold`` where given; ``out`` [2 * parts * R, parts * K] and
-    ``scale`` [2 * parts * R] are written. Row p * R + r of the first pieces holds column r of part p, and zeros
-    in the other parts' columns. Of every ``group`` rows (default all) the first pieces come before the second.
+    ``scale`` [2 * parts * R] are written. Row p * R + r of the first pieces holds column r of part p, and
+    zeros in the other parts' columns. Of every ``group`` rows (default all) first pieces come before second.
     """
     k, rank = matrix.shape[0] // parts, matrix.shape[1]
     group = group or parts * rank

@@ -52,7 +52,7 @@ def qk_norm_rope(
 @triton.jit
 def _rotated_back(grad, stride, out, inverse, weight, fold, c, s, first, heads, half, FOLD: tl.constexpr,
                   HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Gradients of some heads of one token's raw q or k: both halves [HEADS, HALF] in bf16, and the largest."""
+    """Gradients of some heads of one token's raw q or k: both halves [HEADS, HALF], and the largest."""
     h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
     mask = (h[:, None] < heads) & (e[None, :] < half)
     at = h[:, None] * 2 * half + e[None, :]
@@ -76,8 +76,8 @@ def _rotated_back(grad, stride, out, inverse, weight, fold, c, s, first, heads, 
 
 
 @triton.jit
-def _plain(grad, stride, fold, first, heads, half, dtype: tl.constexpr, FOLD: tl.constexpr, HEADS: tl.constexpr,
-           HALF: tl.constexpr):  # fmt: skip
+def _plain(grad, stride, fold, first, heads, half, dtype: tl.constexpr, FOLD: tl.constexpr,
+           HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """The same for v, whose gradient passes through."""
     h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
     mask = (h[:, None] < heads) & (e[None, :] < half)
@@ -165,7 +165,7 @@ def qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inver
     _qk_norm_rope_backward[(triton.cdiv(tokens, _TOKENS),)](
         dq, dk, dv, dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv,
         inverse, weight_q, weight_k, cos, sin, fold if has_fold else inverse, result.values, result.scale,
-        tokens, heads, size // 2, has_fold, fp8, first, rest, triton.next_power_of_2(size // 2), _TOKENS, _STAGES,
-        num_warps=_WARPS,
+        tokens, heads, size // 2, has_fold, fp8, first, rest, triton.next_power_of_2(size // 2), _TOKENS,
+        _STAGES, num_warps=_WARPS,
     )  # fmt: skip
     return result

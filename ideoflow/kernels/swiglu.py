@@ -43,7 +43,7 @@ def swiglu(gate_up: Tensor, fp8: bool) -> Operand:
 
 @triton.jit
 def _gradients(du, du_stride, gate_up, fold, row, width, columns, FOLD: tl.constexpr):
-    """Gradients of gate and up for some columns of one row, in the type of gate_up, and the largest of them."""
+    """Gradients of gate and up for some columns of one row, in gate_up's type, and the largest of them."""
     mask = columns < width
     start = gate_up + row.to(tl.int64) * 2 * width
     # What is read once must not push the fold, which every row reads, out of the first-level cache.

@@ -54,8 +54,8 @@ NO_FP8_UNITS = define(
     "IE502",
     "this card has no FP8 units",
     """
-    FP8 matrix products need compute capability 8.9 or higher (Ada, Hopper, Blackwell). On older cards keep the
-    base in FP8 to save memory and multiply in bf16: the weights are dequantised as they are used.
+    FP8 matrix products need compute capability 8.9 or higher (Ada, Hopper, Blackwell). On older cards keep
+    the base in FP8 to save memory and multiply in bf16: the weights are dequantised as they are used.
     """,
 )
 ATTENTION_MISSING = define(

@@ -1,4 +1,4 @@
-"""The fused engine: a step's forward and backward pass on packed tokens, written out (see ``transformer.py``)."""
+"""The fused engine: a step on packed tokens, its backward pass written out (see ``transformer.py``)."""
 
 from ideoflow.engine.fused.transformer import FusedTransformer, adapter_parameters
 

@@ -41,7 +41,7 @@ def make_attention(kernel: Kernel, device: torch.device) -> SdpaAttention | Cudn
 
 
 class SdpaAttention:
-    """PyTorch's scaled dot product attention: cuDNN on Hopper and later, flash elsewhere, efficient in float32."""
+    """PyTorch's attention: cuDNN on Hopper and later, flash elsewhere, memory-efficient in float32."""
 
     def forward(self, qkv: Tensor, layout: PackedLayout) -> tuple[Tensor, Any]:
         """qkv [T, 3, H, E] -> the output [T, H, E] and what the backward pass needs besides."""
@@ -219,7 +219,7 @@ class CudnnVarlenAttention:
         plan.graph.execute(pack, workspace, handle=self._handle)
 
     def _data(self, qkv: Tensor, layout: PackedLayout) -> dict[str, Tensor]:
-        """A layout as ragged plans read it: int32 lengths [B], int64 element offsets [B + 1] of qkv and output."""
+        """A layout for ragged plans: int32 lengths [B], int64 element offsets [B + 1] of qkv and output."""
         if layout not in self._lengths:
             if len(self._lengths) >= 256:
                 self._lengths.clear()

@@ -7,9 +7,9 @@ s and g the modulation of a token's sample (diffusers' ``Ideogram4TransformerBlo
     out = h1 + g_ffn * n(W_2 (silu(gate) * up)),                       gate, up = W_13 (n(h1) * (1 + s))
 
 A forward pass is a chain of named values; each is computed from those before it by one method of
-:class:`_Values`. What the budget keeps stays in the dictionary; what it does not keep is computed again by the
-same method when the backward pass asks for it. So there is one definition of the forward pass, and gradients
-are the same at every budget.
+:class:`_Values`. What the budget keeps stays in the dictionary; what it does not keep is computed again by
+the same method when the backward pass asks for it. So there is one definition of the forward pass, and
+gradients are the same at every budget.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ class Batch:
 
 
 class Modulation(NamedTuple):
-    """What the four norms of a block multiply by, [B, D] each: weight * (1 + scale) going in, weight * tanh(gate)
-    coming out."""
+    """What a block's four norms multiply by, [B, D]: weight * (1 + scale) in, weight * tanh(gate) out."""
 
     attention_in: Tensor
     attention_out: Tensor
@@ -196,8 +195,10 @@ class _Values:
     def _qkv(self) -> Any:
         attention = self.block.source.attention
         qkv = self._linear("qkv", self.block.qkv).view(-1, 3, self.block.heads, self.block.size)
-        inverse = self.block.ops.qk_norm_rope(qkv, attention.norm_q.weight, attention.norm_k.weight,
-                                              self.batch.cos, self.batch.sin, attention.norm_q.eps)  # fmt: skip
+        inverse = self.block.ops.qk_norm_rope(
+            qkv, attention.norm_q.weight, attention.norm_k.weight, self.batch.cos, self.batch.sin,
+            attention.norm_q.eps,
+        )  # fmt: skip
         return qkv, inverse
 
     def _attended(self) -> Any:

@@ -5,8 +5,8 @@ budget of 1 keeps all groups of all blocks, 0 none. In between, groups are kept 
 byte, block by block from the last one (whose backward pass comes first). Attention's output and its
 log-sum-exp come first: one hidden-size tensor saves the dearest recompute.
 
-Rejected: ``torch._functorch.config.activation_memory_budget``. Its partitioner decides on a compiled graph, so
-what it keeps changes with versions and shapes, and gradients turned NaN at one budget in a prototype.
+Rejected: ``torch._functorch.config.activation_memory_budget``. Its partitioner decides on a compiled graph,
+so what it keeps changes with versions and shapes, and gradients turned NaN at one budget in a prototype.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 Group = Literal["attention", "ffn_output", "attention_output", "qkv", "gate_up", "elementwise"]
-# Groups that may wait on the host; "input" is the block's own input. Operands in FP8 are cheaper to recompute.
+# Groups that may wait on the host; "input" is the block's own. Operands in FP8 are cheaper to recompute.
 HOST_GROUPS = ("input", "attention", "ffn_output", "attention_output", "qkv", "gate_up")
 
 

@@ -8,9 +8,9 @@ For parts p that share the input x (q, k, v; w1, w3) with adapters A_p [r, K], B
     dx = dy W + sum over p of dz_p s_p A_p
 
 The adapters learn in float32; working copies in the activations' type are refreshed once a step. In FP8 the
-adapter reads the same quantised x and dy as the frozen product: half the bytes, and nothing else to save. There
-A_p and B_p become two e4m3 pieces each (a number and what its rounding lost, 2^-8 together, as fine as bf16),
-which makes x A^T a product on the FP8 units and dy B further columns of the product dy W.
+adapter reads the same quantised x and dy as the frozen product: half the bytes, and nothing else to save.
+There A_p and B_p become two e4m3 pieces each (a number and what its rounding lost, 2^-8 together, as fine as
+bf16), which makes x A^T a product on the FP8 units and dy B further columns of the product dy W.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class AdaptedLinear:
     """
 
     def __init__(self, layers: Sequence[tuple[str, nn.Module]], *, dtype: torch.dtype, fp8: bool,
-                 ops: SimpleNamespace, scratch: Scratch, keep_transposed: bool = False, joined: bool = True) -> None:  # fmt: skip
+                 ops: SimpleNamespace, scratch: Scratch, keep_transposed: bool = False,
+                 joined: bool = True) -> None:  # fmt: skip
         bases, self.adapters = zip(*(read_adapter(layer, name) for name, layer in layers), strict=True)
         self.weight = FrozenWeight(bases, fp8=fp8, ops=ops, scratch=scratch, keep_transposed=keep_transposed)
         self.ops, self.fp8, self.joined, self.parts = ops, fp8, joined, len(bases)
@@ -168,11 +169,11 @@ class AdaptedLinear:
 
 
 def lay_together(linears: Sequence[AdaptedLinear]) -> list[tuple[Tensor, tuple[Tensor, Tensor], int]]:
-    """Puts the down-projections of the same layer of all blocks into one tensor, of which each keeps its view.
+    """Puts the down-projections of one layer of all blocks into one tensor, of which each keeps its view.
 
     Returns:
         (down-projections, their e4m3 pieces and scales, rows of a block): the arguments of the few
-        ``split_precision`` launches that bring the pieces up to date; none where FP8 or adapters are not used.
+        ``split_precision`` launches that bring the pieces up to date; none without FP8 or adapters.
     """
     if linears[0].down_pieces is None:
         return []

@@ -3,8 +3,8 @@
 Forward: block i's values go out while block i + 1 computes; before block i + 2 the compute stream waits for
 that copy and only then lets the memory go. Backward: block i - 1's values come in while block i computes.
 
-Rejected: ``Tensor.record_stream``. The host runs far ahead of the GPU, so the allocator would see every copy as
-unfinished and take new memory instead of using the old again: offloading would save nothing.
+Rejected: ``Tensor.record_stream``. The host runs far ahead of the GPU, so the allocator would see every copy
+as unfinished and take new memory instead of using the old again: offloading would save nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The fused transformer: diffusers' modules and PEFT's adapters, computed on packed tokens.
 
-``FusedTransformer`` owns no weights. It reads ``Ideogram4Transformer2DModel`` after adapters were injected, so
-names, files and gradients stay where diffusers and PEFT put them. What is frozen and depends on shapes alone
-(rotary tables) is kept per layout; modulations, also frozen, are computed once a step for all blocks.
+``FusedTransformer`` owns no weights. It reads ``Ideogram4Transformer2DModel`` after adapters were injected,
+so names, files and gradients stay where diffusers and PEFT put them. What is frozen and depends on shapes
+alone (rotary tables) is kept per layout; modulations, also frozen, are computed once a step for all blocks.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class FusedTransformer:
         return functional.silu(self.model.adaln_proj(time))
 
     def _rotary(self, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, E / 2]; diffusers' tables repeat each half. Float32 inside, autocast is off here."""
+        """cos and sin [T, E / 2]; diffusers' tables repeat each half. Float32 inside: autocast is off."""
         if layout not in self._tables:
             cos, sin = self.model.rotary_emb(layout.tensors(self.device).position_ids[None])
             half = cos.shape[-1] // 2
@@ -208,7 +208,7 @@ class FusedTransformer:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and id(parameter) not in covered:
                 fail(UNFUSED_ADAPTER, f"{name} is trainable, but the fused engine has no gradient for it",
-                     cure='adapt attention and feed-forward layers only, or use `engine = "reference"`')  # fmt: skip
+                     cure='adapt only attention and feed-forward, or use `engine = "reference"`')  # fmt: skip
 
 
 def adapter_parameters(fused: FusedTransformer) -> list[nn.Parameter]:

@@ -46,7 +46,7 @@ class FrozenWeight:
         fp8: multiply in FP8; the weights must be e4m3.
         ops: kernels, from :func:`ideoflow.kernels.load`.
         scratch: shared work memory.
-        keep_transposed: keep a transposed copy of e4m3 weights (as large again) instead of making it each time.
+        keep_transposed: keep a transposed copy of e4m3 weights (as large again), not make it each time.
 
     Attributes:
         fold: bf16 [N], to be multiplied into the output gradient before :meth:`backward`; None if nothing is.
@@ -102,7 +102,7 @@ class FrozenWeight:
     def backward_with(self, dy: Operand, rows: int, write: Callable[[Tensor, Tensor], None]) -> Tensor:
         """FP8 only: :meth:`backward` with ``rows`` more outputs, [T, K + rows], in the same product.
 
-        ``write(values, scale)`` fills the transposed weight's further rows, e4m3 [rows, N] and float32 [rows].
+        ``write(values, scale)`` fills the transposed weight's further rows: e4m3 [rows, N], float32 [rows].
         """
         inputs = self.shape[1]
         if self._row_scales is None or self._row_scales.numel() != inputs + rows:
@@ -132,7 +132,7 @@ class FrozenWeight:
         from bitsandbytes.functional import dequantize_4bit
 
         for weight, piece in zip(self._packed, out.split(self.widths), strict=True):
-            if weight.quant_state.dtype == dtype:
+            if weight.quant_state.dtype == dtype and piece.is_cuda:  # bitsandbytes writes in place there only
                 dequantize_4bit(weight.data, weight.quant_state, out=piece)
             else:
                 piece.copy_(dequantize_4bit(weight.data, weight.quant_state))

@@ -1,0 +1,43 @@
+"""The activation budget: what is kept, in which order, and never more than allowed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ideoflow.engine.fused.block import _GROUPS
+from ideoflow.engine.fused.budget import HOST_GROUPS, choose_kept, group_bytes
+
+SIZES = group_bytes(4416, 4608, 12288, 2, True)
+
+
+def total(kept, sizes=SIZES):
+    return sum(sizes[group] for groups in kept for group in groups)
+
+
+def test_ends():
+    assert choose_kept(0, 3, SIZES) == [frozenset()] * 3
+    assert choose_kept(1, 3, SIZES) == [frozenset(SIZES)] * 3
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError):
+            choose_kept(wrong, 3, SIZES)
+
+
+@given(st.floats(0, 1), st.integers(1, 40))
+def test_never_more_than_allowed(budget, blocks):
+    assert total(choose_kept(budget, blocks, SIZES)) <= budget * blocks * sum(SIZES.values()) + 1
+
+
+def test_attention_of_the_last_blocks_comes_first():
+    one = SIZES["attention"] / (4 * sum(SIZES.values()))
+    assert choose_kept(2 * one, 4, SIZES) == [frozenset(), frozenset(), *[frozenset({"attention"})] * 2]
+
+
+def test_bytes_are_those_of_the_tensors():
+    row = 4416 * 4608
+    assert SIZES["attention"] == 2 * row and SIZES["qkv"] == 6 * row
+    assert SIZES["gate_up"] == 2 * 2 * 4416 * 12288
+    assert group_bytes(4416, 4608, 12288, 2, False)["elementwise"] == 8 * row + 2 * 4416 * 12288
+
+
+def test_every_group_names_values_of_the_block():
+    assert set(_GROUPS) == set(SIZES) | {"input"} and set(HOST_GROUPS) <= set(_GROUPS)
