@@ -126,7 +126,7 @@ def main() -> None:
         lambda: ops.qk_norm_rope_backward(*dqkv.unbind(1), qkv, inverse, norm, norm, half, half, s.fold,
                                           True),
         u(d, 13))  # fmt: skip
-    write_json(args.json, {"environment": environment(device), "arguments": vars(args), "rows": rows})
+    write_json(args.json, {"environment": environment(device), "tokens": args.tokens, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -160,7 +160,8 @@ def main() -> None:
         for mixed in {"no": [False], "yes": [True], "both": [False, True]}[args.mixed]
     ]
     rows: list[dict[str, Any]] = []
-    report = {"environment": environment(device), "arguments": vars(args), "rows": rows}
+    shown_arguments = {name: value for name, value in vars(args).items() if name not in ("json", "profile")}
+    report = {"environment": environment(device), "arguments": shown_arguments, "rows": rows}
 
     def add(path: str, layout: PackedLayout, figures: dict[str, float], **settings: Any) -> None:
         config = model.config

@@ -144,6 +144,7 @@ class PackedLayout:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept tensors must serve training too, whoever asks first
 def _tensors(layout: PackedLayout, device: torch.device) -> PackedTensors:
     total = layout.total
     sample = torch.zeros(total, dtype=torch.int32)

@@ -134,6 +134,54 @@ def test_gradients_are_the_same_at_every_budget(linear):
             assert torch.equal(gradient, other[name]), name
 
 
+def test_training_works_after_inference_mode():
+    model = tiny()
+    layout = PackedLayout((3, 2), ((2, 5), (3, 3)))  # no other test uses it, so nothing is kept for it yet
+    data = inputs(layout)
+    fused = FusedTransformer(model, linear="bf16", attention="sdpa", dtype=torch.float32)
+    with torch.inference_mode():
+        before = fused(*data, layout)
+    velocity = fused(*data, layout)
+    torch.testing.assert_close(before.clone(), velocity)
+    assert all(g.abs().max() > 0 for g in gradients(model, velocity).values())
+
+
+def test_training_in_fp8_follows_bf16():
+    """An adapter learns what another one knows: after the same steps both precisions have learnt as much."""
+    teacher = tiny(fp8=True, seed=0)
+    layout = PackedLayout((6, 4), ((4, 4), (3, 5)))
+    cases = [inputs(layout, seed) for seed in range(12)]
+    with torch.no_grad():
+        targets = [plain(teacher, layout, *case) for case in cases]
+    losses = {}
+    for linear in ("bf16", "fp8"):
+        model = tiny(fp8=True, seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+            elif parameter.dtype == torch.float32 and "lora_" not in name:
+                parameter.data = parameter.data.bfloat16()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=3e-3, weight_decay=0)
+        fused = FusedTransformer(model, linear=linear, attention="sdpa")
+
+        def loss(i, fused=fused):
+            return nn.functional.mse_loss(fused(*cases[i], layout).float(), targets[i])
+
+        def validation(loss=loss):
+            with torch.no_grad():
+                return float(sum(loss(i) for i in range(8, 12)) / 4)
+
+        before = validation()
+        for step in range(80):
+            optimizer.zero_grad()
+            loss(step % 8).backward()
+            optimizer.step()
+        losses[linear] = before, validation()
+    assert losses["bf16"][1] < 0.7 * losses["bf16"][0]
+    assert abs(losses["fp8"][1] / losses["bf16"][1] - 1) < 0.01, losses
+
+
 def test_inert_tokens_change_nothing():
     model = tiny()
     data = inputs(MIXED)
