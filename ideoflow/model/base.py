@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ class BaseFacts:
         name: as the recipe names it.
         folder: where it lies on this disk, or will lie once it is made or downloaded.
         present: whether it is there now.
-        storage: type of the transformer's weights in the files: ``bf16``, ``float32``, ...
+        storage: form of the transformer's weights in the files: ``bf16``, ``float16``, ``float32``, ``fp8``
+            (e4m3 with scales) or ``nf4`` (bitsandbytes).
         digest: changes when the weights change; keys the caches.
         has_unconditional: whether the second transformer, for true asymmetric guidance, is there.
     """
@@ -139,7 +142,8 @@ def _look_in_hub_cache(name: str, revision: str | None, span: Span | None) -> Ba
         TransformerSpec(),
         TextEncoderSpec(),
         VaeSpec(),
-        "bf16",
+        # Published names say in which form the weights are.
+        next((form for form in ("fp8", "nf4") if form in name.lower()), "bf16"),
         f"{name}@{revision or 'main'}",
         True,
     )
@@ -182,7 +186,9 @@ def read_base(name: str, folder: Path, span: Span | None = None) -> BaseFacts:
             span,
             cure="a base is a folder in diffusers' layout: model_index.json beside " + ", ".join(COMPONENTS),
         )
-    configs = {part: _config(folder / part, span) for part in _WEIGHTED if (folder / part).is_dir()}
+    parts = [part for part in _WEIGHTED if (folder / part).is_dir()]
+    headers = {part: _headers(folder / part, span) for part in parts}
+    configs = {part: _config(folder / part, headers[part], span) for part in parts}
     for part, config in configs.items():
         _check_form(folder / part, config, span)
     text = configs["text_encoder"]
@@ -194,15 +200,7 @@ def read_base(name: str, folder: Path, span: Span | None = None) -> BaseFacts:
         )
     except (TypeError, ValueError, AttributeError) as error:
         fail(BAD_CONFIG, f"a config.json in {folder} cannot be used: {error}", span, cure=_AGAIN)
-    storage = {part: _storage(folder / part, span) for part in configs}
-    for part in ("transformer", "unconditional_transformer"):
-        if part in storage and storage[part] not in _TRAINABLE:
-            fail(
-                UNSUPPORTED_FORM,
-                f"the transformer in {folder / part} is stored as {storage[part]}",
-                span,
-                cure="use the bf16 weights in diffusers' layout",
-            )
+    storage = {part: _storage(folder / part, headers[part], span) for part in parts}
     return BaseFacts(
         name,
         folder,
@@ -215,18 +213,18 @@ def read_base(name: str, folder: Path, span: Span | None = None) -> BaseFacts:
 
 
 def _check_form(part: Path, config: Mapping[str, Any], span: Span | None) -> None:
-    """Refuses quantised parts, and transformers of other models."""
+    """Refuses quantisations that cannot be read, and transformers of other models."""
     quantisation = config.get("quantization_config")
-    if quantisation:
-        known = isinstance(quantisation, dict) and quantisation.get("quant_method")
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if quantisation and not (method == "bitsandbytes" and _is_transformer(part)):
         fail(
             UNSUPPORTED_FORM,
-            f"{part} is quantised with {known or 'an unknown method'}",
+            f"{part} is quantised with {method or 'an unknown method'}",
             span,
-            cure="use the bf16 weights in diffusers' layout",
+            cure=_cure(part),
         )
     made_for = config.get("_class_name", _TRANSFORMER_CLASS)
-    if part.name.endswith("transformer") and made_for != _TRANSFORMER_CLASS:
+    if _is_transformer(part) and made_for != _TRANSFORMER_CLASS:
         fail(
             UNSUPPORTED_FORM,
             f"{part} is a {made_for}, not a transformer of Ideogram 4",
@@ -235,8 +233,24 @@ def _check_form(part: Path, config: Mapping[str, Any], span: Span | None) -> Non
         )
 
 
-def _config(part: Path, span: Span | None) -> Mapping[str, Any]:
+def _is_transformer(part: Path) -> bool:
+    return part.name.endswith("transformer")
+
+
+def _cure(part: Path) -> str:
+    if _is_transformer(part):
+        return "use weights in bf16, in FP8 (e4m3 with scales), or in bitsandbytes' NF4"
+    return "use the bf16 weights in diffusers' layout"
+
+
+def _config(part: Path, header: Mapping[str, Any], span: Span | None) -> Mapping[str, Any]:
     file = part / "config.json"
+    if not file.exists() and _is_transformer(part) and is_original_layout(header):
+        try:
+            return asdict(infer_transformer(header))
+        except (LookupError, ValueError) as error:
+            message = f"{file} is missing, and the shapes of the weights do not tell the sizes: {error}"
+            fail(BAD_CONFIG, message, span, cure=_AGAIN)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -245,6 +259,27 @@ def _config(part: Path, span: Span | None) -> Mapping[str, Any]:
     if not isinstance(data, dict):
         fail(BAD_CONFIG, f"{file} is not a JSON object", span, cure=_AGAIN)
     return data
+
+
+def is_original_layout(header: Mapping[str, Any]) -> bool:
+    """Whether q, k and v are one tensor, as the model's authors store them."""
+    return any(".attention.qkv." in name for name in header)
+
+
+def infer_transformer(header: Mapping[str, Any]) -> TransformerSpec:
+    """The sizes that the shapes of a transformer's dense or FP8 tensors tell.
+
+    Raises:
+        LookupError, ValueError: when a tensor that is needed is not there, or of an impossible shape.
+    """
+    shapes = {re.sub(r"^(?:model\.)?diffusion_model\.", "", n): t["shape"] for n, t in header.items()}
+    blocks = {int(match[1]) for n in shapes if (match := re.match(r"layers\.(\d+)\.", n))}
+    hidden, channels = shapes["input_proj.weight"]
+    (head,) = shapes["layers.0.attention.norm_q.weight"]
+    intermediate, _ = shapes["layers.0.feed_forward.w1.weight"]
+    _, adaln = shapes["layers.0.adaln_modulation.weight"]
+    _, features = shapes["llm_cond_proj.weight"]
+    return TransformerSpec(channels, len(blocks), head, hidden // head, intermediate, adaln, features)
 
 
 def read_safetensors_header(file: Path) -> dict[str, Any]:
@@ -269,32 +304,66 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
     return tensors
 
 
-_DTYPES = {"F32": "float32", "BF16": "bf16", "F16": "float16", "F8_E4M3": "fp8"}
-_TRAINABLE = ("float32", "bf16", "float16")
+_DTYPES = {"F32": "float32", "BF16": "bf16", "F16": "float16", "F8_E4M3": "fp8", "I8": "int8"}
+_DENSE = ("float32", "bf16", "float16")
+_READABLE = (*_DENSE, "fp8", "nf4")
+_NF4_MARK = ".weight.quant_state.bitsandbytes__nf4"
 
 
-def _storage(part: Path, span: Span | None) -> str:
-    """The type that most of a part's bytes have."""
-    sizes: dict[str, int] = {}
+def _headers(part: Path, span: Span | None) -> dict[str, Any]:
+    """Type, shape and place of every tensor of a part, from the headers of its files."""
+    tensors: dict[str, Any] = {}
     file = part
     try:
         for file in weight_files(part):
-            for tensor in read_safetensors_header(file).values():
-                begin, end = tensor["data_offsets"]
-                sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
+            tensors |= read_safetensors_header(file)
     except FileNotFoundError:
         fail(BAD_CONFIG, f"{file} is missing", span, cure=_AGAIN)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         fail(BAD_CONFIG, f"{file} cannot be used: {error}", span, cure=_AGAIN)
-    if not sizes:
+    if not tensors:
         fail(
             UNSUPPORTED_FORM,
             f"{part} holds no .safetensors file",
             span,
             cure="ideoflow reads safetensors only; it never unpickles a .bin or .pt",
         )
+    return tensors
+
+
+def _storage(part: Path, header: Mapping[str, Any], span: Span | None) -> str:
+    """The form that most of a part's bytes have.
+
+    Raises:
+        IdeoflowError: when it cannot be read, or scales do not belong to their weights.
+    """
+    sizes: dict[str, int] = {}
+    try:
+        for tensor in header.values():
+            begin, end = tensor["data_offsets"]
+            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
+        odd = [name for name in header if name.endswith(".weight_scale") and not _is_scale(name, header)]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        fail(BAD_CONFIG, f"a weight file in {part} cannot be used: {error}", span, cure=_AGAIN)
     main = max(sizes, key=lambda k: sizes[k])
-    return _DTYPES.get(main, main)
+    form = _DTYPES.get(main, main)
+    if main == "U8" and any(name.endswith(_NF4_MARK) for name in header):
+        form = "nf4"
+    if form not in (_READABLE if _is_transformer(part) else _DENSE):
+        what = "the transformer in " if _is_transformer(part) else ""
+        fail(UNSUPPORTED_FORM, f"{what}{part} is stored as {form}", span, cure=_cure(part))
+    if odd:
+        message = (
+            f"{part}: {odd[0]} has the shape {header[odd[0]]['shape']}, which is no scale a row or a tensor"
+        )
+        fail(UNSUPPORTED_FORM, message, span, cure=_cure(part))
+    return form
+
+
+def _is_scale(name: str, header: Mapping[str, Any]) -> bool:
+    """Whether a scale's shape is [], [1], [out] or [out, 1] of the weight that it stands beside."""
+    shape, weight = header[name]["shape"], header.get(name.removesuffix("_scale"), {}).get("shape")
+    return prod(shape) == 1 or (bool(weight) and prod(shape) == shape[0] == weight[0])
 
 
 def _sampled_digest(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, WRONG_WEIGHTS
 from ideoflow.kernels.float8 import Float8Linear, quantize_weight
+from ideoflow.model.base import infer_transformer, read_safetensors_header, weight_files
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.quiet import disable_progress_bars
 
@@ -68,7 +70,7 @@ def load_transformer(
     for float32 times with bf16 weights, and loses precision for bf16 times).
     """
     with _told(folder / part):
-        config = Ideogram4Transformer2DModel.load_config(folder / part)
+        config = _transformer_config(folder / part)
         # The rotary frequencies are a buffer that no file holds: they must be computed, not left empty.
         with init_empty_weights(include_buffers=False):
             model = Ideogram4Transformer2DModel.from_config(config)
@@ -82,6 +84,15 @@ def load_transformer(
         _fill(folder / part, model, checkpoint, PRECISIONS[precision], device)
     model.t_embedding.mlp_in.register_forward_pre_hook(_cast_to_weight)
     return model.requires_grad_(False).eval().to(device)
+
+
+def _transformer_config(part: Path) -> Any:
+    """What ``config.json`` says; checkpoints in the original layout may come without one."""
+    if (part / "config.json").exists():
+        return Ideogram4Transformer2DModel.load_config(part)
+    return asdict(
+        infer_transformer({k: v for f in weight_files(part) for k, v in read_safetensors_header(f).items()})
+    )
 
 
 def _make_float8(block: nn.Module) -> None:

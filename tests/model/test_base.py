@@ -20,6 +20,7 @@ from ideoflow.model.spec import TransformerSpec
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SPAN = Span("recipe.toml", 2, 8, 2, 14, 'base = "base"')
+FP8 = torch.float8_e4m3fn
 CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
 
 
@@ -251,8 +252,9 @@ def test_pickled_weights_are_not_opened(copy):
 @pytest.mark.parametrize(
     ("part", "config", "method"),
     [
-        ("transformer", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ("text_encoder", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ("unconditional_transformer", {"quant_method": "gguf"}, "gguf"),
+        ("transformer", {"quant_method": "sdnq"}, "sdnq"),
         ("text_encoder", {"load_in_8bit": True}, "an unknown method"),
         ("transformer", ["x"], "an unknown method"),
     ],
@@ -264,14 +266,92 @@ def test_quantised_parts(copy, part, config, method):
     assert diagnostic.message.endswith(f"{part} is quantised with {method}") and "bf16" in diagnostic.cure
 
 
-@pytest.mark.parametrize("part", ["transformer", "unconditional_transformer"])
-def test_fp8_storage(copy, part):
-    file = copy / part / Path(WEIGHTS).name
+def store(folder, part, tensors):
+    file = next((folder / part).glob("*.safetensors"))
     file.unlink()
-    weights = {"w": torch.zeros(8, 8).to(torch.float8_e4m3fn), "w_scale": torch.ones(8)}
-    save_file(weights, file)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1), (1,), ()])
+@pytest.mark.parametrize("part", ["transformer", "unconditional_transformer"])
+def test_fp8_storage(copy, part, shape):
+    store(copy, part, {"w.weight": torch.zeros(8, 8).to(FP8), "w.weight_scale": torch.ones(shape)})
+    facts = locate_base(str(copy))
+    assert facts.storage == ("fp8" if part == "transformer" else "float32")
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (4, 2), (3,), (2, 2, 2)])
+def test_scales_that_belong_to_no_row(copy, shape):
+    """Blocks of 128 x 128 or columns: other ways to quantise, whose weights would be read wrongly."""
+    store(copy, "transformer", {"w.weight": torch.zeros(8, 8).to(FP8), "w.weight_scale": torch.ones(shape)})
     diagnostic = located(copy)
-    assert diagnostic.code is codes.UNSUPPORTED_FORM and "stored as fp8" in diagnostic.message
+    assert diagnostic.code is codes.UNSUPPORTED_FORM and "w.weight_scale" in diagnostic.message
+
+
+def test_nf4_storage(copy):
+    weight = torch.zeros(4096, 1, dtype=torch.uint8)
+    sides = {".absmax": torch.ones(2), ".quant_map": torch.ones(16)}
+    mark = {".quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}
+    store(copy, "transformer", {f"w.weight{k}": v for k, v in {"": weight, **sides, **mark}.items()})
+    edit(copy / "transformer" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    assert locate_base(str(copy)).storage == "nf4"
+    store(copy, "transformer", {f"w.weight{k}": v for k, v in {"": weight, **sides}.items()})
+    assert "stored as U8" in located(copy).message
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "name"),
+    [
+        ("transformer", torch.int8, "int8"),
+        ("unconditional_transformer", torch.float8_e5m2, "F8_E5M2"),
+        ("text_encoder", FP8, "fp8"),
+        ("vae", torch.int8, "int8"),
+    ],
+)
+def test_storage_that_is_not_read(copy, part, dtype, name):
+    store(copy, part, {"w.weight": torch.zeros(8, 8).to(dtype)})
+    diagnostic = located(copy)
+    assert diagnostic.code is codes.UNSUPPORTED_FORM and f"stored as {name}" in diagnostic.message
+    assert ("NF4" in diagnostic.cure) == part.endswith("transformer")
+
+
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [("ideogram-ai/ideogram-4-fp8", "fp8"), ("a/Ideogram-4-NF4-diffusers", "nf4"), ("a/b", "bf16")],
+)
+def test_the_form_of_a_hub_id_that_is_not_here_is_in_its_name(monkeypatch, tmp_path, name, storage):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert locate_base(name).storage == storage
+
+
+def to_original_layout(folder, part="transformer"):
+    """q, k and v as one tensor, and no config.json: as the model's authors store it."""
+    state, fused = load_file(next((folder / part).glob("*.safetensors"))), {}
+    for name, value in state.items():
+        if ".to_q." in name:
+            qkv = [state[name.replace("to_q", leaf)] for leaf in ("to_q", "to_k", "to_v")]
+            fused[name.replace("to_q", "qkv")] = torch.cat(qkv)
+        elif ".to_k." not in name and ".to_v." not in name:
+            fused[name.replace("to_out.0", "o")] = value
+    store(folder, part, fused)
+    (folder / part / "config.json").unlink()
+    return fused
+
+
+def test_sizes_are_inferred_where_the_original_layout_comes_without_a_config(copy):
+    to_original_layout(copy)
+    assert locate_base(str(copy)).transformer == NANO_TRANSFORMER
+
+
+@pytest.mark.parametrize(
+    "name", ["input_proj.weight", "layers.0.attention.norm_q.weight", "llm_cond_proj.weight"]
+)
+def test_shapes_that_do_not_tell_the_sizes(copy, name):
+    fused = to_original_layout(copy)
+    for damaged in ({n: t for n, t in fused.items() if n != name}, {**fused, name: torch.zeros(2, 2, 2)}):
+        store(copy, "transformer", damaged)
+        diagnostic = located(copy)
+        assert diagnostic.code is codes.BAD_CONFIG and "config.json is missing" in diagnostic.message
 
 
 def test_another_model(copy):

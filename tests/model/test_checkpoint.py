@@ -181,3 +181,16 @@ def test_a_dense_base_can_be_held_in_fp8(make: Any, dense: dict[str, Tensor]) ->
     restored = w1.weight.float() * w1.weight_scale[:, None]
     original = dense["layers.0.feed_forward.w1.weight"].float()
     assert (restored - original).norm() / original.norm() < 0.03
+
+
+def test_the_original_layout_loads_without_a_config(dense, config, tmp_path):
+    """Sizes inferred from the tensors' shapes give the same model as a config.json."""
+    with_config, without = tmp_path / "a", tmp_path / "b"
+    for folder in (with_config, without):
+        (folder / "transformer").mkdir(parents=True)
+        save_file(fuse(dense), folder / "transformer" / "model.safetensors")
+    (with_config / "transformer" / "config.json").write_text(config)
+    models = [load_transformer(f, precision="fp8", device=CPU) for f in (with_config, without)]
+    states = [m.state_dict() for m in models]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k].float(), states[1][k].float()) for k in states[0])

@@ -16,8 +16,9 @@ UNSUPPORTED_FORM = define(
     """
     The files are not in a form that can be trained on yet. Supported: a folder in diffusers' layout
     (`model_index.json`, `transformer/`, `text_encoder/`, `tokenizer/`, `vae/`) whose weights are safetensors
-    in bf16, float16 or float32. Pickled files (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs
-    whatever code the file holds.
+    in bf16, float16 or float32. The transformers may also be FP8 (e4m3 with a scale a row or a tensor) or
+    bitsandbytes' NF4, with q, k and v apart or fused. INT8, GGUF, SDNQ and NVFP4 are not read. Pickled files
+    (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs whatever code the file holds.
     """,
 )
 BAD_CONFIG = define(
