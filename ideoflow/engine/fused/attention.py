@@ -241,7 +241,10 @@ class CudnnVarlenAttention:
 
         if self._handle is None:
             self._handle = cudnn.create_handle()
-        io = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}[dtype]
+        io = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}.get(dtype)
+        if io is None:
+            fail(ATTENTION_MISSING, f"cuDNN's attention takes bf16 or float16, not {dtype}",
+                 cure="choose attention `sdpa`")  # fmt: skip
         graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=cudnn.data_type.FLOAT,
                               compute_data_type=cudnn.data_type.FLOAT, handle=self._handle)  # fmt: skip
         width = heads * size
@@ -292,11 +295,16 @@ class CudnnVarlenAttention:
             grads = graph.sdpa_backward(name="sdpa_backward", dO=tensors["do"], **roles, **common)
             for name, tensor in zip(("dq", "dk", "dv"), grads, strict=True):
                 made(name, tensor, 3)
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        graph.check_support()
-        graph.build_plans()
+        try:
+            graph.validate()
+            graph.build_operation_graph()
+            graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+            graph.check_support()
+            graph.build_plans()
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()
+            fail(ATTENTION_MISSING, f"cuDNN has no {direction} attention of {heads} heads of {size} on this card",
+                 cure="choose attention `sdpa`", notes=reason[:1])  # fmt: skip
         return _Plan(graph, tensors, graph.get_workspace_size())
 
 

@@ -179,7 +179,7 @@ def test_training_in_fp8_follows_bf16():
             optimizer.step()
         losses[linear] = before, validation()
     assert losses["bf16"][1] < 0.7 * losses["bf16"][0]
-    assert abs(losses["fp8"][1] / losses["bf16"][1] - 1) < 0.01, losses
+    assert abs(losses["fp8"][1] / losses["bf16"][1] - 1) < 0.03, losses
 
 
 def test_inert_tokens_change_nothing():
