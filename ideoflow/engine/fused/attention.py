@@ -303,7 +303,7 @@ class CudnnVarlenAttention:
             graph.build_plans()
         except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
             reason = str(error).strip().splitlines()
-            fail(ATTENTION_MISSING, f"cuDNN has no {direction} attention of {heads} heads of {size} on this card",
+            fail(ATTENTION_MISSING, f"cuDNN has no {direction} attention for {heads} heads of {size} here",
                  cure="choose attention `sdpa`", notes=reason[:1])  # fmt: skip
         return _Plan(graph, tensors, graph.get_workspace_size())
 
