@@ -179,7 +179,7 @@ def test_ctrl_c_saves_and_stops(project: Path) -> None:
     (project / "try.toml").write_text(RECIPE.replace("steps = 4", "steps = 5000", 1))
     process = child()
     metrics = Path("outputs/try/metrics.jsonl")
-    wait_for(lambda: metrics.exists() and '"step"' in metrics.read_text(), process)
+    wait_for(lambda: metrics.exists() and '"kind": "step"' in metrics.read_text(), process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,16 @@ from ideoflow.diagnostics.codes.engine import LOSS_EXPLODED
 from ideoflow.engine.events import CheckpointSaved, Emit, Progress, StepDone
 from ideoflow.engine.schedule import learning_rate_factor
 from ideoflow.engine.setup import Trainable
-from ideoflow.engine.step import TrainingSample, accumulate, prepare
+from ideoflow.engine.step import TrainingSample, prepare
 from ideoflow.plan.document import Plan
 
 
 @dataclass
 class Stop:
-    """Asks the loop to save and stop after the step it is in."""
+    """Asks training to save and stop after the step, or the sampling, that it is in."""
 
     requested: bool = False
-    # Whether the loop is running, so that a request is heard.
+    # Whether training is under way, so that a request is heard.
     listening: bool = False
 
 
@@ -69,16 +70,20 @@ class Trainer:
             lr=self.settings.learning_rate,
             betas=(beta1, beta2),
             weight_decay=self.settings.weight_decay,
+            fused=model.transformer.device.type == "cuda",
         )
+        # The next step's samples are read and drawn while the device works on this one.
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.upcoming: tuple[int, Future[list[list[TrainingSample]]]] | None = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's state in place."""
         for name, parameter in self.model.parameters.items():
             parameter.data.copy_(checkpoint.adapter[name])
             state = {k: checkpoint.optimizer[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {
-                k: v.clone() if k == "step" else v.to(parameter.device, copy=True) for k, v in state.items()
-            }
+            self.optimizer.state[parameter] = {k: v.clone() for k, v in state.items()}
+        # Loading puts each value where this kind of AdamW wants it (the fused one: all on the device).
+        self.optimizer.load_state_dict(self.optimizer.state_dict())
         self.step = self.saved_at = checkpoint.step
 
     def train(self, until: int) -> None:
@@ -90,13 +95,11 @@ class Trainer:
         self.model.transformer.train()
         total = self.settings.steps
         self.emit(Progress("train", self.step, total))
-        self.stop.listening = True
         while self.step < until and not self.stop.requested:
             self._one_step()
             self.emit(Progress("train", self.step, total))
             if self.step == total or self.step % self.settings.checkpoint_every == 0 or self.stop.requested:
                 self.save()
-        self.stop.listening = False
 
     def _one_step(self) -> None:
         started = time.perf_counter()
@@ -107,10 +110,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = self.settings.accumulation
-        loss = sum(
-            float(accumulate(self.model.transformer, self._batch(part), parts)) for part in range(parts)
-        )
-        loss /= parts
+        loss = sum(float(self.model.gradients(batch, parts)) for batch in self._batches()) / parts
         norm = self._gradient_norm()
         if not math.isfinite(loss) or not math.isfinite(norm):
             kept = (
@@ -135,9 +135,20 @@ class Trainer:
         norm: Tensor = torch.nn.utils.clip_grad_norm_(list(self.model.parameters.values()), limit)
         return float(norm)
 
-    def _batch(self, part: int) -> list[TrainingSample]:
-        first = (self.step * self.settings.accumulation + part) * self.settings.batch
-        return [self._sample(first + slot) for slot in range(self.settings.batch)]
+    def _batches(self) -> list[list[TrainingSample]]:
+        """The batches of this step; starts on those of the next one."""
+        if self.upcoming is None or self.upcoming[0] != self.step:
+            self.upcoming = (self.step, self.reader.submit(self._read, self.step))
+        batches = self.upcoming[1].result()
+        following = self.step + 1
+        if following < self.settings.steps:
+            self.upcoming = (following, self.reader.submit(self._read, following))
+        return batches
+
+    def _read(self, step: int) -> list[list[TrainingSample]]:
+        batch, parts = self.settings.batch, self.settings.accumulation
+        numbers = range(step * parts * batch, (step + 1) * parts * batch)
+        return [[self._sample(n) for n in numbers[i : i + batch]] for i in range(0, len(numbers), batch)]
 
     def _sample(self, number: int) -> TrainingSample:
         seed = self.settings.seed

@@ -8,17 +8,18 @@ v = g * conditional + (1 - g) * unconditional, where the unconditional velocity 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
 from ideoflow.data.encode import release
 from ideoflow.engine.schedule import PRESETS, sampling_sigmas
-from ideoflow.engine.setup import UnpaddedAttention, plan_device, plan_dtype
+from ideoflow.engine.setup import Trainable, UnpaddedAttention, plan_device, plan_dtype
 from ideoflow.engine.step import predict_velocity
 from ideoflow.model.latents import decode_tokens
 from ideoflow.model.load import load_transformer, load_vae
@@ -54,9 +55,9 @@ def denoise(
 class Sampler:
     """Makes the plan's validation pictures; what it loads stays on the host between samplings."""
 
-    def __init__(self, plan: Plan, transformer: Ideogram4Transformer2DModel) -> None:
+    def __init__(self, plan: Plan, model: Trainable) -> None:
         assert plan.base.folder is not None
-        self.plan, self.transformer, self.folder = plan, transformer, plan.base.folder
+        self.plan, self.model, self.folder = plan, model, plan.base.folder
         self.device, self.dtype = plan_device(plan), plan_dtype(plan)
         host = torch.device("cpu")
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder / "scheduler")
@@ -70,8 +71,8 @@ class Sampler:
 
     def sample(self, texts: list[Tensor]) -> list[Image.Image]:
         """One picture for each caption's text features (text tokens, hidden)."""
-        training = self.transformer.training
-        self.transformer.eval()
+        training = self.model.transformer.training
+        self.model.transformer.eval()
         if self.unconditional is not None:
             self.unconditional.to(self.device)
         tokens = [self._tokens(text, index) for index, text in enumerate(texts)]
@@ -81,7 +82,7 @@ class Sampler:
         pictures = [self._decode(t) for t in tokens]
         self.vae.to("cpu")
         release(self.device)
-        self.transformer.train(training)
+        self.model.transformer.train(training)
         return pictures
 
     @property
@@ -102,13 +103,15 @@ class Sampler:
         sigmas = sampling_sigmas(
             steps, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN, preset.mu, preset.std
         )
-        channels = self.transformer.config.in_channels
+        channels = self.model.transformer.config.in_channels
         chance = torch.Generator().manual_seed(self.seed(index))
         noise = torch.randn(rows * columns, channels, generator=chance).to(self.device)
-        other, no_text = self.unconditional or self.transformer, text[:0]
+        without_text = (
+            partial(predict_velocity, self.unconditional) if self.unconditional else self.model.predict
+        )
         return denoise(
-            lambda x, t: predict_velocity(self.transformer, x, t, text, self.grid),
-            lambda x, t: predict_velocity(other, x, t, no_text, self.grid),
+            lambda x, t: self.model.predict(x, t, text, self.grid),
+            lambda x, t: without_text(x, t, text[:0], self.grid),
             noise,
             self.scheduler,
             sigmas,

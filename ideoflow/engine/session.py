@@ -94,7 +94,7 @@ class _Session:
             data = self.encoder.encode_pictures(samples)
         with self.meter.stage("load"):
             model = build(self.plan)
-            sampler = Sampler(self.plan, model.transformer) if prompts else None
+            sampler = Sampler(self.plan, model) if prompts else None
         trainer = Trainer(self.plan, model, data, self.encoder, self.checkpoints, self.emit, self.stop)
         if checkpoint:
             trainer.resume(checkpoint)
@@ -108,14 +108,18 @@ class _Session:
         """Trains from one sampling to the next; samples before the first step and after the last."""
         total = self.plan.tables.train.steps
         every = self.plan.tables.validate.every if sampler else total
+        self.stop.listening = True
         if sampler and trainer.step == 0:
             self._sample(sampler, prompts, 0)
         while trainer.step < total and not self.stop.requested:
             until = min(total, (trainer.step // every + 1) * every)
             with self.meter.stage("train"):
                 trainer.train(until)
-            if sampler and trainer.step == until:
+            if sampler and trainer.step == until and not self.stop.requested:
                 self._sample(sampler, prompts, until)
+        self.stop.listening = False
+        if trainer.step:
+            trainer.save()
 
     def _sample(self, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> None:
         with self.meter.stage("samples"):

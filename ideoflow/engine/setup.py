@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from diffusers import Ideogram4Transformer2DModel
@@ -13,6 +15,15 @@ from torch import Tensor, nn
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import NO_DEVICE
+from ideoflow.engine.fused import FusedTransformer
+from ideoflow.engine.fused.attention import Kernel
+from ideoflow.engine.step import (
+    TrainingSample,
+    accumulate,
+    accumulate_packed,
+    predict_packed,
+    predict_velocity,
+)
 from ideoflow.model.load import PRECISIONS, load_transformer
 from ideoflow.plan.document import Plan
 
@@ -54,29 +65,46 @@ class UnpaddedAttention(Ideogram4AttnProcessor):
 
 @dataclass
 class Trainable:
-    """The model with its adapter.
+    """The model with its adapter, and how the plan's engine computes with it.
 
     Args:
-        transformer: frozen base with PEFT's LoRA layers, for single samples without padding.
+        transformer: frozen base with PEFT's LoRA layers; names and files are theirs on every path.
         parameters: the trained tensors by name, float32.
+        predict: velocity of one sample, as :func:`ideoflow.engine.step.predict_velocity` gives it.
+        gradients: adds a batch's gradients, as :func:`ideoflow.engine.step.accumulate` does.
     """
 
     transformer: Ideogram4Transformer2DModel
     parameters: dict[str, nn.Parameter]
+    predict: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
+    gradients: Callable[[list[TrainingSample], int], Tensor]
 
 
 def build(plan: Plan) -> Trainable:
-    """Loads the base and puts a fresh adapter on it."""
+    """Loads the base, puts a fresh adapter on it, and sets up the engine that the plan chose."""
     device = plan_device(plan)
     assert plan.base.folder is not None, "the base is fetched before the engine starts"
     transformer = load_transformer(plan.base.folder, precision=str(plan.value("precision")), device=device)
     transformer.set_attn_processor(UnpaddedAttention())
     parameters = add_adapter(transformer, plan)
+    if plan.value("engine") == "fused":
+        fused = FusedTransformer(
+            transformer,
+            linear=str(plan.value("matmul")),
+            attention=cast(Kernel, plan.value("attention")),
+            activation_budget=float(plan.value("activation_budget")),
+            dtype=plan_dtype(plan),
+        )
+        return Trainable(
+            transformer, parameters, partial(predict_packed, fused), partial(accumulate_packed, fused)
+        )
     if plan.value("checkpointing") == "on":
         transformer.enable_gradient_checkpointing()
     if plan.value("compile") == "regional":
         transformer.compile_repeated_blocks()
-    return Trainable(transformer, parameters)
+    return Trainable(
+        transformer, parameters, partial(predict_velocity, transformer), partial(accumulate, transformer)
+    )
 
 
 def add_adapter(transformer: Ideogram4Transformer2DModel, plan: Plan) -> dict[str, nn.Parameter]:

@@ -37,7 +37,7 @@ def test_pictures_are_the_pipelines_own(
 ) -> None:
     settings = {"preset": preset, "steps": 5, "height": 96, "width": 64, "seed": 9, "prompts": ["x"]}
     plan = plan_of(**{f"validate.{k}": v for k, v in settings.items()})
-    sampler = Sampler(plan, build(plan).transformer)
+    sampler = Sampler(plan, build(plan))
     p = PRESETS[preset]
     theirs = pipelines_picture(
         nano, num_inference_steps=5, guidance_schedule=p.guidance(5, None), mu=p.mu, std=p.std
@@ -53,7 +53,7 @@ def test_without_the_second_transformer_the_conditional_one_runs_without_text(
 ) -> None:
     settings = {"steps": 3, "height": 96, "width": 64, "seed": 9, "guidance": 4.0, "prompts": ["x"]}
     plan = plan_of(**{f"validate.{k}": v for k, v in settings.items()})
-    sampler = Sampler(plan, build(plan).transformer)
+    sampler = Sampler(plan, build(plan))
     sampler.unconditional = None  # as it is where the plan says proxy
     pipe = Ideogram4Pipeline.from_pretrained(nano.folder)
     pipe.unconditional_transformer = pipe.transformer
@@ -80,7 +80,7 @@ def test_sampling_leaves_the_model_as_it_was(plan_of: Any, text: torch.Tensor) -
     plan = plan_of(**{"validate.prompts": ["x"], "validate.steps": 2})
     model = build(plan)
     model.transformer.train()
-    pictures = Sampler(plan, model.transformer).sample([text, text])
+    pictures = Sampler(plan, model).sample([text, text])
     assert model.transformer.training
     assert all(p.grad is None for p in model.parameters.values())
     assert pictures[0].tobytes() != pictures[1].tobytes()  # each prompt has its own seed
