@@ -1,9 +1,9 @@
 """Does the whole path hold at the true size? Runs a recipe on a base of full size with random weights.
 
 No weights are downloaded: transformer (9.3 G), text encoder (8.2 G) and autoencoder are filled with random
-numbers on the GPU and written in diffusers' layout (35 GB of disk), then `ideoflow`'s own workflow plans,
-encodes, trains, samples and exports, exactly as for a user. Prints what each stage took, and the memory
-predicted against measured.
+numbers on the GPU and written to disk (26 GB with the transformer in FP8), then `ideoflow`'s own workflow
+plans, encodes, trains, samples and exports, exactly as for a user. Prints what each stage took, and the
+memory predicted against measured.
 
     python benchmarks/full_size.py --base /scratch/base --out results.json
     python benchmarks/full_size.py --size nano --steps 2 --resolution 64       # a try without a GPU
@@ -26,9 +26,11 @@ from diffusers import (
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
 )
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
+from ideoflow.kernels.float8 import quantize_weight
 from ideoflow.model.base import TextEncoderSpec
 from ideoflow.model.nano import make_nano, nano_pipeline
 from ideoflow.resources import recipes
@@ -48,8 +50,11 @@ def fill(model: nn.Module, device: str) -> nn.Module:
     return model
 
 
-def make_base(folder: Path, device: str) -> None:
-    """A base of full size in diffusers' layout; the unconditional transformer is the same files again."""
+def make_base(folder: Path, form: str, device: str) -> None:
+    """A base of full size; the unconditional transformer is the same files again.
+
+    ``form`` is ``bf16`` (diffusers' layout) or ``fp8`` (the original layout: fused qkv, e4m3, a scale a row).
+    """
     spec = TextEncoderSpec()
     rope = {
         "rope_type": "default",
@@ -66,15 +71,40 @@ def make_base(folder: Path, device: str) -> None:
     Ideogram4Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=fill(vae, device), text_encoder=fill(encoder, device),
-        tokenizer=nano_pipeline().tokenizer, transformer=fill(transformer, device),
-        unconditional_transformer=None,
+        tokenizer=nano_pipeline().tokenizer, transformer=None, unconditional_transformer=None,
     ).save_pretrained(folder)  # fmt: skip
+    del encoder
+    fill(transformer, device)
+    if form == "bf16":
+        transformer.save_pretrained(folder / "transformer")
+    else:
+        transformer.save_config(folder / "transformer")
+        state = {k: v.cpu() for k, v in original_fp8(transformer.state_dict()).items()}
+        save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "unconditional_transformer").symlink_to("transformer")
+
+
+def original_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The official release's form: q, k, v rows in one matrix; every Linear as e4m3 with a scale a row."""
+    out: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if ".to_k." in name or ".to_v." in name:
+            continue
+        if ".to_q." in name:
+            value = torch.cat([state[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")])
+            name = name.replace("to_q", "qkv")
+        name = name.replace("attention.to_out.0", "attention.o")
+        if value.ndim == 2 and "indicator" not in name:
+            out[name], out[f"{name}_scale"] = quantize_weight(value)
+        else:
+            out[name] = value
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=["full", "nano"], default="full")
+    parser.add_argument("--form", choices=["fp8", "bf16"], default="fp8", help="how a full-size base is stored")
     parser.add_argument(
         "--base", type=Path, help="where to make (or find) the base; default: a temporary folder"
     )
@@ -97,7 +127,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     base = args.base or scratch / "base"
     started = time.perf_counter()
     if not base.exists():
-        make_nano(base) if args.size == "nano" else make_base(base, "cuda")
+        make_nano(base) if args.size == "nano" else make_base(base, args.form, "cuda")
     made = time.perf_counter() - started
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -122,6 +152,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
         ).stdout.strip(),
         "size": args.size,
+        "form": args.form,
         "resolution": args.resolution,
         "decisions": {d.id: d.value for d in plan.decisions},
         "make_base_seconds": made,
