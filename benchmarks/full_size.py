@@ -104,7 +104,7 @@ def original_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=["full", "nano"], default="full")
-    parser.add_argument("--form", choices=["fp8", "bf16"], default="fp8", help="how a full-size base is stored")
+    parser.add_argument("--form", choices=["fp8", "bf16"], default="fp8", help="storage of a full-size base")
     parser.add_argument(
         "--base", type=Path, help="where to make (or find) the base; default: a temporary folder"
     )
