@@ -1,5 +1,7 @@
 """One training step against the published formulas, written out with diffusers' own packing helpers."""
 
+import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,3 +162,25 @@ def test_time_keeps_its_precision_up_to_the_sinusoid(nano: BaseFacts, precision:
         a, b = model.t_embedding(near)
     assert a.dtype == PRECISIONS[precision]
     assert (a - b).float().norm() > 0.05 * a.float().norm()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiling_the_blocks_changes_nothing_but_rounding(plan_of: Any) -> None:
+    latents = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
+    text = torch.randn(9, 192, generator=torch.Generator().manual_seed(3))
+    sample = prepare(latents, text, (4, 4), draw(0, 16, 128, 0, 0.0), ScheduleSettings())
+    plan = plan_of(**{"adapter.rank": 4, "adapter.targets": ["layers.0.*", "layers.5.*"]})
+    # The planner only compiles for GPUs; the engine does what a plan says.
+    compiled = replace(
+        plan,
+        decisions=tuple(replace(d, value="regional") if d.id == "compile" else d for d in plan.decisions),
+    )
+    results = []
+    for each in (plan, compiled):
+        model = build(each)
+        model.transformer.train()
+        randomise(model.transformer)
+        loss = model.gradients([sample], 1)
+        results.append((loss, {n: p.grad for n, p in model.parameters.items()}))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-6)
