@@ -9,7 +9,6 @@ import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from ideoflow.model.text import TextEncoder
 
 # progress(stage, done, total)
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,23 @@ class Encoder:
         if not missing:
             return
         self.progress("captions", 0, len(missing))
-        encoder = TextEncoder.load(
-            self.folder, dtype=self.dtype, device=self.device, max_tokens=self.max_tokens
+        encoder = TextEncoder(self.folder, dtype=self.dtype, device=self.device, max_tokens=self.max_tokens)
+        tokens: dict[str, list[int]] = {}
+        problems: list[Diagnostic] = []
+        for key, caption in missing.items():
+            try:
+                tokens[key] = encoder.tokens(caption)
+            except IdeoflowError as error:
+                problems.extend(error.diagnostics)  # one long caption must not hide the next
+        features = encoder.encode_tokens(
+            list(tokens.values()), lambda done: self.progress("captions", done, len(missing))
         )
-        self._put_all("captions", missing, encoder.encode)
-        del encoder
+        for key, value in zip(tokens, features, strict=True):
+            self.cache.put(key, value)
+        del encoder, features
         release(self.device)
+        if problems:
+            raise IdeoflowError(problems[:20])
 
     def encode_pictures(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Encodes the pictures that are not cached yet; says where each sample's encoded forms are.
@@ -81,11 +90,7 @@ class Encoder:
         keys = [self._latents_key(s) for s in samples]
         missing = {key: s for key, s in zip(keys, samples, strict=True) if key not in self.cache}
         if missing:
-            self.progress("pictures", 0, len(missing))
-            vae = load_vae(self.folder, dtype=self.dtype, device=self.device)
-            self._put_all("pictures", missing, lambda s: encode_pixels(vae, load_pixels(s)[None])[0])
-            del vae
-            release(self.device)
+            self._encode_missing(missing)
         return [
             Encoded(
                 key, self._text_key(s.caption), (s.size[1] // PIXELS_PER_TOKEN, s.size[0] // PIXELS_PER_TOKEN)
@@ -93,16 +98,20 @@ class Encoder:
             for key, s in zip(keys, samples, strict=True)
         ]
 
-    def _put_all(self, stage: str, missing: Mapping[str, T], make: Callable[[T], Tensor]) -> None:
+    def _encode_missing(self, missing: Mapping[str, Sample]) -> None:
+        self.progress("pictures", 0, len(missing))
+        vae = load_vae(self.folder, dtype=self.dtype, device=self.device)
         problems: list[Diagnostic] = []
-        for done, (key, item) in enumerate(missing.items(), 1):
+        for done, (key, sample) in enumerate(missing.items(), 1):
             try:
-                value = make(item)
+                pixels = load_pixels(sample)
             except IdeoflowError as error:
                 problems.extend(error.diagnostics)  # one bad picture must not hide the next
             else:
-                self.cache.put(key, value)
-            self.progress(stage, done, len(missing))
+                self.cache.put(key, encode_pixels(vae, pixels[None])[0])
+            self.progress("pictures", done, len(missing))
+        del vae
+        release(self.device)
         if problems:
             raise IdeoflowError(problems[:20])
 

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLFlux2, Ideogram4Transformer2DModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, WRONG_WEIGHTS
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def _told(part: Path) -> Iterator[None]:
+def told(part: Path) -> Iterator[None]:
     """Turns the libraries' errors about files into diagnostics, and keeps their progress bars quiet."""
     disable_progress_bars()
     try:
@@ -45,7 +45,7 @@ def _told(part: Path) -> Iterator[None]:
         fail(BAD_CONFIG, f"{part} cannot be loaded: {reason}", cure=cure)
 
 
-def _complete(part: Path, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[Any]) -> None:
+def complete(part: Path, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[Any]) -> None:
     for what, names in (("missing", missing), ("not known", extra), ("of the wrong shape", mismatched)):
         listed = sorted(n if isinstance(n, str) else str(n[0]) for n in names)
         if listed:
@@ -69,7 +69,7 @@ def load_transformer(
     computed in float32 and cast before the first Linear (diffusers casts to the time's type, which raises
     for float32 times with bf16 weights, and loses precision for bf16 times).
     """
-    with _told(folder / part):
+    with told(folder / part):
         config = _transformer_config(folder / part)
         # The rotary frequencies are a buffer that no file holds: they must be computed, not left empty.
         with init_empty_weights(include_buffers=False):
@@ -108,7 +108,7 @@ def _make_float8(block: nn.Module) -> None:
 def _check_names(part: Path, model: nn.Module, checkpoint: Checkpoint) -> None:
     wanted = dict(model.named_parameters())
     extra = [n for n in checkpoint.names() if n not in wanted and not n.startswith("llm_cond_")]
-    _complete(part, wanted.keys() - set(checkpoint.names()), extra, ())
+    complete(part, wanted.keys() - set(checkpoint.names()), extra, ())
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def _fill(
         else:
             value = checkpoint.dense(name, dtype, device)
         if value.shape != empty.shape:
-            _complete(part, (), (), [f"{name} ({list(value.shape)}, not {list(empty.shape)})"])
+            complete(part, (), (), [f"{name} ({list(value.shape)}, not {list(empty.shape)})"])
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
@@ -134,9 +134,9 @@ def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def _load(read: Callable[[], tuple[T, dict[str, Any]]], part: Path) -> T:
-    with _told(part):
+    with told(part):
         model, info = read()
-    _complete(part, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    complete(part, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model.requires_grad_(False).eval()  # type: ignore[attr-defined,no-any-return]
 
 
@@ -151,20 +151,9 @@ def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Autoe
     return model.to(device)
 
 
-def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The frozen Qwen3-VL model whose language model makes the text features."""
-    model = _load(
-        lambda: AutoModel.from_pretrained(
-            folder, subfolder="text_encoder", dtype=dtype, output_loading_info=True, use_safetensors=True
-        ),
-        folder / "text_encoder",
-    )
-    return model.to(device)
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer with its chat template."""
-    with _told(folder / "tokenizer"):
+    with told(folder / "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "tokenizer")
     if not tokenizer.chat_template:
         fail(BAD_CONFIG, f"the tokenizer in {folder} has no chat template", cure="download the model again")
@@ -175,7 +164,7 @@ def read_tensors(
     part: Path, names: Iterable[str], *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Single tensors of a transformer by diffusers' names, dense, whatever form they are stored in."""
-    with _told(part):
+    with told(part):
         checkpoint = Checkpoint(part)
-        _complete(part, [n for n in names if n not in checkpoint], (), ())
+        complete(part, [n for n in names if n not in checkpoint], (), ())
         return {name: checkpoint.dense(name, dtype, device) for name in names}

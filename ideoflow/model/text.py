@@ -1,25 +1,40 @@
-"""Captions to the text features that the transformer attends to.
+"""Captions to the text features that the transformer attends to, without ever holding the text encoder.
 
-Exactly as ``Ideogram4Pipeline.encode_prompt`` does it (diffusers 0.42), one caption at a time and so without
-padding: chat template, tokens, the outputs of 13 decoder layers of Qwen3-VL with the layer index varying
-fastest, then the transformer's own frozen norm and projection. The projected features are 11.6 times smaller
-than the raw ones (4608 against 53248 numbers a token) and lose nothing while those two layers stay frozen.
+The result is that of ``Ideogram4Pipeline.encode_prompt`` (diffusers 0.42) followed by the transformer's own
+frozen norm and projection: chat template, tokens, the outputs of 13 decoder layers of Qwen3-VL with the layer
+index varying fastest, RMS norm, Linear. The projected features are 11.6 times smaller than the raw ones (4608
+against 53248 numbers a token) and lose nothing while those two layers stay frozen.
+
+The 16 GB of the text encoder are streamed: many captions go through one layer, which then makes room for the
+next, so that a card that can train the adapter can encode its captions. Nor are the raw features ever held.
+With W the projection's weight, g the norm's and f = (f_1 ... f_13) the tapped outputs,
+
+    W (g f / rms(f)) + b  =  (sum over k of W_k (g_k f_k)) / rms(f) + b,   rms(f)^2 = mean of f^2 + eps,
+
+so each tapped layer adds its part and is forgotten. Captions are run one by one, without padding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import Ideogram4Pipeline
-from diffusers.models.normalization import RMSNorm
+from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers.masking_utils import create_causal_mask
 
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.model import TOO_LONG
-from ideoflow.model.load import load_text_encoder, load_tokenizer, read_tensors
+from ideoflow.model.checkpoint import Checkpoint
+from ideoflow.model.load import complete, load_tokenizer, read_tensors, told
+from ideoflow.model.spec import TAPPED_LAYERS
+
+# Captions that go through a layer together; their states and sums take 26 KB a token at the true size.
+TOKENS_AT_ONCE = 16384
+_NORM_EPS = 1e-6  # of llm_cond_norm
+_PROJECTION = ("llm_cond_norm.weight", "llm_cond_proj.weight", "llm_cond_proj.bias")
 
 
 def tokenize(
@@ -41,55 +56,153 @@ def tokenize(
     return ids
 
 
-@torch.no_grad()
-def raw_features(text_encoder: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Token ids -> (tokens, layers * hidden) outputs of the tapped decoder layers, float32."""
-    tokens = torch.tensor([ids], device=text_encoder.device)
-    layers = Ideogram4Pipeline._get_text_encoder_hidden_states(
-        text_encoder, tokens, torch.ones_like(tokens), torch.arange(len(ids), device=tokens.device)[None]
-    )
-    return torch.stack(layers, dim=-1).flatten(2)[0].float()
-
-
-class TextProjection(nn.Module):
-    """``llm_cond_norm`` and ``llm_cond_proj`` of a transformer, loaded without the rest of it."""
-
-    def __init__(self, features: int, hidden: int) -> None:
-        super().__init__()
-        self.llm_cond_norm = RMSNorm(features, eps=1e-6, elementwise_affine=True)
-        self.llm_cond_proj = nn.Linear(features, hidden)
-
-    @torch.no_grad()
-    def forward(self, features: Tensor) -> Tensor:
-        """(tokens, features) -> (tokens, hidden), in the weights' type."""
-        weight = self.llm_cond_proj.weight
-        projected: Tensor = self.llm_cond_proj(self.llm_cond_norm(features.to(weight.device, weight.dtype)))
-        return projected
-
-
-@dataclass
 class TextEncoder:
-    """Tokenizer, decoder and projection together: caption in, projected features out."""
+    """Tokenizer, streamed decoder and projection together: captions in, projected features out.
 
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
-    projection: TextProjection
-    max_tokens: int
+    Args:
+        folder: a base in diffusers' layout; of its transformer only two layers are read.
+        dtype: of the decoder's arithmetic and of the result.
+        device: where the arithmetic is done, and where the results are.
+        max_tokens: longer captions are refused.
 
-    @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device, max_tokens: int) -> TextEncoder:
-        """From a base in diffusers' layout; only two layers of the transformer are read."""
-        names = ("llm_cond_norm.weight", "llm_cond_proj.weight", "llm_cond_proj.bias")
-        tensors = read_tensors(folder / "transformer", names, dtype=dtype, device=device)
-        hidden, features = tensors["llm_cond_proj.weight"].shape
-        with torch.device("meta"):
-            projection = TextProjection(features, hidden)
-        projection.load_state_dict(tensors, assign=True)
-        model = load_text_encoder(folder, dtype=dtype, device=device)
-        return cls(load_tokenizer(folder), model, projection.requires_grad_(False), max_tokens)
+    Raises:
+        IdeoflowError: when files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+        self.part, self.dtype, self.device, self.max_tokens = (
+            folder / "text_encoder",
+            dtype,
+            device,
+            max_tokens,
+        )
+        self.tokenizer = load_tokenizer(folder)
+        with told(self.part):
+            # Buffers (rotary frequencies) are in no file, so they are computed; parameters stay empty.
+            with init_empty_weights(include_buffers=False):
+                self.decoder = AutoModel.from_config(AutoConfig.from_pretrained(self.part)).language_model
+            self.decoder.requires_grad_(False).eval().rotary_emb.to(device)
+            self.weights = Checkpoint(self.part)
+        self.shapes = {name: p.shape for name, p in self.decoder.named_parameters()}
+        self.prefix = self._find_prefix()
+        norm, weight, bias = read_tensors(
+            folder / "transformer", _PROJECTION, dtype=torch.float32, device=device
+        ).values()
+        taps = len(TAPPED_LAYERS)
+        # The layer index varies fastest in a feature vector: column h * 13 + k is unit h after the k-th tap.
+        self.norm_by_tap = norm.unflatten(0, (-1, taps)).T.contiguous()
+        self.weight_by_tap = weight.to(dtype).unflatten(1, (-1, taps)).permute(2, 0, 1).contiguous()
+        self.bias = bias
+
+    def _find_prefix(self) -> str:
+        """What the decoder's names begin with in the files; checks that they are all there."""
+        first = "layers.0.input_layernorm.weight"
+        heads = [n.removesuffix(first) for n in self.weights.names() if n.endswith(f"language_model.{first}")]
+        prefix = heads[0] if heads else "language_model."
+        wanted = {prefix + name for name in self.shapes}
+        found = set(self.weights.names())
+        extra = {n for n in found - wanted if not any(part in n for part in ("visual.", "lm_head."))}
+        complete(self.part, wanted - found, extra, ())
+        return prefix
 
     def encode(self, caption: str, span: Span | None = None) -> Tensor:
-        """Canonical JSON caption -> (tokens, hidden) projected features, in the projection's type."""
-        ids = tokenize(self.tokenizer, caption, max_tokens=self.max_tokens, span=span)
-        features: Tensor = self.projection(raw_features(self.model, ids))
-        return features
+        """Canonical JSON caption -> (tokens, hidden) projected features.
+
+        Raises:
+            IdeoflowError: when it is too long.
+        """
+        return self.encode_tokens([self.tokens(caption, span)])[0]
+
+    def tokens(self, caption: str, span: Span | None = None) -> list[int]:
+        """Token ids of a caption in the chat template; raises like :func:`tokenize`."""
+        return tokenize(self.tokenizer, caption, max_tokens=self.max_tokens, span=span)
+
+    @torch.no_grad()
+    def encode_tokens(
+        self, captions: Sequence[list[int]], progress: Callable[[int], None] = lambda done: None
+    ) -> list[Tensor]:
+        """Token ids -> (tokens, hidden) projected features, each; ``progress`` gets how many are done."""
+        results: list[Tensor] = []
+        for group in _groups(captions, TOKENS_AT_ONCE):
+            done, size = len(results), len(group)
+
+            def layers_done(share: float, done: int = done, size: int = size) -> None:
+                progress(done + int(size * share))
+
+            results += self._encode_group(group, layers_done)
+        return results
+
+    def _encode_group(self, captions: Sequence[list[int]], progress: Callable[[float], None]) -> list[Tensor]:
+        ids = [torch.tensor([tokens], device=self.device) for tokens in captions]
+        table = self._read("embed_tokens.weight")
+        states = [nn.functional.embedding(i, table) for i in ids]
+        del table
+        places = [torch.arange(i.shape[1], device=self.device)[None] for i in ids]
+        # Text has the same position on all three axes of the rotary embedding.
+        rotary = [
+            self.decoder.rotary_emb(s, p.expand(3, *p.shape)) for s, p in zip(states, places, strict=True)
+        ]
+        masks = [
+            create_causal_mask(
+                config=self.decoder.config,
+                inputs_embeds=s,
+                attention_mask=torch.ones_like(i),
+                past_key_values=None,
+                position_ids=p,
+            )
+            for s, i, p in zip(states, ids, places, strict=True)
+        ]
+        hidden = self.bias.shape[0]
+        sums = [torch.zeros(i.shape[1], hidden, device=self.device) for i in ids]
+        squares = [torch.zeros(i.shape[1], 1, device=self.device) for i in ids]
+        last = TAPPED_LAYERS[-1]
+        for index, layer in enumerate(self._layers(last + 1)):
+            for c, state in enumerate(states):
+                states[c] = layer(
+                    state,
+                    attention_mask=masks[c],
+                    position_ids=places[c],
+                    past_key_values=None,
+                    position_embeddings=rotary[c],
+                )
+            if index in TAPPED_LAYERS:
+                tap = TAPPED_LAYERS.index(index)
+                norm, weight = self.norm_by_tap[tap], self.weight_by_tap[tap].float()
+                for state, total, square in zip(states, sums, squares, strict=True):
+                    f = state[0].float()
+                    square += f.square().sum(-1, keepdim=True)
+                    total += (f * norm) @ weight.T
+            progress((index + 1) / (last + 1))
+        features = self.norm_by_tap.numel()
+        return [
+            (total * (square / features + _NORM_EPS).rsqrt() + self.bias).to(self.dtype)
+            for total, square in zip(sums, squares, strict=True)
+        ]
+
+    def _layers(self, count: int) -> Iterator[nn.Module]:
+        """The first decoder layers, each filled while it is used and emptied after."""
+        for index in range(count):
+            layer = self.decoder.layers[index]
+            names = [name for name, _ in layer.named_parameters()]
+            layer.load_state_dict({n: self._read(f"layers.{index}.{n}") for n in names}, assign=True)
+            yield layer
+            layer.to("meta")
+
+    def _read(self, name: str) -> Tensor:
+        with told(self.part):
+            value = self.weights.dense(self.prefix + name, self.dtype, self.device)
+        if value.shape != self.shapes[name]:
+            complete(self.part, (), (), [f"{name} ({list(value.shape)}, not {list(self.shapes[name])})"])
+        return value
+
+
+def _groups(captions: Sequence[list[int]], tokens: int) -> Iterator[Sequence[list[int]]]:
+    """Runs of captions with at most ``tokens`` in all, and at least one caption each."""
+    start, total = 0, 0
+    for index, caption in enumerate(captions):
+        if index > start and total + len(caption) > tokens:
+            yield captions[start:index]
+            start, total = index, 0
+        total += len(caption)
+    if start < len(captions):
+        yield captions[start:]

@@ -29,7 +29,7 @@ def test_one_picture_is_learnt_at_fixed_noise(nano: BaseFacts, plan_of: Any) -> 
     geometry = center_crop(451, 300, (64, 64))
     vae = load_vae(nano.folder, dtype=torch.float32, device=cpu)
     latents = encode_pixels(vae, load_pixels(Sample(picture, (64, 64), geometry, CAPTION))[None])[0]
-    encoder = TextEncoder.load(nano.folder, dtype=torch.float32, device=cpu, max_tokens=2048)
+    encoder = TextEncoder(nano.folder, dtype=torch.float32, device=cpu, max_tokens=2048)
     text = encoder.encode(CAPTION)
     pairs = [
         prepare(latents, text, (4, 4), draw(n, *latents.shape, 0, 0.0), ScheduleSettings()) for n in range(4)

@@ -19,7 +19,7 @@ CAPTION = '{"high_level_description":"A cat.","compositional_deconstruction":{"b
 @pytest.fixture(scope="module")
 def text(nano: BaseFacts) -> torch.Tensor:
     assert nano.folder
-    encoder = TextEncoder.load(nano.folder, dtype=torch.float32, device=torch.device("cpu"), max_tokens=2048)
+    encoder = TextEncoder(nano.folder, dtype=torch.float32, device=torch.device("cpu"), max_tokens=2048)
     return encoder.encode(CAPTION)
 
 

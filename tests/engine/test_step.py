@@ -16,7 +16,7 @@ from ideoflow.engine.setup import build
 from ideoflow.engine.step import accumulate, predict_velocity, prepare, velocity_loss
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.load import PRECISIONS, load_transformer
-from ideoflow.model.text import TextEncoder, raw_features, tokenize
+from ideoflow.model.text import TextEncoder
 from ideoflow.recipe import ScheduleSettings
 
 CAPTION = '{"high_level_description":"A cat.","compositional_deconstruction":{"background":"","elements":[]}}'
@@ -27,7 +27,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
 @pytest.fixture(scope="module")
 def encoder(nano: BaseFacts) -> TextEncoder:
     assert nano.folder
-    return TextEncoder.load(nano.folder, dtype=torch.float32, device=torch.device("cpu"), max_tokens=2048)
+    return TextEncoder(nano.folder, dtype=torch.float32, device=torch.device("cpu"), max_tokens=2048)
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -36,6 +36,14 @@ def randomise(model: torch.nn.Module) -> None:
     for name, p in model.named_parameters():
         if ".lora_" in name:
             p.data.copy_(torch.randn(p.shape, generator=g) * 0.05)
+
+
+def pipelines_features(nano: BaseFacts) -> Tensor:
+    """(tokens, features) raw text features of the pipeline's own encoder, padding removed."""
+    pipeline = Ideogram4Pipeline.from_pretrained(nano.folder)
+    with torch.no_grad():
+        features, _, _, indicator = pipeline.encode_prompt(CAPTION, 4, 4, 100, torch.device("cpu"))
+    return features[0][indicator[0] == 3]
 
 
 def written_out_step(
@@ -75,8 +83,7 @@ def written_out_step(
 def test_a_step_is_the_published_formulas_to_float32_rounding(
     nano: BaseFacts, plan_of: Any, encoder: TextEncoder
 ) -> None:
-    ids = tokenize(encoder.tokenizer, CAPTION, max_tokens=2048)
-    raw = raw_features(encoder.model, ids)
+    raw = pipelines_features(nano)
     latents = torch.randn(GRID[0] * GRID[1], 128, generator=torch.Generator().manual_seed(3))
     chance = draw(5, *latents.shape, seed=0, dropout=0.0)
     loss, gradients = written_out_step(nano, raw, latents, chance)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from ideoflow.diagnostics import IdeoflowError, Span
 from ideoflow.diagnostics.codes import model as codes
 from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE, locate_base, read_safetensors_header
-from ideoflow.model.load import load_text_encoder, load_tokenizer, load_transformer, load_vae, read_tensors
+from ideoflow.model.load import load_tokenizer, load_transformer, load_vae, read_tensors
 from ideoflow.model.spec import TransformerSpec
+from ideoflow.model.text import TextEncoder
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SPAN = Span("recipe.toml", 2, 8, 2, 14, 'base = "base"')
@@ -361,6 +362,10 @@ def test_another_model(copy):
 
 
 # Loading --------------------------------------------------------------------------------------------------
+
+
+def load_text_encoder(folder, *, dtype, device):
+    TextEncoder(folder, dtype=dtype, device=device, max_tokens=64).encode("x")
 
 
 def load_float32_transformer(folder, *, dtype, device):

@@ -6,8 +6,8 @@ from diffusers import Ideogram4Transformer2DModel
 
 from ideoflow.diagnostics import IdeoflowError, Span
 from ideoflow.diagnostics.codes import model as codes
-from ideoflow.model.spec import TAPPED_LAYERS
-from ideoflow.model.text import TextEncoder, raw_features, tokenize
+from ideoflow.model import text
+from ideoflow.model.text import TextEncoder, tokenize
 
 CAPTIONS = [
     "x",
@@ -18,7 +18,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def encoder(nano_folder):
-    return TextEncoder.load(nano_folder, dtype=torch.float32, device=torch.device("cpu"), max_tokens=2048)
+    return TextEncoder(nano_folder, dtype=torch.float32, device=torch.device("cpu"), max_tokens=2048)
 
 
 def encoded_by_the_pipeline(pipeline, caption, length=160):
@@ -29,15 +29,6 @@ def encoded_by_the_pipeline(pipeline, caption, length=160):
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_raw_features_are_the_pipelines(encoder, pipeline, caption):
-    ids = tokenize(encoder.tokenizer, caption, max_tokens=2048)
-    ours, theirs = raw_features(encoder.model, ids), encoded_by_the_pipeline(pipeline, caption)
-    assert ours.shape == (len(ids), 13 * 32)
-    # Padding changes nothing but the order of the sums.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("caption", CAPTIONS)
 def test_projected_features_are_the_transformers(encoder, nano_folder, pipeline, caption):
     model = Ideogram4Transformer2DModel.from_pretrained(nano_folder, subfolder="transformer")
     with torch.no_grad():
@@ -45,23 +36,28 @@ def test_projected_features_are_the_transformers(encoder, nano_folder, pipeline,
     torch.testing.assert_close(encoder.encode(caption), theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_layer_index_varies_fastest(encoder):
-    """Column ``13 * h + k`` holds hidden unit h after the k-th tapped layer: hooks on the layers say so."""
-    ids = tokenize(encoder.tokenizer, CAPTIONS[1], max_tokens=2048)
-    outputs = {}
-    hooks = [
-        layer.register_forward_hook(lambda _m, _a, out, i=i: outputs.update({i: out}))
-        for i, layer in enumerate(encoder.model.language_model.layers)
-    ]
-    features = raw_features(encoder.model, ids)
-    for hook in hooks:
-        hook.remove()
-    for k, layer in enumerate(TAPPED_LAYERS):
-        assert torch.equal(features[:, k :: len(TAPPED_LAYERS)], outputs[layer][0].float())
+def test_the_token_ids_are_the_pipelines_length(encoder, pipeline):
+    for caption in CAPTIONS:
+        assert len(encoder.tokens(caption)) == len(encoded_by_the_pipeline(pipeline, caption))
+
+
+@pytest.mark.parametrize("limit", [1, 60, 10_000])
+def test_captions_that_go_together_do_not_touch_each_other(encoder, monkeypatch, limit):
+    monkeypatch.setattr(text, "TOKENS_AT_ONCE", limit)
+    done = []
+    together = encoder.encode_tokens([encoder.tokens(c) for c in CAPTIONS], done.append)
+    for caption, features in zip(CAPTIONS, together, strict=True):
+        assert torch.equal(features, encoder.encode(caption))
+    assert done == sorted(done) and done[-1] == len(CAPTIONS)
+
+
+def test_no_layer_stays(encoder):
+    encoder.encode(CAPTIONS[0])
+    assert all(p.is_meta for p in encoder.decoder.parameters())
 
 
 def test_bf16_projects_in_bf16(nano_folder):
-    encoder = TextEncoder.load(nano_folder, dtype=torch.bfloat16, device=torch.device("cpu"), max_tokens=2048)
+    encoder = TextEncoder(nano_folder, dtype=torch.bfloat16, device=torch.device("cpu"), max_tokens=2048)
     features = encoder.encode(CAPTIONS[0])
     assert features.dtype == torch.bfloat16 and features.isfinite().all()
 
