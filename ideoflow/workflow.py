@@ -20,7 +20,9 @@ from ideoflow.model.base import locate_base
 from ideoflow.model.hub import fetch_base
 from ideoflow.model.quiet import hush_libraries
 from ideoflow.plan import check_digests, detect_hardware, make_plan
+from ideoflow.plan.calibration import append_runs, load_calibration
 from ideoflow.plan.document import Plan, load_plan
+from ideoflow.plan.record import RunMeter
 from ideoflow.recipe import Recipe, load_recipe
 from ideoflow.report.html import write_report
 from ideoflow.report.record import Recorder
@@ -73,7 +75,9 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
     summary = dataset.summary(recipe.folder / recipe.tables.data.images)
     if planned is None:
         hardware = detect_hardware(recipe.tables.memory.device, span=recipe.span("memory.device"))
-        return Prepared(recipe, dataset, prompts, make_plan(recipe, base, summary, hardware))
+        calibration, _ = load_calibration()
+        plan = make_plan(recipe, base, summary, hardware, calibration=calibration, prompts=len(prompts))
+        return Prepared(recipe, dataset, prompts, plan)
     if changed := check_digests(planned, recipe, base, summary):
         raise IdeoflowError(changed)
     return Prepared(recipe, dataset, prompts, replace(planned, base=base))
@@ -99,6 +103,7 @@ def run(
         IdeoflowError: with what went wrong; what was made until then is kept and reported.
     """
     from ideoflow.artifacts import prepare_output, set_aside
+    from ideoflow.engine.events import Note
     from ideoflow.engine.loop import Stop
     from ideoflow.engine.session import carry_out
 
@@ -110,9 +115,10 @@ def run(
     if fresh:
         set_aside(folder)
     prepare_output(folder, {"plan.json": plan.to_json(), "recipe.toml": prepared.recipe.text})
-    recorder = Recorder(folder)
+    recorder, meter = Recorder(folder), RunMeter(plan)
 
     def emit(event: Any) -> None:
+        meter.see(event)
         if kind := _KINDS.get(type(event).__name__):
             recorder.write(kind, **asdict(event), **({"version": __version__} if kind == "run" else {}))
         on_event(event)
@@ -122,6 +128,11 @@ def run(
         outcome = carry_out(
             plan, prepared.dataset.samples, prepared.prompts, folder, emit=emit, stop=stop or Stop()
         )
+        if outcome.finished and (measured := meter.measured()):
+            try:
+                append_runs([measured])
+            except OSError as error:
+                emit(Note(f"what was measured is not kept for later plans: {error}"))
     finally:
         end = asdict(outcome) if outcome else {"finished": False}
         recorder.write("end", seconds=perf_counter() - started, **end)

@@ -18,9 +18,10 @@ from ideoflow.diagnostics.codes.plan import (
     TIGHT,
 )
 from ideoflow.model.spec import PIXELS_PER_TOKEN
+from ideoflow.plan.choices import fixed_by_recipe, refusals
 from ideoflow.plan.document import Change, Plan, Value
 from ideoflow.plan.profiles import PROFILES, hardware_from_profile
-from ideoflow.plan.search import TIGHT_SHARE, Evaluation, Problem, fixed_by_recipe, solve, times_known
+from ideoflow.plan.search import TIGHT_SHARE, Evaluation, Problem, solve, times_known
 from ideoflow.plan.variants import with_axis
 from ideoflow.recipe import MemorySettings, Recipe
 
@@ -29,7 +30,7 @@ _LARGE_FILE = GB
 # A model of this many parameters is no work for a processor.
 _LARGE_MODEL = 1e9
 _RESOLUTIONS = (1024, 768, 512, 256)
-_RANKS = (64, 32, 16, 8, 4)
+_RANKS = (256, 128, 64, 32, 16, 8, 4)
 
 
 def cheapest_changes(problem: Problem, best: Evaluation) -> tuple[Change, ...]:
@@ -66,7 +67,14 @@ def _options(problem: Problem) -> Iterator[Option]:
     tables = problem.tables
     for name, value in fixed_by_recipe(tables).items():
         memory = _released(tables.memory, name)
-        yield f"memory.{name}", "auto", 0, f"'{value}' is what you set", _with(problem, memory=memory)
+        changed = _with(problem, memory=memory)
+        if not refusals(changed.tables, problem.hardware, problem.device):
+            yield f"memory.{name}", "auto", 0, f"{value!r} is what you set", changed
+    train = tables.train
+    if train.batch > 1:
+        parts = replace(train, batch=1, accumulation=train.batch * train.accumulation)
+        note = f"the same step in {parts.accumulation} passes"
+        yield "train.batch, accumulation", f"1, {parts.accumulation}", 0, note, _with(problem, train=parts)
     if problem.prompts:
         side = (tables.validate.width or tables.data.resolution) // 2 // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
         smaller = replace(tables.validate, width=max(side, 64), height=max(side, 64))
@@ -111,7 +119,9 @@ def _apply_all(problem: Problem) -> Problem:
     adapter = replace(tables.adapter, rank=min(_RANKS[-1], tables.adapter.rank), targets=targets)
     validate = replace(tables.validate, width=256, height=256) if problem.prompts else tables.validate
     side = min(_RESOLUTIONS[-1], tables.data.resolution)
-    return _varied(_with(problem, memory=memory, adapter=adapter, validate=validate), "resolution", side)
+    train = replace(tables.train, batch=1, accumulation=tables.train.batch * tables.train.accumulation)
+    least = _with(problem, memory=memory, adapter=adapter, validate=validate, train=train)
+    return _varied(least, "resolution", side)
 
 
 def _smallest_card(problem: Problem, best: Evaluation) -> tuple[Change, ...]:

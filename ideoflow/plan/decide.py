@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ideoflow.diagnostics import fail
-from ideoflow.diagnostics.codes.plan import DEVICE_MISMATCH, NO_GPU, NO_TARGETS_IN_BASE
+from ideoflow.diagnostics import Collector, fail
+from ideoflow.diagnostics.codes.plan import CANNOT_BE_DONE, DEVICE_MISMATCH, NO_GPU, NO_TARGETS_IN_BASE
 from ideoflow.model.base import BaseFacts
 from ideoflow.plan.advise import advise, cheapest_changes
 from ideoflow.plan.calibration import Calibration, shipped
-from ideoflow.plan.document import FORMAT, DataSummary, Decision, Digests, DiskSizes, Hardware, Plan, Rejected
-from ideoflow.plan.memory import ADAPTER_BYTES, ELEMENT_BYTES, adapter_parameters
-from ideoflow.plan.search import (
+from ideoflow.plan.choices import (
     DOMAINS,
-    ENGINE,
-    Evaluation,
-    Problem,
-    estimate_time,
-    evaluate,
+    attention_kernel,
     fixed_by_recipe,
-    possible,
-    solve,
-    times_known,
+    fixed_decisions,
+    no_fused_engine,
+    refusals,
 )
+from ideoflow.plan.document import (
+    FORMAT,
+    DataSummary,
+    Decision,
+    Digests,
+    DiskSizes,
+    Hardware,
+    Plan,
+    Rejected,
+    Value,
+)
+from ideoflow.plan.search import Evaluation, Problem, alternatives, estimate_time, solve, times_known
+from ideoflow.plan.sizes import ADAPTER_BYTES, ELEMENT_BYTES, adapter_parameters
 from ideoflow.recipe import Recipe, RecipeTables
 
 GIB = 1 << 30
@@ -49,7 +56,8 @@ def make_plan(
         prompts: number of validation pictures; by default one for each entry of ``validate.prompts``.
 
     Raises:
-        IdeoflowError: if the targets match nothing in this base, or the device asked for is not there.
+        IdeoflowError: if the targets match nothing in this base, the device asked for is not there, or
+            settings are impossible together or on this machine.
     """
     tables = recipe.tables
     count = len(tables.validate.prompts) if prompts is None else prompts
@@ -90,6 +98,11 @@ def _check(problem: Problem, recipe: Recipe) -> None:
         blocks = problem.base.transformer.num_layers
         message = f"no Linear of the {blocks} blocks of '{problem.base.name}' matches adapter.targets"
         fail(NO_TARGETS_IN_BASE, message, recipe.span("adapter.targets"), cure="targets = 'all'")
+    problems = Collector()
+    for refusal in refusals(recipe.tables, problem.hardware, problem.device):
+        place = recipe.span(f"memory.{refusal.key}")
+        problems.add(CANNOT_BE_DONE, refusal.message, place, cure=refusal.cure)
+    problems.raise_if_errors()
 
 
 def disk_sizes(
@@ -121,10 +134,32 @@ def disk_sizes(
 
 
 def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
-    decided = [_device(problem)]
-    decided += [_searched(problem, best, name) for name in DOMAINS]
-    decided += [
-        Decision("attention", "sdpa", "auto", "only-choice", "one sample at a time needs no mask"),
+    choice = best.choice
+    attention, code, reason = attention_kernel(problem.hardware, choice.engine)
+    searched = {name: _searched(problem, best, name) for name in DOMAINS}
+    if choice.engine == "reference":
+        searched["checkpointing"] = _as_checkpointing(problem, searched["activation_budget"])
+        words = "the reference engine keeps all or nothing, by checkpointing"
+        budget = Decision("activation_budget", choice.activation_budget, "auto", "not-used", words)
+        searched["activation_budget"] = budget
+    else:
+        words = "the fused engine goes by activation_budget"
+        on, asked = choice.checkpointing, "checkpointing" in fixed_by_recipe(problem.tables)
+        source, code = ("recipe", "recipe") if asked else ("auto", "not-used")
+        searched["checkpointing"] = Decision("checkpointing", on, source, code, words)  # type: ignore[arg-type]
+    order = (
+        "engine",
+        "precision",
+        "matmul",
+        "activation_budget",
+        "checkpointing",
+        "compile",
+        "unconditional",
+    )
+    return (
+        _device(problem),
+        *(searched[name] for name in order),
+        Decision("attention", attention, "auto", code, reason),
         Decision(
             "optimizer_state",
             problem.tables.memory.optimizer_state,
@@ -132,7 +167,6 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
             "only-choice",
             "AdamW's moments learn in float32",
         ),
-        Decision("engine", ENGINE, "auto", "only-choice", "plain diffusers and PEFT, one sample at a time"),
         Decision(
             "text_phase",
             "resident",
@@ -140,8 +174,20 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
             "only-choice",
             "the text encoder is there while captions are encoded, then it is freed",
         ),
-    ]
-    return tuple(decided)
+    )
+
+
+def _as_checkpointing(problem: Problem, budget: Decision) -> Decision:
+    """The reference engine's name for its two activation budgets."""
+
+    def named(value: Value) -> str:
+        return "off" if value == 1 else "on"
+
+    rejected = tuple(replace(r, value=named(r.value)) for r in budget.rejected if r.value in (0, 1))
+    evidence = budget.evidence.replace("0.0:", "on:").replace("1.0:", "off:")
+    return replace(
+        budget, id="checkpointing", value=named(budget.value), evidence=evidence, rejected=rejected
+    )
 
 
 def _device(problem: Problem) -> Decision:
@@ -162,25 +208,44 @@ def _device(problem: Problem) -> Decision:
 
 
 def _searched(problem: Problem, best: Evaluation, name: str) -> Decision:
-    """A decision that the search took: compared with the same combination but for this one value."""
-    value: str = getattr(best.choice, name)
-    fixed = fixed_by_recipe(problem.tables)
-    others = [v for v in DOMAINS[name] if v != value]
+    """A decision that the search took, compared with what is most like it but for this one value."""
+    value: Value = getattr(best.choice, name)
+    fixed = fixed_decisions(problem.tables)
     timed = times_known(problem, best.choice)
-    compared = {v: evaluate(problem, replace(best.choice, **{name: v})) for v in others}
-    allowed = possible(problem, name)
-    rejected = tuple(
-        Rejected(v, "set-by-recipe" if name in fixed else why, *_deltas(best, other, timed))
-        if (why := _why_not(problem, best, other, name)) and v in allowed
-        else Rejected(v, "unsupported")
-        for v, other in compared.items()
-    )
+    compared = alternatives(problem, best, name)
+    if name == "activation_budget":
+        compared = _around(float(value), compared)
+    rejected = [
+        Rejected(
+            v,
+            "set-by-recipe" if name in fixed else _why_not(problem, best, e, name),
+            *_deltas(best, e, timed),
+        )
+        for v, e in compared.items()
+    ]
+    if name != "activation_budget":
+        rejected += [Rejected(v, "unsupported") for v in DOMAINS[name] if v != value and v not in compared]
     if name in fixed:
         code, reason = "recipe", "you set this"
+        if name == "activation_budget" and "checkpointing" in fixed_by_recipe(problem.tables):
+            reason = f"you set checkpointing = '{best.choice.checkpointing}'"
     else:
         code, reason = _why(problem, best, name, {str(r.value): r.reason_code for r in rejected})
     evidence = _evidence(best, name, compared, timed)
-    return Decision(name, value, "recipe" if name in fixed else "auto", code, reason, evidence, rejected)
+    source = "recipe" if name in fixed else "auto"
+    return Decision(name, value, source, code, reason, evidence, tuple(rejected))  # type: ignore[arg-type]
+
+
+def _around(value: float, compared: Mapping[str | float, Evaluation]) -> dict[str | float, Evaluation]:
+    """Of many budgets the nearest on either side, and the ends."""
+    others = sorted(float(v) for v in compared)
+    shown = {
+        *others[:1],
+        *others[-1:],
+        *[v for v in others if v < value][-1:],
+        *[v for v in others if v > value][:1],
+    }
+    return {v: compared[v] for v in sorted(shown)}
 
 
 def _deltas(best: Evaluation, other: Evaluation, timed: bool) -> tuple[int, float | None]:
@@ -204,42 +269,77 @@ def _why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) -
 
 def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, str]) -> tuple[str, str]:
     """Reason code and sentence for what was chosen."""
-    value, storage = getattr(best.choice, name), problem.base.storage
+    value, fused = getattr(best.choice, name), best.choice.engine == "fused"
     if not best.fits:
         return "least-memory", "needs least, though it does not fit"
     over = bool({"over-memory", "tight"} & set(rejected.values()))
+    if name == "precision":
+        return _precision_reason(problem, best, over, rejected.get("bf16"))
+    if name == "activation_budget":
+        return _budget_reason(best, over)
+    if name == "engine" and not fused:
+        if missing := no_fused_engine(problem.hardware, problem.device):
+            return "only-choice", missing
+        return "fastest-that-fits", "plain diffusers and PEFT are as fast here"
+    if name == "matmul" and value != "fp8":
+        if best.choice.precision != "fp8":
+            return "only-choice", f"weights in {best.choice.precision} are multiplied so"
+        if not fused:
+            return "only-choice", "the reference engine dequantises the weights"
+        if rejected.get("fp8") == "unsupported":
+            return "unsupported", "no FP8 units: weights are dequantised for each product"
+        return "fastest-that-fits", "as fast here, and more exact"
+    if name == "compile":
+        if fused:
+            return "not-used", "the fused engine brings its own kernels"
+        if value == "off" and rejected.get("regional") == "unsupported":
+            return "unsupported", "only for NVIDIA GPUs with Triton"
+        if value == "off" and over:
+            return "needs-memory", "compiled blocks do not fit"
+    if name == "unconditional" and not problem.prompts:
+        return "no-prompts", "no validate.prompts, nothing is sampled"
+    if name == "unconditional" and value == "proxy" and not problem.base.has_unconditional:
+        return "not-in-base", "the base has no second transformer"
     sentences: dict[tuple[str, str], tuple[str, str]] = {
-        ("precision", "bf16"): _precision_reason(storage, over, problem),
-        ("precision", "float32"): ("exact", "as fast here, and exact"),
-        ("checkpointing", "on"): ("needs-memory", "activations of all blocks leave no room"),
-        ("checkpointing", "off"): ("fastest-that-fits", "all activations fit, nothing is recomputed"),
+        ("engine", "fused"): ("fastest-that-fits", "packed samples, kernels of our own"),
+        ("matmul", "fp8"): ("fastest-that-fits", "this card has FP8 units"),
         ("compile", "regional"): ("fastest-that-fits", "compiling is repaid by faster steps"),
         ("compile", "off"): ("not-repaid", "compiling would take longer than it saves"),
         ("unconditional", "loaded"): ("exact", "samples get true asymmetric guidance"),
         ("unconditional", "proxy"): ("needs-memory", "no room for the second transformer"),
     }
-    if name == "checkpointing" and value == "on" and not over:
-        return "fastest-that-fits", "leaves room for what is worth more"
-    if name == "compile" and value == "off" and "regional" not in possible(problem, "compile"):
-        return "unsupported", "only for NVIDIA GPUs"
-    if name == "compile" and value == "off" and over:
-        return "needs-memory", "compiled blocks do not fit"
-    if name == "unconditional" and not problem.prompts:
-        return "no-prompts", "no validate.prompts, nothing is sampled"
-    if name == "unconditional" and value == "proxy" and not problem.base.has_unconditional:
-        return "not-in-base", "the base has no second transformer"
     return sentences[name, value]
 
 
-def _precision_reason(storage: str, over: bool, problem: Problem) -> tuple[str, str]:
-    if storage != "float32":
-        return "lossless", "the weights are stored so, nothing is lost"
-    if over:
-        return "needs-memory", "float32 weights do not fit"
-    return "fastest-that-fits", "half the memory, faster products"
+def _budget_reason(best: Evaluation, over: bool) -> tuple[str, str]:
+    if best.choice.checkpointing == "off":
+        return "fastest-that-fits", "all activations fit, nothing is recomputed"
+    if not over:
+        return "fastest-that-fits", "leaves room for what is worth more"
+    if best.choice.activation_budget == 0:
+        return "needs-memory", "activations of all blocks leave no room"
+    return "needs-memory", "as much as there is room for, the dearest to recompute first"
 
 
-def _evidence(best: Evaluation, name: str, compared: Mapping[str, Evaluation], timed: bool) -> str:
+def _precision_reason(problem: Problem, best: Evaluation, over: bool, bf16: str | None) -> tuple[str, str]:
+    value, storage = best.choice.precision, problem.base.storage
+    if value == "fp8":
+        if storage == "fp8":
+            return "lossless", "the weights are stored so, nothing is lost"
+        found = "leave too little room" if bf16 == "tight" else "do not fit"
+        return "needs-memory", f"weights in bf16 {found}, so they are rounded"
+    if value == "float32":
+        return "exact", "as fast here, and exact"
+    if storage == "float32":
+        if over:
+            return "needs-memory", "float32 weights do not fit"
+        return "fastest-that-fits", "half the memory, faster products"
+    if storage == "fp8":
+        return "fastest-that-fits", "all that can be done here"
+    return "lossless", "nothing of the stored weights is lost"
+
+
+def _evidence(best: Evaluation, name: str, compared: Mapping[str | float, Evaluation], timed: bool) -> str:
     """The figures behind a decision, as text."""
     rows = {getattr(best.choice, name): best} | dict(compared)
     cells = []

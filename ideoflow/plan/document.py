@@ -20,7 +20,10 @@ from ideoflow.plan.codec import Mismatch, decode, encode
 from ideoflow.recipe import RecipeTables
 from ideoflow.recipe.load import load_tables
 
-FORMAT = 1
+FORMAT = 2
+
+# What the fused engine is made of: its kernels, and attention over samples of mixed lengths.
+GPU_PACKAGES = ("triton", "cudnn")
 
 Value = str | bool | int | float
 Phase = Literal["text", "latents", "train", "sample"]
@@ -102,6 +105,7 @@ class Hardware:
 
     On a CPU ``total_bytes`` and ``free_bytes`` are the host's own. ``free_bytes`` is what a run may take.
     ``compute_capability`` is CUDA's, ``rates`` None where nothing is known of the device's speed.
+    ``packages`` are those of :data:`GPU_PACKAGES` that can be imported; a card that is only named has all.
     """
 
     name: str
@@ -117,6 +121,7 @@ class Hardware:
     pcie_width: int | None = None
     other_processes: int = 0
     rates: Rates | None = None
+    packages: tuple[str, ...] = ()
     source: Literal["measured", "profile"] = "measured"
     note: str = ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 from ideoflow.diagnostics import Span, closest, fail
 from ideoflow.diagnostics.codes.plan import NO_GPU, NO_NVML, UNKNOWN_GPU
-from ideoflow.plan.document import Hardware
+from ideoflow.plan.document import GPU_PACKAGES, Hardware
 from ideoflow.plan.profiles import (
     find_profile,
     hardware_from_profile,
@@ -119,6 +120,7 @@ def _read_card(nvml: Any, handle: Any) -> Hardware:
         pcie_width=lanes,
         other_processes=len(others - {os.getpid()}),
         rates=rates,
+        packages=tuple(name for name in GPU_PACKAGES if importlib.util.find_spec(name)),
         note="" if profile else "a card of unknown speed",
     )
 

@@ -1,8 +1,9 @@
 """How much memory each phase of a run needs on the device: the ledger, from the architecture's table.
 
-The lines are derived here from what autograd keeps, for plain diffusers modules with PEFT adapters (the
-*reference* engine: one sample at a time, no padding, no mask). Notation, per token and block: ``h`` hidden
-width, ``f`` feed-forward width, ``e`` bytes of an element of the base (2 for bf16, 4 for float32).
+What the *fused* engine holds is derived in :mod:`ideoflow.plan.fused`. The lines of the *reference* engine
+are derived here from what autograd keeps, for plain diffusers modules with PEFT adapters, one sample at a
+time, no padding, no mask. Notation, per token and block: ``h`` hidden width, ``f`` feed-forward width, ``e``
+bytes of an activation (4 for float32, else 2).
 
 **Kept by an eager block** besides its input:
 
@@ -30,20 +31,27 @@ backward workspace of attention comes later, when the feed-forward's tensors are
 
 ``tests/plan/test_memory.py`` holds the table to what autograd really saves for diffusers' block, to the byte,
 the peak to what the allocator saw, and both to what plain diffusers was measured to take on an H200.
+Linears stored in FP8 keep nothing more, but their modules dequantise the weight in float32 each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TAPPED_LAYERS, TransformerSpec, VaeSpec
+from ideoflow.plan import fused
 from ideoflow.plan.document import Ledger, LedgerLine, Phase
+from ideoflow.plan.sizes import (
+    ADAPTER_BYTES,
+    Choice,
+    Shapes,
+    adapter_parameters,
+    targets_by_block,
+    weight_bytes,
+)
 
-ELEMENT_BYTES = {"bf16": 2, "float32": 4}
-ADAPTER_BYTES = 4  # the adapter, its gradients and AdamW's moments are float32
 # A CUDA context with cuBLAS' workspace and the kernels of a training step; a process with torch on a host.
 _CONTEXT = {"cuda": 550 << 20, "cpu": 640 << 20}
 # What the caching allocator holds beyond what is allocated, as a share of what comes and goes.
@@ -53,60 +61,6 @@ _FRAGMENTATION = 0.05
 _HOST_KEEPS, _HOST_KEEPS_OF = 1.4, 300 << 20
 # Qwen3-VL-8B: 0.58 G parameters of vision tower beside 7.57 G of decoder; loaded with it, and not used.
 _VISION_SHARE = 0.58 / 7.57
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The alternatives that are weighed against each other, one value for each decision."""
-
-    device: str
-    precision: str
-    checkpointing: str
-    compile: str
-    unconditional: str
-
-    @property
-    def element(self) -> int:
-        """Bytes of a number of the frozen base."""
-        return ELEMENT_BYTES[self.precision]
-
-    @property
-    def compiled(self) -> bool:
-        return self.compile != "off"
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes that a run works on: the largest for memory, the mean for time.
-
-    ``grid_tokens`` and ``text_tokens`` are the greatest numbers of image and text tokens of a sample;
-    ``pixels`` its greatest area; ``sample_tokens`` and ``sample_pixels`` those of a validation picture, or 0.
-    """
-
-    grid_tokens: int
-    text_tokens: int
-    pixels: int
-    sample_tokens: int
-    sample_pixels: int
-
-    @property
-    def tokens(self) -> int:
-        return self.grid_tokens + self.text_tokens
-
-
-def adapter_parameters(spec: TransformerSpec, targets: Iterable[str], rank: int) -> int:
-    """Numbers in the adapter: rank x (in + out) for each target."""
-    sizes = spec.linears()
-    return sum(rank * sum(sizes[name]) for name in targets)
-
-
-def targets_by_block(targets: Iterable[str]) -> dict[int, frozenset[str]]:
-    """Names of the adapted Linears within each block that has any."""
-    blocks: dict[int, set[str]] = {}
-    for name in targets:
-        _, index, module = name.split(".", 2)
-        blocks.setdefault(int(index), set()).add(module)
-    return {index: frozenset(modules) for index, modules in blocks.items()}
 
 
 def kept_by_block(
@@ -173,7 +127,7 @@ class Activations:
 
 def activations(
     spec: TransformerSpec,
-    targets: Iterable[str],
+    targets: tuple[str, ...],
     rank: int,
     tokens: int,
     element: int,
@@ -206,11 +160,6 @@ def activations(
     )
 
 
-def resident_parameters(spec: TransformerSpec) -> int:
-    """Parameters on the device in training: the text projection's result is cached instead."""
-    return spec.parameters() - spec.text_projection_parameters()
-
-
 def build_ledger(
     base: BaseFacts,
     targets: tuple[str, ...],
@@ -218,14 +167,17 @@ def build_ledger(
     shapes: Shapes,
     choice: Choice,
     *,
-    samples: int = 1,
+    batch: int = 1,
+    accumulation: int = 1,
     memory_factor: float = 1.0,
     calibrated_by: str = "",
 ) -> Ledger:
     """Every phase's lines for one choice.
 
-    ``samples`` are those of one optimiser step, which run one after the other. ``memory_factor`` scales what
-    comes and goes (activations and workspaces), as measured by the runs that ``calibrated_by`` names.
+    The ``batch`` samples of a forward pass are packed together by the fused engine, and run one after the
+    other by the reference engine; the ``accumulation`` passes of an optimiser step follow one another in
+    both. ``memory_factor`` scales what comes and goes (activations and workspaces), as measured by the runs
+    that ``calibrated_by`` names.
     """
     lines: list[LedgerLine] = []
 
@@ -249,7 +201,8 @@ def build_ledger(
     finish("text")
     _latents(add, base.vae, shapes, choice)
     finish("latents")
-    _train(add, base.transformer, targets, rank, shapes, choice, samples)
+    train = _train_fused if choice.engine == "fused" else _train_reference
+    train(add, base.transformer, targets, rank, shapes, choice, batch, accumulation)
     if choice.device == "cpu" and shapes.sample_tokens:
         # On a GPU these wait in the host's memory; on a CPU that is the same memory.
         waiting = base.vae.parameters() * choice.element
@@ -273,6 +226,8 @@ TRANSIENT = frozenset(
         "activations",
         "checkpoints",
         "recomputed block",
+        "block at work",
+        "dequantised weight",
         "saved activations",
         "backward workspace",
         "attention mask",
@@ -304,28 +259,29 @@ def _latents(add: _Add, spec: VaeSpec, shapes: Shapes, choice: Choice) -> None:
     add("latents", "activations", held, f"encoding {shapes.pixels / 1e6:.2f} megapixels", transient=True)
 
 
-def _train(
+def _train_reference(
     add: _Add,
     spec: TransformerSpec,
     targets: tuple[str, ...],
     rank: int,
     shapes: Shapes,
     choice: Choice,
-    samples: int,
+    batch: int,
+    accumulation: int,
 ) -> None:
     e = choice.element
-    weights = resident_parameters(spec)
     adapter = adapter_parameters(spec, targets, rank)
     on = choice.checkpointing == "on"
     a = activations(spec, targets, rank, shapes.tokens, e, checkpointing=on, compiled=choice.compiled)
     kept = a.checkpoints + (0 if on else a.kept)
     blocks = max(1, len(targets_by_block(targets)))
     gradients = adapter * ADAPTER_BYTES
+    several = batch * accumulation > 1
     # Of a single sample, gradients come as the blocks' activations go; only a second one finds them all.
-    held = gradients if samples > 1 else max(gradients // blocks, gradients - kept * (blocks - 1) // blocks)
-    add("train", "weights", weights * e, f"{_count(weights)} parameters x {e} bytes ({choice.precision})")
+    held = gradients if several else max(gradients // blocks, gradients - kept * (blocks - 1) // blocks)
+    _weights(add, "train", spec, choice)
     _adapter(add, "train", adapter)
-    among = "of all samples" if samples > 1 else "at the peak, of what comes while activations go"
+    among = "of all samples" if several else "at the peak, of what comes while activations go"
     add("train", "gradients", held, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
     where = f"{shapes.tokens} tokens ({shapes.grid_tokens} image, {shapes.text_tokens} text)"
     if on:
@@ -333,18 +289,67 @@ def _train(
         add("train", "recomputed block", a.kept, "one block's activations", transient=True)
     else:
         add("train", "saved activations", kept, f"{spec.num_layers} blocks; {where}", transient=True)
+    dense = dequantised_bytes(spec, choice)
+    add(
+        "train", "dequantised weight", dense, "the largest one, in float32 on its way to bf16", transient=True
+    )
     add("train", "backward workspace", a.backward, "gradients alive at once in a block", transient=True)
     add("train", "attention mask", a.mask, "kept by the checkpoints", transient=True)
     add("train", "inputs and loss", a.ends, "last hidden state, rotary tables, velocity", transient=True)
-    # AdamW's foreach step makes one temporary of the adapter's size, when the activations are gone.
-    extra = 2 * gradients - held - a.total
-    add(
-        "train",
-        "optimizer step",
-        extra,
-        "all gradients and AdamW's temporary, beyond the rest",
-        transient=True,
-    )
+    _optimizer_step(add, gradients, held + a.total + dense)
+
+
+def _train_fused(
+    add: _Add,
+    spec: TransformerSpec,
+    targets: tuple[str, ...],
+    rank: int,
+    shapes: Shapes,
+    choice: Choice,
+    batch: int,
+    accumulation: int,
+) -> None:
+    e, budget, tokens = choice.element, choice.activation_budget, batch * shapes.tokens
+    adapter, fp8 = adapter_parameters(spec, targets, rank), choice.matmul == "fp8"
+    gradients = adapter * ADAPTER_BYTES
+    p = fused.peak(spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=accumulation == 1)
+    _weights(add, "train", spec, choice)
+    _adapter(add, "train", adapter)
+    options = {"precision": choice.precision, "fp8": fp8}
+    copies = fused.copies_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
+    add("train", "working copies", copies, "the adapter as products read it, scales of rows")
+    scratch = fused.scratch_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
+    add("train", "work buffer", scratch, f"one weight, {'transposed' if fp8 else 'dequantised'}")
+    among = "of all passes" if accumulation > 1 else "at the peak, of what comes while activations go"
+    add("train", "gradients", p.gradients, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
+    where = f"{tokens} tokens in {batch} sample{'s' if batch > 1 else ''}"
+    add("train", "saved activations", p.saved, f"activation budget {budget:g}; {where}", transient=True)
+    add("train", "block at work", p.work, "one block's values and their gradients", transient=True)
+    # Rotary tables, seven index tensors, the velocity with its target and gradient.
+    ends = tokens * (e * spec.attention_head_dim + 60 + 14 * spec.in_channels)
+    add("train", "inputs and loss", ends, "rotary tables, indices, velocity", transient=True)
+    _optimizer_step(add, gradients, p.total + ends)
+
+
+def _optimizer_step(add: _Add, gradients: int, before: int) -> None:
+    """AdamW's foreach step makes one temporary of the adapter's size, when the activations are gone."""
+    words = "all gradients and AdamW's temporary, beyond the rest"
+    add("train", "optimizer step", 2 * gradients - before, words, transient=True)
+
+
+def dequantised_bytes(spec: TransformerSpec, choice: Choice) -> int:
+    """What the reference engine's FP8 Linears need at once: two float32 copies of the largest weight."""
+    return 8 * spec.hidden * spec.intermediate_size if choice.precision == "fp8" else 0
+
+
+def _weights(add: _Add, phase: Phase, spec: TransformerSpec, choice: Choice) -> None:
+    words = {
+        "fp8": "Linears of the blocks in e4m3 with a float32 scale a row, the rest in bf16",
+        "bf16": "2 bytes each",
+        "float32": "4 bytes each",
+    }
+    evidence = f"{_count(spec.parameters() - spec.text_projection_parameters())} parameters; "
+    add(phase, "weights", weight_bytes(spec, choice.precision), evidence + words[choice.precision])
 
 
 def _sample(
@@ -352,12 +357,18 @@ def _sample(
 ) -> None:
     """Denoising needs both transformers, decoding one and the autoencoder: whichever is more."""
     spec, e = base.transformer, choice.element
-    weights, h, f = resident_parameters(spec), spec.hidden, spec.intermediate_size
-    add("sample", "weights", weights * e, f"{_count(weights)} parameters x {e} bytes ({choice.precision})")
+    h, f = spec.hidden, spec.intermediate_size
+    _weights(add, "sample", spec, choice)
     _adapter(add, "sample", adapter_parameters(spec, targets, rank))
     other = _unconditional_bytes(base, choice)
     cast = ADAPTER_BYTES if targets else 0
     denoise = shapes.sample_tokens * (e * (6 * h + 2 * f) + 2 * 4 * h + 3 * cast * f)
+    denoise += dequantised_bytes(spec, choice)
+    if choice.engine == "fused":
+        options = {"precision": choice.precision, "fp8": choice.matmul == "fp8"}
+        copies = fused.copies_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
+        copies += fused.scratch_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
+        add("sample", "working copies", copies, "the fused engine's, with its work buffer")
     channels = base.vae.block_out_channels
     # The last upsampling works at full resolution on the channels of the level below it.
     decode = 4 * channels[min(1, len(channels) - 1)] * shapes.sample_pixels * e
@@ -377,7 +388,7 @@ def _sample(
 
 def _unconditional_bytes(base: BaseFacts, choice: Choice) -> int:
     loaded = choice.unconditional == "loaded"
-    return resident_parameters(base.transformer) * choice.element if loaded else 0
+    return weight_bytes(base.transformer, choice.precision) if loaded else 0
 
 
 def _adapter(add: _Add, phase: Phase, parameters: int) -> None:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from ideoflow.plan.document import Hardware, Rates
+from ideoflow.plan.document import GPU_PACKAGES, Hardware, Rates
 
 MIB, GIB = 1 << 20, 1 << 30
 # The driver keeps this share for itself: torch sees 143156 of an H200's 143771 MiB, 24217 of a 4090's 24564.
@@ -171,7 +171,9 @@ def hardware_from_profile(name: str) -> Hardware | None:
         total = int(size[1]) * GIB
         free = total - int(_DRIVER_SHARE * total) - (_DESKTOP if total <= 32 * GIB else 0)
         note = "a card of this size, of unknown speed"
-        return Hardware(f"{size[1]} GB card", "cuda", total, free, None, source="profile", note=note)
+        return Hardware(
+            f"{size[1]} GB card", "cuda", total, free, packages=GPU_PACKAGES, source="profile", note=note
+        )
     profile = find_profile(name)
     if profile is None:
         return None
@@ -192,6 +194,7 @@ def hardware_from_profile(name: str) -> Hardware | None:
         pcie_generation=generation,
         pcie_width=lanes,
         rates=profile_rates(profile),
+        packages=GPU_PACKAGES if profile.kind == "cuda" else (),
         source="profile",
         note=note,
     )

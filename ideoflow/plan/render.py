@@ -20,7 +20,10 @@ PHASE_NAMES: dict[Phase, str] = {
     "sample": "sample",
 }
 # Decisions on the page; the others have one value only, and --explain shows them.
-_SHOWN = ("device", "precision", "checkpointing", "compile", "unconditional")
+_SHOWN = {
+    "fused": ("device", "engine", "precision", "matmul", "attention", "activation_budget", "unconditional"),
+    "reference": ("device", "engine", "precision", "checkpointing", "compile", "unconditional"),
+}
 _REJECTED = {
     "set-by-recipe": "",
     "over-memory": "over by {over}",
@@ -86,8 +89,11 @@ def _decisions(plan: Plan) -> RenderableType:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(style="green", no_wrap=True)
     grid.add_column(ratio=1)
-    for decision in (plan.decision(id) for id in _SHOWN):
-        against = [f"{r.value} {words}" for r in decision.rejected if (words := rejected_words(plan, r))]
+    for decision in (plan.decision(id) for id in _SHOWN[str(plan.value("engine"))]):
+        rejected = decision.rejected
+        if decision.id == "activation_budget":  # of many values, the next one that would be faster
+            rejected = tuple(r for r in rejected if r.value > decision.value)[:1]  # type: ignore[operator]
+        against = [f"{r.value} {words}" for r in rejected if (words := rejected_words(plan, r))]
         text = Text(decision.reason)
         if against:
             text.append(f"  ({'; '.join(against)})", style="dim")

@@ -2,45 +2,40 @@
 
 There are few enough combinations to evaluate them all with the ledger and the time model, so the choice is a
 minimum over real alternatives and not a chain of rules per card. Among those that fit, the fastest whole run
-wins (compiling counts); alternatives within 3 % of it are equals, and of equals the simplest wins.
+wins (compiling counts); alternatives within 3 % of it are equals, and of equals the simplest wins. Rounding
+the weights to FP8 is no equal: it is only done where nothing else leaves room, or where they are stored so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import product
 
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import PIXELS_PER_TOKEN, target_modules
 from ideoflow.plan.calibration import Calibration, Factors
+from ideoflow.plan.choices import combinations, fixed_decisions
 from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, TimeEstimate
-from ideoflow.plan.memory import Choice, Shapes, build_ledger, resident_parameters
+from ideoflow.plan.memory import build_ledger
+from ideoflow.plan.sizes import Choice, Shapes, weight_bytes
 from ideoflow.plan.timing import (
-    COMPILE_SECONDS,
     SAMPLING_STEPS,
     Load,
     Speed,
     encoding_seconds,
     sampling_seconds,
+    starting_seconds,
     step_parts,
 )
 from ideoflow.recipe import RecipeTables
 
-ENGINE = "reference"
 # Captions' length where there is no data set; estimated lengths get this much more, to be on the safe side.
 _USUAL_TEXT, _ESTIMATE_MARGIN = 400, 1.15
 _EQUAL = 1.03
 # A prediction is not exact: above this share of the free memory a plan is only made if there is no other.
 TIGHT_SHARE = 0.95
-DOMAINS = {
-    "precision": ("bf16", "float32"),
-    "checkpointing": ("off", "on"),
-    "compile": ("off", "regional"),
-    "unconditional": ("loaded", "proxy"),
-}
-_PRECISION_BITS = {"fp8": 8, "float16": 16, "bf16": 16, "float32": 32}
+_PRECISION_BITS = {"nf4": 4, "fp8": 8, "float16": 16, "bf16": 16, "float32": 32}
 
 
 @dataclass(frozen=True)
@@ -96,23 +91,38 @@ class Problem:
             (b.width * b.height // PIXELS_PER_TOKEN**2, self.text_tokens[1], b.count / total)
             for b in self.buckets
         )
-        return Load(lengths, self.tables.train.batch * self.tables.train.accumulation)
+        train = self.tables.train
+        return Load(lengths, train.batch * train.accumulation, passes=train.accumulation)
+
+    @cached_property
+    def combinations(self) -> tuple[Choice, ...]:
+        """All that the machine could do, the recipe's word apart."""
+        asked = fixed_decisions(self.tables).get("activation_budget")
+        budgets = (float(asked),) if asked is not None else ()
+        every = combinations(self.hardware, self.device, budgets)
+        guidance = ("loaded", "proxy") if self.base.has_unconditional and self.prompts else ("proxy",)
+        return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
     def host_bytes(self, choice: Choice) -> int:
-        """What a GPU run needs of host memory: models pass it, and the second transformer waits there."""
-        transformer = self.base.transformer.parameters() * choice.element
-        waiting = resident_parameters(self.base.transformer) * choice.element
+        """What a GPU run needs of host memory: encoders pass it, and the second transformer waits there.
+
+        The transformers themselves go from their files to the device tensor by tensor.
+        """
+        spec, loaded = self.base.transformer, choice.unconditional == "loaded"
+        waiting = weight_bytes(spec, choice.precision) if loaded else 0
         vae = self.base.vae.parameters() * choice.element if self.prompts else 0
-        text = self.base.text_encoder.parameters() * choice.element
-        return max(text, transformer + vae + (waiting if choice.unconditional == "loaded" else 0))
+        return max(self.base.text_encoder.parameters() * choice.element, vae + waiting)
 
     def factors(self, choice: Choice) -> Factors:
-        return self.calibration.factors(self.hardware.name, ENGINE, choice.compiled)
+        return self.calibration.factors(self.hardware.name, choice.path, choice.compiled)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One combination, evaluated. ``step_ms`` and ``run_seconds`` only rank where speeds are unknown."""
+    """One combination, evaluated. ``step_ms`` and ``run_seconds`` only rank where speeds are unknown.
+
+    ``trainable``: training would have room, whatever the other phases need.
+    """
 
     choice: Choice
     ledger: Ledger
@@ -121,29 +131,40 @@ class Evaluation:
     run_seconds: float
     fits: bool
     tight: bool
+    trainable: bool
 
 
-def fixed_by_recipe(tables: RecipeTables) -> dict[str, str]:
-    """Decisions that the recipe has taken."""
-    memory = tables.memory
-    asked = {"precision": memory.precision, "checkpointing": memory.checkpointing, "compile": memory.compile}
-    return {name: value for name, value in asked.items() if value != "auto"}
+def candidates(problem: Problem, released: str = "") -> list[Choice]:
+    """Every combination that respects the recipe, apart from its word on the decision ``released``."""
+    fixed = fixed_decisions(problem.tables)
+    fixed.pop(released, None)
+    return [c for c in problem.combinations if all(getattr(c, d) == v for d, v in fixed.items())]
 
 
-def possible(problem: Problem, decision: str) -> tuple[str, ...]:
-    """Values that the engine has on this machine, the recipe's word apart."""
-    if decision == "compile" and problem.hardware.kind != "cuda":
-        return ("off",)
-    if decision == "unconditional" and not (problem.base.has_unconditional and problem.prompts):
-        return ("proxy",)
-    return DOMAINS[decision]
+def alternatives(problem: Problem, best: Evaluation, decision: str) -> dict[str | float, Evaluation]:
+    """For each other value of ``decision`` the combination most like the best one, evaluated.
 
+    Where the recipe's other settings leave none, the machine's combinations are looked through as a whole.
+    """
 
-def candidates(problem: Problem) -> list[Choice]:
-    """Every combination that respects the recipe."""
-    fixed = fixed_by_recipe(problem.tables)
-    axes = [(fixed[d],) if d in fixed else possible(problem, d) for d in DOMAINS]
-    return [Choice(problem.device, *values) for values in product(*axes)]
+    def unlike(choice: Choice) -> int:
+        names = [f.name for f in fields(Choice) if f.name != decision]
+        return sum(getattr(choice, n) != getattr(best.choice, n) for n in names)
+
+    groups: dict[str | float, list[Choice]] = {}
+    for choice in candidates(problem, decision):
+        groups.setdefault(getattr(choice, decision), []).append(choice)
+    for choice in problem.combinations:
+        value = getattr(choice, decision)
+        if value not in groups or choice in groups[value]:
+            groups.setdefault(value, []).append(choice)
+    groups.pop(getattr(best.choice, decision), None)
+    found = {}
+    for value, choices in groups.items():
+        least = min(map(unlike, choices))
+        near = [evaluate(problem, c) for c in choices if unlike(c) == least]
+        found[value] = choose(near, problem.base.storage)
+    return found
 
 
 def evaluate(problem: Problem, choice: Choice) -> Evaluation:
@@ -155,7 +176,8 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
         problem.tables.adapter.rank,
         problem.shapes,
         choice,
-        samples=problem.load.samples,
+        batch=problem.tables.train.batch,
+        accumulation=problem.tables.train.accumulation,
         memory_factor=factors.memory,
         calibrated_by=factors.source,
     )
@@ -163,11 +185,13 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
     rank = problem.tables.adapter.rank
     parts = step_parts(problem.base.transformer, problem.targets, rank, problem.load, choice, speed)
     step_ms = sum(part.ms for part in parts) * factors.time
-    compiling = _compile_seconds(problem) if choice.compiled else 0.0
+    compiling = starting_seconds(choice, _shapes(problem))
     run = compiling + step_ms / 1e3 * problem.tables.train.steps
     peak, free = ledger.peak_bytes, problem.hardware.free_bytes
     fits = peak <= free and _host_fits(problem, choice)
-    return Evaluation(choice, ledger, step_ms, compiling, run, fits, peak > TIGHT_SHARE * free)
+    limit = TIGHT_SHARE * free
+    trainable = ledger.peak("train") <= limit
+    return Evaluation(choice, ledger, step_ms, compiling, run, fits, peak > limit, trainable)
 
 
 def _host_fits(problem: Problem, choice: Choice) -> bool:
@@ -179,28 +203,33 @@ def _host_fits(problem: Problem, choice: Choice) -> bool:
 
 
 def _speed(problem: Problem, choice: Choice) -> Speed:
-    return Speed.of(problem.hardware, choice, problem.calibration.shares, problem.load)
+    return Speed.of(problem.hardware, choice, problem.calibration.shares[choice.engine], problem.load)
 
 
-def _compile_seconds(problem: Problem) -> float:
-    """The first shape is compiled as it is, a second one makes shapes symbolic; after that nothing is."""
+def _shapes(problem: Problem) -> int:
+    """How many lengths of a sample there are, as far as it matters: one, or two for several."""
     least, _, greatest = problem.text_tokens
-    shapes = len(problem.buckets) + (greatest > least)
-    return COMPILE_SECONDS * min(shapes, 2)
+    return min(2, len(problem.buckets) + (greatest > least))
 
 
 def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
     """The best that fits; where none does, the one that needs least.
 
     What leaves some memory free comes first: running out of it costs more than a slower step. Then come
-    pictures with true guidance: the second transformer is there only while sampling, so it costs
-    the training nothing.
+    weights that are not rounded, then pictures with true guidance: the second transformer is there only while
+    sampling, so it costs the training nothing.
     """
     evaluated = list(evaluated)
     fitting = [e for e in evaluated if e.fits]
-    if not fitting:
-        return min(evaluated, key=lambda e: (e.ledger.peak_bytes, _plainness(e.choice, storage)))
-    pool = [e for e in fitting if not e.tight] or fitting
+    if fitting:
+        pool = [e for e in fitting if not e.tight] or fitting
+    else:
+        least = min(e.ledger.peak_bytes for e in evaluated)
+        pool = [e for e in evaluated if e.ledger.peak_bytes == least]
+        # It may be the encoders alone that do not fit; the training is then planned as if they did.
+        if not (pool := [e for e in pool if e.trainable] or pool)[0].trainable:
+            return min(pool, key=lambda e: (e.ledger.peak("train"), _plainness(e.choice, storage)))
+    pool = [e for e in pool if _faithful(e.choice, storage)] or pool
     pool = [e for e in pool if e.choice.unconditional == "loaded"] or pool
     fastest = min(e.run_seconds for e in pool)
     return min(
@@ -209,10 +238,17 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
     )
 
 
-def _plainness(choice: Choice, storage: str) -> tuple[int, bool, bool]:
-    """Of equals, the least: no bits of the weights lost or wasted, nothing compiled, nothing recomputed."""
+def _faithful(choice: Choice, storage: str) -> bool:
+    """Whether weights that are stored in FP8 stay so, and others are not rounded to it."""
+    return (choice.precision == "fp8") == (storage == "fp8")
+
+
+def _plainness(choice: Choice, storage: str) -> tuple[int, bool, bool, bool]:
+    """Of equals, the least: no bits of the weights lost or wasted, no FP8 products, nothing compiled, nothing
+    recomputed."""
     bits = _PRECISION_BITS[choice.precision] - _PRECISION_BITS[storage]
-    return (2 if bits < 0 else min(bits, 1), choice.compiled, choice.checkpointing == "on")
+    rounded = 2 if bits < 0 else min(bits, 1)
+    return rounded, choice.matmul == "fp8", choice.compiled, choice.checkpointing == "on"
 
 
 def solve(problem: Problem) -> Evaluation:
@@ -232,6 +268,9 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     if not times_known(problem, choice):
         return None
     factors, speed = problem.factors(choice), _speed(problem, choice)
+    # Captions are encoded and samples made by plain modules, whichever engine trains.
+    plain = replace(choice, engine="reference", matmul="float32" if choice.precision == "float32" else "bf16")
+    eager = _speed(problem, plain)
     rank, base = tables.adapter.rank, problem.base
     parts = step_parts(base.transformer, problem.targets, rank, problem.load, choice, speed)
     pictures = problem.data.pictures if problem.data else 0
@@ -244,17 +283,16 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
         problem.shapes.sample_tokens,
         problem.text_tokens[1],
         tables.validate.steps or SAMPLING_STEPS[tables.validate.preset],
-        choice,
-        speed,
+        plain,
+        eager,
     )
     rates = problem.hardware.rates
-    source = (
-        f"{rates.source}, shares of peak from {problem.calibration.shares.source}" if rates else "a guess"
-    )
+    shares = problem.calibration.shares[choice.engine]
+    source = f"{rates.source}, shares of peak from {shares.source}" if rates else "a guess"
     return TimeEstimate(
         tuple(replace(p, ms=round(p.ms * factors.time, 3)) for p in parts),
         best.compile_seconds,
-        round(encoding_seconds(base, pictures + prompts, problem.text_tokens[1], pixels, speed), 3),
+        round(encoding_seconds(base, pictures + prompts, problem.text_tokens[1], pixels, eager), 3),
         round(best.step_ms * tables.train.steps / 1e3, 3),
         round(samplings * prompts * per_picture * factors.time, 3),
         bool(factors.source),

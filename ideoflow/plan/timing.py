@@ -10,7 +10,8 @@ transfers from the host. Rates are a data sheet's peaks times the share of them 
 * adapter: 2 T x its parameters, backward twice that;
 * pointwise: bytes read and written, counted from the modules' own code; backward twice that.
 
-Checkpointing adds one forward pass of every block that is adapted or lies behind one that is.
+Checkpointing adds one forward pass of every block that is adapted or lies behind one that is; the fused
+engine adds the forward work of what its activation budget does not keep (:mod:`ideoflow.plan.fused`).
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from dataclasses import dataclass
 
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TransformerSpec, VaeSpec
+from ideoflow.plan import fused
 from ideoflow.plan.calibration import Shares
 from ideoflow.plan.document import Hardware, Rates, TimePart
-from ideoflow.plan.memory import ADAPTER_BYTES, Choice, adapter_parameters, targets_by_block
+from ideoflow.plan.sizes import ADAPTER_BYTES, Choice, adapter_parameters, block_weights, targets_by_block
 
 # Only to rank alternatives where a device's speed is unknown: a middling card, a middling processor.
-_UNKNOWN = {"cuda": Rates(70, 35, 900, 20), "cpu": Rates(0.4, 0.4, 40, 40)}
-# torch.compile on a repeated block, forward and backward, on a usual processor.
-COMPILE_SECONDS = 40.0
+_UNKNOWN = {"cuda": Rates(70, 35, 900, 20, 140), "cpu": Rates(0.4, 0.4, 40, 40)}
+# torch.compile on a repeated block, both passes, on a usual processor; and the fused engine's kernels
+# with its attention's plans.
+_COMPILE_SECONDS, _KERNEL_SECONDS = 40.0, 15.0
 SAMPLING_STEPS = {"quality": 48, "default": 20, "turbo": 12}
 
 
@@ -38,7 +41,8 @@ class Load:
     ``lengths`` are (image tokens, text tokens, share of the samples) for each size of picture; ``samples``
     are those of one step, batch times accumulation. ``together`` samples share one pass, ``masked`` says that
     attention gets a mask, and ``adapter`` is the size of the adapter's numbers: the reference engine runs one
-    sample a pass, unmasked, with a float32 adapter.
+    sample a pass, unmasked, with a float32 adapter. ``passes`` are those of the fused engine, which packs all
+    samples of a pass.
     """
 
     lengths: tuple[tuple[int, int, float], ...]
@@ -46,6 +50,7 @@ class Load:
     together: int = 1
     masked: bool = False
     adapter: int = ADAPTER_BYTES
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class Speed:
         rates = hardware.rates if hardware.rates and hardware.kind != "cpu" else None
         rates = rates or _UNKNOWN[kind]
         share: Mapping[str, float] = shares.efficiency
+        if choice.engine == "fused":
+            return cls._of_fused(hardware, rates, choice, shares)
         peak = rates.fp32_tflops if choice.precision == "float32" else rates.bf16_tflops
         if choice.precision == "bf16" and not hardware.fast_bf16:
             peak = 0.4 * rates.fp32_tflops  # converted to float32 and back around every product
@@ -86,6 +93,33 @@ class Speed:
             1e9 * rates.host_gbps,
             1e-3 * shares.block_ms[mode],
         )
+
+    @classmethod
+    def _of_fused(cls, hardware: Hardware, rates: Rates, choice: Choice, shares: Shares) -> Speed:
+        share, bf16 = shares.efficiency, 1e12 * rates.bf16_tflops
+        fp8 = 1e12 * (rates.fp8_tflops or rates.bf16_tflops)
+        # PyTorch's own attention goes through cuDNN from Hopper on.
+        kind = "cudnn" if (hardware.compute_capability or (0, 0)) >= (9, 0) else "sdpa"
+        return cls(
+            fp8 * share["matmul_fp8"] if choice.matmul == "fp8" else bf16 * share["matmul_bf16"],
+            bf16 * share["adapter"],
+            bf16 * share[f"{kind}_attention_forward"],
+            bf16 * share[f"{kind}_attention_backward"],
+            1e9 * rates.memory_gbps * share["elementwise"],
+            1e9 * rates.memory_gbps * share["weights"],
+            1e9 * rates.host_gbps,
+            1e-3 * shares.block_ms["fused"],
+        )
+
+
+def starting_seconds(choice: Choice, shapes: int) -> float:
+    """What is compiled or planned before the first step, for one or several (2) shapes of input.
+
+    torch.compile makes kernels for the first shape as it is, and symbolic ones for the second.
+    """
+    if choice.engine == "fused":
+        return _KERNEL_SECONDS
+    return _COMPILE_SECONDS * shapes if choice.compiled else 0.0
 
 
 def linear_parameters(spec: TransformerSpec) -> int:
@@ -119,6 +153,8 @@ def step_parts(
     spec: TransformerSpec, targets: tuple[str, ...], rank: int, load: Load, choice: Choice, speed: Speed
 ) -> tuple[TimePart, ...]:
     """Milliseconds of one optimiser step by kind of work."""
+    if choice.engine == "fused":
+        return _fused_parts(spec, targets, rank, load, choice, speed)
     blocks, e = targets_by_block(targets), choice.element
     # Blocks in front of the first adapted one run forward only.
     live = 1 - min(blocks, default=spec.num_layers) / spec.num_layers
@@ -157,10 +193,75 @@ def step_parts(
         TimePart(name, round(1e3 * load.samples * value, 3), evidence[name])
         for name, value in seconds.items()
     ]
-    # AdamW reads the weight, its gradient and two moments, and writes three of them; clipping reads once.
-    update = adapter * 4 * 9 / speed.memory
-    parts.append(TimePart("optimizer", round(1e3 * update, 3), "once a step"))
-    return tuple(parts)
+    return (*parts, _optimizer_part(adapter, speed))
+
+
+def _optimizer_part(adapter: int, speed: Speed) -> TimePart:
+    """AdamW reads the weight, its gradient and two moments, and writes three of them; clipping reads once."""
+    return TimePart("optimizer", round(1e3 * adapter * 4 * 9 / speed.memory, 3), "once a step")
+
+
+def _fused_parts(
+    spec: TransformerSpec, targets: tuple[str, ...], rank: int, load: Load, choice: Choice, speed: Speed
+) -> tuple[TimePart, ...]:
+    """The fused engine's step: all samples of a pass at once, and only what was not kept computed again."""
+    h, f, layers = spec.hidden, spec.intermediate_size, spec.num_layers
+    e, fp8 = choice.element, choice.matmul == "fp8"
+    o = 1 if fp8 else e
+    blocks = targets_by_block(targets)
+    first = min(blocks, default=layers)
+    live = 1 - first / layers
+    tokens = sum((image + text) * share for image, text, share in load.lengths)
+    squares = sum((image + text) ** 2 * share for image, text, share in load.lengths)
+    kept = fused.choose_kept(choice.activation_budget, layers, fused.group_bytes(spec, int(tokens), e, fp8))[
+        first:
+    ]
+
+    def again(group: str) -> float:
+        """Share of all blocks that compute a group a second time."""
+        return sum(group not in groups for groups in kept) / layers
+
+    sizes = fused.products(spec, frozenset(), rank, fp8)
+    widths = {name: p.inputs * p.outputs for name, p in sizes.items()}
+    groups = {"qkv": "qkv", "o": "attention_output", "ffn": "gate_up", "w2": "ffn_output"}
+    recomputed = sum(widths[name] * again(group) for name, group in groups.items())
+    dense = 2 * tokens * layers * (sum(widths.values()) * (1 + live) + recomputed)
+    share_again = recomputed / sum(widths.values())
+    forward = 4 * squares * h * layers * (1 + again("attention"))
+    backward = 10 * squares * h * layers * live
+    adapter = adapter_parameters(spec, targets, rank)
+    own = 2 * tokens * adapter * (3 + 0.5 * share_again)
+    # Reads and writes: norms, attention's operand, rotary, gated residuals, SwiGLU; adapters add to results.
+    ends = 2 * e * (5 * h + 2 * f) if adapter else 0
+    there = 2 * (e + o) * h + (e + o) * h + 4 * e * h + 6 * e * h + (2 * e + o) * f + ends
+    back = 2 * (2 * e + o) * h + (3 * e + 2 * o) * f + 8 * e * h + (5 * e + 3 * o) * h
+    back += o * (8 * h + 3 * f) + 2 * e * (3 * h + f) if adapter else 0
+    elementwise = again("elementwise") * (there - ends) + share_again * ends
+    moved = tokens * layers * (there + back * live + elementwise)
+    # In every pass each weight is transposed for the backward product, or dequantised for every product.
+    weights = 0.0
+    if choice.precision == "fp8":
+        weights = block_weights(spec) * (2 * live if fp8 else 3 * (1 + live + share_again))
+    sent = sum((image * spec.in_channels * 8 + text * h * e) * s for image, text, s in load.lengths)
+    rows = (
+        ("matmul", load.samples * dense / speed.matmul, f"{dense / 1e12:.0f} TFLOP a sample"),
+        ("adapter", load.samples * own / speed.adapter, f"{adapter / 1e6:.0f} M numbers"),
+        (
+            "attention",
+            load.samples * (forward / speed.attention_forward + backward / speed.attention_backward),
+            f"{(forward + backward) / 1e12:.0f} TFLOP a sample",
+        ),
+        ("pointwise", load.samples * moved / speed.pointwise, f"{moved / 1e9:.0f} GB moved a sample"),
+        (
+            "transpose" if fp8 else "dequantise",
+            load.passes * weights / speed.memory,
+            f"{weights / 1e9:.0f} GB moved a pass",
+        ),
+        ("launch", load.passes * layers * speed.block_seconds, "kernels of each block"),
+        ("transfer", load.samples * sent / speed.host, f"{sent / 1e6:.0f} MB a sample"),
+    )
+    parts = [TimePart(name, round(1e3 * seconds, 3), evidence) for name, seconds, evidence in rows if seconds]
+    return (*parts, _optimizer_part(adapter, speed))
 
 
 def sampling_seconds(

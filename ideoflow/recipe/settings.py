@@ -151,14 +151,37 @@ class MemorySettings:
     """What the plan decides unless you do."""
 
     device: Literal["auto", "cuda", "cpu"] = setting("auto", doc="Where to train.")
-    precision: Literal["auto", "bf16", "float32"] = setting(
-        "auto", doc="Storage of the frozen base weights, and the type of its arithmetic."
+    precision: Literal["auto", "bf16", "fp8", "float32"] = setting(
+        "auto",
+        doc="Storage of the frozen base weights. fp8: the Linears of the blocks as e4m3 with a scale a row "
+        "(exactly as stored where they are stored so), all else in bf16.",
+    )
+    engine: Literal["auto", "fused", "reference"] = setting(
+        "auto",
+        doc="fused: packed batches through kernels of our own, for NVIDIA GPUs; reference: plain diffusers "
+        "and PEFT, one sample at a time.",
+    )
+    matmul: Literal["auto", "fp8", "bf16"] = setting(
+        "auto",
+        doc="Products with the frozen weights, in the fused engine. fp8 needs precision = 'fp8' and a card "
+        "with FP8 units (compute capability 8.9); bf16 multiplies weights of any precision.",
+    )
+    activation_budget: Literal["auto"] | float = setting(
+        "auto",
+        doc="Share of the activations that the fused engine keeps for the backward pass: 0 recomputes every "
+        "block, 1 recomputes nothing.",
+        minimum=0.0,
+        maximum=1.0,
     )
     checkpointing: Literal["auto", "on", "off"] = setting(
-        "auto", doc="Recompute each block's activations in the backward pass, to save memory."
+        "auto",
+        doc="Recompute each block's activations in the backward pass, to save memory; in the fused engine, "
+        "on is an activation budget of 0, off one of 1.",
     )
     compile: Literal["auto", "regional", "off"] = setting(
-        "auto", doc="torch.compile: regional compiles the repeated block once; off runs eagerly."
+        "auto",
+        doc="torch.compile, in the reference engine: regional compiles the repeated block once; off runs "
+        "eagerly.",
     )
     optimizer_state: Literal["float32"] = setting("float32", doc="Type of AdamW's moments.")
 

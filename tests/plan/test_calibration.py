@@ -7,7 +7,7 @@ import pytest
 
 from ideoflow.plan import make_plan, named_hardware
 from ideoflow.plan.calibration import Calibration, Measured, append_runs, load_calibration, shipped, user_file
-from ideoflow.plan.record import measured_run
+from ideoflow.plan.record import RunMeter, measured_run
 
 RUN = Measured("H200", "reference", "abc", {"torch": "2.13"}, False, 1000, 1100, 500.0, 600.0)
 
@@ -25,14 +25,14 @@ def test_nothing_measured_changes_nothing():
     assert (factors.memory, factors.time, factors.source) == (1.0, 1.0, "")
 
 
-@pytest.mark.parametrize("other", [changed(device="H100"), changed(engine="fused")], ids=["device", "engine"])
-def test_other_devices_and_engines_do_not_count(other):
-    factors = known(other).factors("H200", "reference", False)
+def test_other_devices_do_not_count():
+    factors = known(changed(device="H100")).factors("H200", "reference", False)
     assert (factors.memory, factors.time, factors.source) == (1.0, 1.0, "")
 
 
-def test_the_other_mode_tells_how_fast_the_device_is_and_nothing_else():
-    factors = known(changed(compiled=True)).factors("H200", "reference", False)
+@pytest.mark.parametrize("other", [changed(compiled=True), changed(engine="fused fp8")], ids=str)
+def test_another_mode_or_engine_tells_how_fast_the_device_is_and_nothing_else(other):
+    factors = known(other).factors("H200", "reference", False)
     assert (factors.memory, factors.time, factors.source) == (1.0, 1.2, "")
 
 
@@ -90,7 +90,9 @@ def test_the_users_file_lies_in_the_users_cache(monkeypatch, tmp_path):
 def test_a_measured_run_makes_the_next_plan_predict_it(full_base, write_recipe, summarize):
     """Round trip: record what a run took, plan again, and the ledger and the clock say that."""
     arguments = write_recipe(), full_base, summarize(), named_hardware("h200")
-    lasting = ("weights", "adapter", "gradients", "optimizer state")
+    lasting = (
+        "weights", "adapter", "gradients", "optimizer state", "working copies", "work buffer"
+    )  # fmt: skip
     plan = make_plan(*arguments)
     fixed = sum(x.bytes for x in plan.ledger.of("train") if x.name in lasting)
     peak = fixed + int(0.8 * (plan.ledger.peak("train") - fixed))
@@ -114,3 +116,39 @@ def test_a_run_on_a_processor_makes_its_time_known(nano_base, processor, write_r
     assert plan.time is None
     run = measured_run(plan, train_peak_bytes=10**9, step_ms=123.0, engine_digest="abc", versions={})
     assert make_plan(*arguments, calibration=known(run)).time.step_ms == pytest.approx(123.0, rel=1e-3)
+
+
+def test_a_run_is_gathered_from_its_events(full_base, write_recipe, summarize):
+    from ideoflow.engine.events import RunStarted, StageDone, StepDone
+
+    plan = make_plan(write_recipe(), full_base, summarize(), named_hardware("h200"))
+    events = [RunStarted(0, "cuda", "2.13.0"), StageDone("captions", 9.0, 50 << 30)]
+    # The first five steps compile; of the others the median counts.
+    events += [StepDone(i, 1.0, 1e-4, 1.0, 9.0 if i <= 5 else 0.3 if i != 8 else 4.0) for i in range(1, 13)]
+    events += [StageDone("train", 3.0, 30 << 30), StageDone("train", 3.0, 31 << 30)]
+    meter = RunMeter(plan)
+    for event in events:
+        meter.see(event)
+    run = meter.measured()
+    assert (run.device, run.engine, run.measured_step_ms) == ("H200", "fused bf16", pytest.approx(300.0))
+    assert run.versions == {"torch": "2.13.0"} and len(run.engine_digest) == 16
+    steady = measured_run(
+        plan, train_peak_bytes=31 << 30, step_ms=300.0, engine_digest=run.engine_digest, versions=run.versions
+    )
+    assert run == steady
+
+
+def test_what_is_too_little_or_no_gpus_is_not_kept(full_base, nano_base, processor, write_recipe, summarize):
+    from ideoflow.engine.events import StageDone, StepDone
+
+    def measured(plan, steps, peak=1 << 30):
+        meter = RunMeter(plan)
+        for i in range(steps):
+            meter.see(StepDone(i + 1, 1.0, 1e-4, 1.0, 0.5))
+        meter.see(StageDone("train", 1.0, peak))
+        return meter.measured()
+
+    card = make_plan(write_recipe(), full_base, summarize(), named_hardware("h200"))
+    assert measured(card, 10) and not measured(card, 9) and not measured(card, 10, peak=0)
+    host = make_plan(write_recipe("", "nano", 256), nano_base, summarize(size=256), processor)
+    assert measured(host, 10) is None

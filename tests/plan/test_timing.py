@@ -5,7 +5,7 @@ import pytest
 from ideoflow.model.spec import TransformerSpec, target_modules
 from ideoflow.plan import named_hardware
 from ideoflow.plan.calibration import shipped
-from ideoflow.plan.memory import Choice
+from ideoflow.plan.sizes import Choice
 from ideoflow.plan.timing import Load, Speed, linear_parameters, pointwise_bytes, step_parts
 
 SPEC, ALL = TransformerSpec(), target_modules("all")
@@ -14,8 +14,10 @@ SPEC, ALL = TransformerSpec(), target_modules("all")
 def choice(**changes):
     usual = {
         "device": "cuda",
+        "engine": "reference",
         "precision": "bf16",
-        "checkpointing": "on",
+        "matmul": "bf16",
+        "activation_budget": 0.0,
         "compile": "off",
         "unconditional": "proxy",
     }
@@ -23,11 +25,13 @@ def choice(**changes):
 
 
 def parts_on(name, load, picked, rank=32, targets=ALL):
-    speed = Speed.of(named_hardware(name), picked, shipped().shares, load)
+    speed = Speed.of(named_hardware(name), picked, shipped().shares[picked.engine], load)
     return {p.name: p.ms for p in step_parts(SPEC, targets, rank, load, picked, speed)}
 
 
-@pytest.mark.parametrize("row", shipped().shares.rows, ids=lambda r: f"{r['batch']:.0f} {r['compiled']}")
+@pytest.mark.parametrize(
+    "row", shipped().shares["reference"].rows, ids=lambda r: f"{r['batch']:.0f} {r['compiled']}"
+)
 def test_plain_diffusers_as_measured(row):
     """The rows that the shares of peak were derived from, on an H200: samples in one padded, masked pass."""
     samples = int(row["batch"])
@@ -71,7 +75,7 @@ def test_each_part_grows_as_its_work_does():
         usual["attention"] * (2048 / 4416) ** 2, rel=1e-3
     )
     # Without recomputation two passes of three remain, and the optimiser does not notice.
-    kept = parts(checkpointing="off")
+    kept = parts(activation_budget=1.0)
     assert kept["matmul"] == pytest.approx(usual["matmul"] * 2 / 3, rel=1e-3)
     assert kept["optimizer"] == usual["optimizer"]
     assert parts(compile="regional")["pointwise"] < usual["pointwise"] / 2
@@ -108,3 +112,42 @@ def test_pointwise_bytes_of_an_eager_block_against_a_count_by_hand():
     h, f = SPEC.hidden, SPEC.intermediate_size
     by_hand = 6 * 34 * h + 2 * 4 * h + 2 * 20 * h + 2 * 10 * h + (4 + 6) * f
     assert pointwise_bytes(SPEC, frozenset(), 2, compiled=False, adapter=4) == by_hand
+
+
+@pytest.mark.parametrize("row", shipped().shares["fused"].rows, ids=str)
+def test_the_fused_engines_prototype_as_measured(row):
+    """The rows of the prototype whose kernels the shares are from; only the first was looked at for them."""
+    samples = int(row["batch"])
+    picked = choice(
+        engine="fused",
+        precision="fp8",
+        matmul="fp8" if row["fp8"] else "bf16",
+        activation_budget=float(row["budget"]),
+    )
+    ms = sum(parts_on("h200", Load(((4096, 320, 1.0),), samples), picked).values())
+    assert ms == pytest.approx(row["ms"], rel=0.06)
+
+
+def fused(budget=1.0, **changes):
+    return choice(engine="fused", precision="fp8", matmul="fp8", activation_budget=budget, **changes)
+
+
+def test_what_the_budget_does_not_keep_is_computed_again():
+    load = Load(((4096, 320, 1.0),), 1)
+    steps = [parts_on("h200", load, fused(b / 10)) for b in range(11)]
+    totals = [sum(parts.values()) for parts in steps]
+    assert totals == sorted(totals, reverse=True)
+    assert steps[0]["matmul"] == pytest.approx(1.5 * steps[10]["matmul"], rel=1e-3)
+    # Attention is the first thing that is kept: at a tenth of the budget none of it is done again.
+    assert steps[1]["attention"] < steps[0]["attention"] and steps[1]["attention"] == steps[10]["attention"]
+    assert "transpose" in steps[0] and "dequantise" not in steps[0]
+    assert "dequantise" in parts_on("h200", load, choice(engine="fused", precision="fp8"))
+
+
+def test_the_fused_engine_packs_samples_and_pays_for_weights_once_a_pass():
+    one, four = (Load(((4096, 320, 1.0),), n) for n in (1, 4))
+    apart = Load(((4096, 320, 1.0),), 4, passes=4)
+    single, packed, separate = (parts_on("h200", load, fused()) for load in (one, four, apart))
+    assert packed["matmul"] == pytest.approx(4 * single["matmul"], rel=1e-3)
+    assert packed["transpose"] == single["transpose"]
+    assert separate["transpose"] == pytest.approx(4 * single["transpose"], rel=1e-3)

@@ -101,6 +101,22 @@ DEVICE_MISMATCH = define(
     out.
     """,
 )
+CANNOT_BE_DONE = define(
+    "IP016",
+    "a memory setting that cannot be carried out",
+    """
+    What `[memory]` asks for is impossible together, or on this machine:
+
+    - `engine = "fused"` needs an NVIDIA GPU with bf16 units (compute capability 8.0 or newer), the package
+      `triton`, and weights in bf16 or FP8; `activation_budget` and `matmul = "fp8"` belong to it;
+    - `matmul = "fp8"` needs `precision = "fp8"` and FP8 units (compute capability 8.9: RTX 40, L4, H100 and
+      newer);
+    - `compile = "regional"` belongs to the reference engine, on NVIDIA GPUs with Triton;
+    - `activation_budget` and `checkpointing` say the same thing: set one.
+
+    Nothing is replaced in silence. Leave a key at "auto" and the planner takes what the machine can do.
+    """,
+)
 DOES_NOT_FIT = define(
     "IP020",
     "the run does not fit",

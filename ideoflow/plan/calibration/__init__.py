@@ -1,8 +1,8 @@
 """What was measured, and how it corrects the formulas.
 
-Two kinds of measurement. *Shares of peak* come with the package (``*.json`` beside this file): how much of a
-card's data-sheet rates each kind of work reaches; the time model starts from them on every card. *Runs* are
-appended by ``ideoflow run`` to ``calibration.json`` in the user's cache: what was predicted and what was
+Two kinds of measurement. *Shares of peak* come with the package (``ENGINE.json`` beside this file): how much
+of a card's data-sheet rates each kind of work reaches; the time model starts from them on every card. *Runs*
+are appended by ``ideoflow run`` to ``calibration.json`` in the user's cache: what was predicted and what was
 measured, for one device, engine and set of versions. They scale the prediction for exactly that combination:
 memory by the greatest of the last runs, so that it is not predicted too small, time by their median.
 """
@@ -45,7 +45,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: what was predicted and what came.
+    """One run: what was predicted and what came; ``engine`` is a choice's ``path``.
 
     ``moving`` bytes are those of the train phase that come and go (not weights, adapter or CUDA context),
     as allocated at the peak; ``engine_digest`` changes with the engine's code.
@@ -73,22 +73,25 @@ class Factors:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All that is known: the shares that ship, and the runs made here."""
+    """All that is known: the shares that ship, by engine, and the runs made here."""
 
-    shares: Shares
+    shares: Mapping[str, Shares]
     runs: tuple[Measured, ...] = ()
 
     def factors(self, device: str, engine: str, compiled: bool) -> Factors:
         """Corrections from the newest runs of this device and engine, if there are any.
 
-        Where only the other mode (compiled or eager) was measured, its time corrects this one too: else a
-        device that is slower than predicted would make the mode that was never tried look fast.
+        Where only another mode (compiled or eager) or another engine was measured, its time corrects this one
+        too: else a device that is slower than predicted would make what was never tried look fast.
         """
-        runs = [r for r in self.runs if (r.device, r.engine) == (device, engine)]
+        here = [r for r in self.runs if r.device == device]
         # A changed engine is another engine: only runs of the newest one count.
-        runs = [r for r in runs if r.engine_digest == runs[-1].engine_digest]
+        here = [r for r in here if r.engine_digest == here[-1].engine_digest]
+        runs = [r for r in here if r.engine == engine]
         same = [r for r in runs if r.compiled == compiled][-_RECENT:]
-        times = [r.measured_step_ms / r.predicted_step_ms for r in same or runs if r.predicted_step_ms]
+        times = [
+            r.measured_step_ms / r.predicted_step_ms for r in same or runs or here if r.predicted_step_ms
+        ]
         time = _bounded(statistics.median(times)) if times else 1.0
         if not same:
             return Factors(time=time)
@@ -105,8 +108,9 @@ def _bounded(factor: float) -> float:
 @cache
 def shipped() -> Calibration:
     """What comes with the package."""
-    file = Path(__file__).with_name("h200.json")
-    return Calibration(decode(Shares, json.loads(file.read_text(encoding="utf-8"))))
+    files = {engine: Path(__file__).with_name(f"{engine}.json") for engine in ("reference", "fused")}
+    texts = {engine: file.read_text(encoding="utf-8") for engine, file in files.items()}
+    return Calibration({engine: decode(Shares, json.loads(text)) for engine, text in texts.items()})
 
 
 def user_file() -> Path:
