@@ -169,10 +169,10 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
         ),
         Decision(
             "text_phase",
-            "resident",
+            "streamed",
             "auto",
             "only-choice",
-            "the text encoder is there while captions are encoded, then it is freed",
+            "captions go through the text encoder layer by layer, so it is never there as a whole",
         ),
     )
 

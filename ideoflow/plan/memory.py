@@ -59,8 +59,8 @@ _FRAGMENTATION = 0.05
 # glibc's malloc keeps freed blocks below 32 MiB (mallopt(3), M_MMAP_THRESHOLD): seen as 1.4 times what came
 # and went in a run on the nano base; larger tensors are given back.
 _HOST_KEEPS, _HOST_KEEPS_OF = 1.4, 300 << 20
-# Qwen3-VL-8B: 0.58 G parameters of vision tower beside 7.57 G of decoder; loaded with it, and not used.
-_VISION_SHARE = 0.58 / 7.57
+# Captions' tokens that go through a layer of the text encoder together (ideoflow.model.text).
+_TOKENS_AT_ONCE = 16384
 
 
 def kept_by_block(
@@ -224,6 +224,8 @@ class _Add(Protocol):
 TRANSIENT = frozenset(
     {
         "activations",
+        "text encoder",
+        "features",
         "checkpoints",
         "recomputed block",
         "block at work",
@@ -238,17 +240,30 @@ TRANSIENT = frozenset(
 
 
 def _text(add: _Add, base: BaseFacts, shapes: Shapes, choice: Choice) -> None:
-    spec, e, tokens = base.text_encoder, choice.element, shapes.text_tokens
-    add("text", "text encoder", spec.parameters() * e, f"decoder, {_count(spec.parameters())} x {e} bytes")
-    vision = int(_VISION_SHARE * spec.parameters())
-    add("text", "vision tower", vision * e, "loaded with the decoder, 7.7 % of it (Qwen3-VL-8B)")
-    projection = base.transformer.text_projection_parameters()
-    add("text", "text projection", projection * e, f"{_count(projection)} x {e} bytes")
-    features = len(TAPPED_LAYERS) * spec.hidden_size
-    # The tapped layers, their stacked copy, and that in float32; one layer's widest tensors.
-    layer = e * (3 * spec.intermediate_size + 6 * spec.hidden_size)
-    held = tokens * (features * (2 * e + 4 + e) + layer) + tokens * tokens * (1 + e)
-    add("text", "activations", held, f"a caption of {tokens} tokens", transient=True)
+    """The text encoder is streamed layer by layer, and what is tapped is projected at once."""
+    spec, e, longest = base.text_encoder, choice.element, shapes.text_tokens
+    hidden, width = base.transformer.hidden, spec.hidden_size
+    weights = len(TAPPED_LAYERS) * width * hidden
+    together = min(max(shapes.caption_tokens, longest), max(_TOKENS_AT_ONCE, longest))
+    # States, the sums of what was tapped, rotary tables and a mask by caption.
+    states = together * (e * width + 4 * hidden + 4 + 2 * e * spec.head_dim + longest)
+    # Within one caption: a layer's widest tensors, then a tapped state in float32 with its part of the sum.
+    passing = longest * max(e * (3 * spec.intermediate_size + 6 * width), 4 * (2 * width + hidden))
+    layer = e * spec.layer_parameters() + passing + 4 * width * hidden
+    stages = {
+        # The projection is read in float32, rounded, and laid out by tapped layer.
+        "reading the text projection": weights * (4 + e if e < 4 else 4),
+        "embedding": e * spec.vocab_size * width + states,
+        "one layer at a time": layer + states,
+    }
+    worst = max(stages, key=lambda stage: stages[stage])
+    add("text", "text projection", weights * e, f"{_count(weights)} x {e} bytes")
+    features = max(shapes.caption_tokens, longest) * hidden * e
+    if worst.startswith("reading"):
+        features = max(0, features - stages[worst] + max(v for k, v in stages.items() if k != worst))
+    words = f"{worst}; {together} tokens in captions of up to {longest}"
+    add("text", "text encoder", stages[worst], words, transient=True)
+    add("text", "features", features, "of all captions, until they are cached", transient=True)
 
 
 def _latents(add: _Add, spec: VaeSpec, shapes: Shapes, choice: Choice) -> None:

@@ -82,7 +82,15 @@ class Problem:
         validate, side = self.tables.validate, self.tables.data.resolution
         sampled = (validate.width or side) * (validate.height or side) if self.prompts else 0
         per_token = PIXELS_PER_TOKEN**2
-        return Shapes(largest // per_token, self.text_tokens[2], largest, sampled // per_token, sampled)
+        captions = (self.data.pictures if self.data else 1) + self.prompts
+        return Shapes(
+            largest // per_token,
+            self.text_tokens[2],
+            largest,
+            sampled // per_token,
+            sampled,
+            captions * self.text_tokens[1],
+        )
 
     @cached_property
     def load(self) -> Load:
@@ -104,14 +112,13 @@ class Problem:
         return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
     def host_bytes(self, choice: Choice) -> int:
-        """What a GPU run needs of host memory: encoders pass it, and the second transformer waits there.
+        """What a GPU run needs of host memory: the autoencoder and the second transformer wait there.
 
-        The transformers themselves go from their files to the device tensor by tensor.
+        The other weights go from their files to the device tensor by tensor.
         """
         spec, loaded = self.base.transformer, choice.unconditional == "loaded"
         waiting = weight_bytes(spec, choice.precision) if loaded else 0
-        vae = self.base.vae.parameters() * choice.element if self.prompts else 0
-        return max(self.base.text_encoder.parameters() * choice.element, vae + waiting)
+        return self.base.vae.parameters() * choice.element + waiting
 
     def factors(self, choice: Choice) -> Factors:
         return self.calibration.factors(self.hardware.name, choice.path, choice.compiled)

@@ -58,6 +58,7 @@ class Shapes:
 
     ``grid_tokens`` and ``text_tokens`` are the greatest numbers of image and text tokens of a sample;
     ``pixels`` its greatest area; ``sample_tokens`` and ``sample_pixels`` those of a validation picture, or 0.
+    ``caption_tokens`` are those of all captions together, or 0 for a single one.
     """
 
     grid_tokens: int
@@ -65,6 +66,7 @@ class Shapes:
     pixels: int
     sample_tokens: int
     sample_pixels: int
+    caption_tokens: int = 0
 
     @property
     def tokens(self) -> int:

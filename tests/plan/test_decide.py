@@ -39,7 +39,7 @@ SITUATIONS = {
     "12 GB": ("full", "rtx-3060", LONG + SAMPLES, 1024,
         "fused", "fp8", "bf16", "sdpa", 0.0, "on", "off", "proxy", False),
     "16 GB": ("full", "rtx-4080", LONG, 1024,
-        "fused", "fp8", "fp8", "sdpa", 0.0, "on", "off", "proxy", False),
+        "fused", "fp8", "fp8", "sdpa", 0.0, "on", "off", "proxy", True),
     "24 GB": ("full", "rtx-4090", LONG + SAMPLES, 1024,
         "fused", "bf16", "bf16", "sdpa", 0.0, "on", "off", "proxy", True),
     "24 GB, 512": ("full", "rtx-4090", LONG, 512,
@@ -66,7 +66,7 @@ SITUATIONS = {
     "FP8, 12 GB": ("fp8", "rtx-4070", LONG, 1024,
         "fused", "fp8", "fp8", "sdpa", 0.0, "on", "off", "proxy", False),
     "FP8, 16 GB": ("fp8", "rtx-4080", LONG, 1024,
-        "fused", "fp8", "fp8", "sdpa", 0.0, "on", "off", "proxy", False),
+        "fused", "fp8", "fp8", "sdpa", 0.0, "on", "off", "proxy", True),
     "FP8, 24 GB": ("fp8", "rtx-4090", LONG + SAMPLES, 1024,
         "fused", "fp8", "fp8", "sdpa", 0.4, "on", "off", "loaded", True),
     "FP8, 24 GB, no FP8 units": ("fp8", "rtx-3090", LONG + SAMPLES, 1024,
@@ -88,12 +88,12 @@ SITUATIONS = {
     "NF4, 24 GB": ("nf4", "rtx-4090", LONG, 1024,
         "fused", "bf16", "bf16", "sdpa", 0.0, "on", "off", "proxy", True),
     "NF4, 16 GB": ("nf4", "rtx-4080", LONG, 1024,
-        "fused", "fp8", "fp8", "sdpa", 0.0, "on", "off", "proxy", False),
+        "fused", "fp8", "fp8", "sdpa", 0.0, "on", "off", "proxy", True),
     # elsewhere
     "unknown 24 GB": ("full", "24gb", LONG, 1024,
         "fused", "bf16", "bf16", "sdpa", 0.0, "on", "off", "proxy", True),
     "no bf16 units": ("full", "t4", LONG, 512,
-        "reference", "fp8", "bf16", "sdpa", 0.0, "on", "regional", "proxy", False),
+        "reference", "fp8", "bf16", "sdpa", 0.0, "on", "off", "proxy", True),
     "AMD": ("full", "mi300x", LONG + SAMPLES, 1024,
         "reference", "bf16", "bf16", "sdpa", 1.0, "off", "off", "loaded", True),
     "Apple, nano": ("nano", "m3-max", SAMPLES, 256,
@@ -111,8 +111,7 @@ SITUATIONS = {
         "reference", "bf16", "bf16", "sdpa", 1.0, "off", "regional", "proxy", True),
     "you want the reference engine, few steps": ("full", "h200", SHORT + memory('engine = "reference"'), 1024,
         "reference", "bf16", "bf16", "sdpa", 1.0, "off", "off", "proxy", True),
-    "you want the reference engine on 24 GB": ("full", "rtx-4090", LONG +
-     memory('engine = "reference"'), 1024,
+    "the reference engine on 24 GB": ("full", "rtx-4090", LONG + memory('engine = "reference"'), 1024,
         "reference", "fp8", "bf16", "sdpa", 0.0, "on", "regional", "proxy", True),
     "you want the reference engine with FP8": ("fp8", "rtx-4090", LONG + memory('engine = "reference"'), 1024,
         "reference", "fp8", "bf16", "sdpa", 0.0, "on", "regional", "proxy", True),
@@ -181,8 +180,8 @@ def test_no_allowed_combination_that_fits_makes_a_faster_run(name, full_base, wr
     every = [evaluate(problem, c) for c in candidates(problem)]
     fp8 = hardware.compute_capability >= (8, 9)
     # The fused engine: eleven budgets, bf16 and FP8 weights with one or two kinds of product; and the
-    # reference engine: three precisions, checkpointing and compiling or not.
-    assert len(every) == 11 * (3 if fp8 else 2) + 3 * 2 * 2
+    # reference engine: three precisions, checkpointing and compiling or not (FP8 only with its units).
+    assert len(every) == (11 * 3 + 3 * 2 * 2 if fp8 else 11 * 2 + 3 * 2 * 2 - 2)
     # A twentieth of the memory stays free where that is possible at all.
     room = [e for e in every if e.ledger.peak_bytes <= 0.95 * hardware.free_bytes]
     fitting = room or [e for e in every if e.ledger.peak_bytes <= hardware.free_bytes]
@@ -328,16 +327,13 @@ def test_where_no_single_change_is_enough_it_says_so_and_names_a_card(plan_for):
     assert (decided["engine"], decided["checkpointing"]) == ("least-memory", "least-memory")
 
 
-@pytest.mark.parametrize("machine", ["8gb", "rtx-3060", "rtx-4080"])
-def test_where_the_encoders_do_not_fit_only_another_card_helps(machine, plan_for):
-    """The text encoder's 8 G parameters in bf16 are more than 16 GB cards have, whatever the recipe says."""
-    plan = plan_for("fp8", machine)
-    assert plan.ledger.peak_phase == "text"
-    assert [c.setting for c in plan.changes] == ["another card"]
-    assert any("encoding captions" in w.message for w in plan.warnings)
-    # On 16 GB the training itself would have room.
-    train = plan.ledger.peak("train")
-    assert (train <= plan.hardware.free_bytes) == (machine == "rtx-4080")
+def test_what_is_advised_for_an_fp8_base_on_small_cards(plan_for):
+    """Training at 1024 needs 12.7 GiB, of which the weights are 8.5."""
+    assert plan_for("fp8", "rtx-4080").fits
+    for machine, fitting in (("rtx-4070", ["all of these", "another card"]), ("rtx-4060", ["another card"])):
+        plan = plan_for("fp8", machine)
+        assert [c.setting for c in plan.changes if c.fits] == fitting
+        assert {"adapter.rank", "data.resolution"} < {c.setting for c in plan.changes}
 
 
 def test_times_are_only_told_where_speeds_are_known(plan_for):
@@ -396,7 +392,7 @@ WARNINGS = {
     "full model on a processor": ({"machine": "cpu"}, "IP022"),
     "large adapter": ({"machine": "h200", "extra": "[adapter]\nrank = 512\n"}, "IP023"),
     "little disk": ({"machine": "h200", "disk_free_bytes": 10**6}, "IP024"),
-    "little host memory": ({"machine": "h200", "host_free_bytes": 8 * GIB}, "IP025"),
+    "little host memory": ({"machine": "h200", "host_free_bytes": 10**8}, "IP025"),
     "shared card": ({"machine": "h200", "other_processes": 2}, "IP026"),
     "proxy": ({"machine": "rtx-4090", "extra": SAMPLES}, "IP027"),
 }

@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 
 from ideoflow.model.spec import TransformerSpec, match_targets, target_modules
+from ideoflow.plan import fused
+from ideoflow.plan.calibration import shipped
 from ideoflow.plan.memory import activations, build_ledger, kept_by_block
+from ideoflow.plan.record import NOT_ALLOCATED
 from ideoflow.plan.sizes import Choice, Shapes, adapter_parameters, targets_by_block
 
 GIB = 1 << 30
@@ -199,7 +202,8 @@ def test_phases_of_a_full_run(full_base):
     ledger = build_ledger(full_base, names, 32, SHAPES, choice(unconditional="loaded"))
     # Two bf16 transformers of 9.05 G parameters are together in the sampling phase only.
     assert ledger.peak_phase == "sample" and ledger.peak("sample") > 2 * 2 * 9.05e9
-    assert ledger.peak("text") > 2 * 8.1e9
+    # The text encoder is streamed: its 16 GB are never there, the projection's 245 M numbers are.
+    assert 3 * 2 * 245e6 < ledger.peak("text") < 4 * GIB
     proxy = build_ledger(full_base, names, 32, SHAPES, choice())
     assert proxy.peak("sample") < ledger.peak("sample") - 15 * GIB
     none = build_ledger(full_base, names, 32, dataclasses.replace(SHAPES, sample_tokens=0), choice())
@@ -264,20 +268,20 @@ def test_the_fused_engines_batch_is_packed_and_its_passes_follow_one_another(ful
     assert peak(4, 1, **reference) == peak(1, 4, **reference)
 
 
-# A prototype of the fused engine on an H200, FP8 weights, rank 32, 4416 tokens a sample, GiB that
-# torch.cuda.max_memory_allocated said: samples, matmul, budget, GiB.
-PROTOTYPE = [(1, "fp8", 1.0, 34.2), (1, "fp8", 0.0, 11.6), (4, "fp8", 0.0, 18.7), (1, "bf16", 0.0, 11.9)]
-
-
-@pytest.mark.parametrize(("batch", "matmul", "budget", "gib"), PROTOTYPE)
-def test_the_fused_engine_beside_its_prototype(full_base, batch, matmul, budget, gib):
-    """Not the same code, so only about the same: within a tenth."""
-    from ideoflow.plan.record import NOT_ALLOCATED
-
-    picked = choice(engine="fused", precision="fp8", matmul=matmul, activation_budget=budget)
-    ledger = build_ledger(full_base, target_modules("all"), 32, SHAPES, picked, batch=batch)
+@pytest.mark.parametrize("row", shipped().shares["fused"].rows, ids=str)
+def test_the_fused_engine_as_measured(full_base, row):
+    """What an H200's allocator held at the peak of a step; nothing was fitted to it."""
+    spec, names, batch = full_base.transformer, target_modules("all"), int(row["batch"])
+    picked = choice(engine="fused", precision="fp8", matmul="fp8", activation_budget=float(row["budget"]))
+    shapes = dataclasses.replace(SHAPES, text_tokens=int(row["text"]))
+    ledger = build_ledger(full_base, names, 32, shapes, picked, batch=batch)
     found = sum(x.bytes for x in ledger.of("train") if x.name not in NOT_ALLOCATED)
-    assert found / GIB == pytest.approx(gib, rel=0.1)
+    if row["transposed"]:  # each weight a second time, with room for the adapters' columns
+        blocks = fused.products(spec, frozenset(n.split(".", 2)[2] for n in names), 32, True)
+        extra = {name: 0 if name == "o" else 2 * p.parts * p.rank for name, p in blocks.items()}
+        found += spec.num_layers * sum((p.inputs + extra[name]) * p.outputs for name, p in blocks.items())
+        found -= next(x.bytes for x in ledger.of("train") if x.name == "work buffer")
+    assert found / GIB == pytest.approx(row["gib"], rel=0.02)
 
 
 def test_fp8_in_the_reference_engine_is_smaller_by_half_of_the_blocks(full_base):
