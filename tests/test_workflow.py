@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ideoflow.cli import main
-from ideoflow.engine.events import CheckpointSaved, StepDone
+from ideoflow.engine.events import CheckpointSaved, Note, StepDone
 from ideoflow.engine.loop import Stop
 from ideoflow.resources import recipes
 from ideoflow.workflow import Result, prepare, run
@@ -250,3 +250,36 @@ def test_a_full_disk_is_told_and_loses_nothing(project: Path, capsys: pytest.Cap
         subprocess.run(["umount", disk], check=True)
     edit(project, "[train]", '[output]\nfolder = "elsewhere"\n[train]')
     assert main(["run", "try.toml", "--quiet"]) == 0
+
+
+def test_what_a_run_measured_is_kept_for_later_plans_or_told(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor nothing is kept; what is measured elsewhere is, and a full disk there stops no run."""
+    kept: list[Any] = []
+    monkeypatch.setattr("ideoflow.workflow.append_runs", kept.extend)
+    text = RECIPE.replace("steps = 4", "steps = 1").replace('prompts = ["pictures/cat.icap"]', "")
+    Path("try.toml").write_text(text[: text.index("[validate]")])
+    assert train().finished and kept == []
+    monkeypatch.setattr("ideoflow.workflow.RunMeter.measured", lambda meter: "figures")
+    assert train(fresh=True).finished and kept == ["figures"]
+
+    def full(runs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("ideoflow.workflow.append_runs", full)
+    events: list[Any] = []
+    assert train(events, fresh=True).finished
+    assert any("No space left" in e.text for e in events if isinstance(e, Note))
+
+
+def test_plans_of_runs_use_what_was_measured_before(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ideoflow.plan.calibration import Calibration, Measured, shipped
+
+    name = prepare("try.toml").plan.hardware.name
+    run = Measured(name, "reference", "abc", {}, False, 1000, 1000, 1.0, 2.0)
+    monkeypatch.setattr(
+        "ideoflow.workflow.load_calibration", lambda: (Calibration(shipped().shares, (run,)), [])
+    )
+    plan = prepare("try.toml").plan
+    assert plan.time is not None and plan.time.calibrated
