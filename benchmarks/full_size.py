@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import environment
 from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
+from ideoflow.engine.setup import plan_device
 from ideoflow.kernels.float8 import quantize_weight
 from ideoflow.model.base import TextEncoderSpec
 from ideoflow.model.nano import make_nano, nano_pipeline
@@ -146,11 +147,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     steps = [e for e in events if type(e).__name__ == "StepDone"]
     later = sorted(e.seconds for e in steps[3:] or steps)
     return {
-        "device": plan.hardware.name,
-        "torch": torch.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip(),
+        "environment": environment(plan_device(plan)),
         "size": args.size,
         "form": args.form,
         "resolution": args.resolution,
