@@ -76,7 +76,7 @@ class Encoder:
         )
         for key, value in zip(tokens, features, strict=True):
             self.cache.put(key, value)
-        del encoder, features
+        del encoder
         release(self.device)
         if problems:
             raise IdeoflowError(problems[:20])

@@ -93,12 +93,35 @@ def _dequantize(weight, scale, out, width: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(out + row.to(tl.int64) * width + columns, (x * factor).to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _dequantize_bits(weight, scale, out, width: tl.constexpr, BLOCK: tl.constexpr):
+    # e4m3 in float16's place: the same sign, its exponent's bias 8 lower, its fraction's bits at the top. So
+    # the bits moved to where float16 has them are the value divided by 2^8, subnormal numbers included.
+    row = tl.program_id(0)
+    factor = tl.load(scale + row) * 256.0
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < width
+        bits = tl.load(weight + row.to(tl.int64) * width + columns, mask=mask, other=0).to(tl.uint16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        x = half.to(tl.float16, bitcast=True).to(tl.float32)
+        tl.store(out + row.to(tl.int64) * width + columns, (x * factor).to(out.dtype.element_ty), mask=mask)
+
+
+def _reads_e4m3(device: torch.device) -> bool:
+    """Whether Triton has e4m3 as a type there: from sm_89 on, and in its interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """See :func:`ideoflow.kernels.reference.dequantize`."""
     rows, width = weight.shape
     if out is None:
         out = torch.empty(rows, width, dtype=dtype, device=weight.device)
-    _dequantize[(rows,)](weight, scale, out, width, 2048, num_warps=4)
+    if _reads_e4m3(weight.device):
+        _dequantize[(rows,)](weight, scale, out, width, 2048, num_warps=4)
+    else:
+        _dequantize_bits[(rows,)](weight.view(torch.uint8), scale, out, width, 2048, num_warps=4)
     return out
 
 

@@ -111,27 +111,29 @@ class TextEncoder:
         Raises:
             IdeoflowError: when it is too long.
         """
-        return self.encode_tokens([self.tokens(caption, span)])[0]
+        return next(self.encode_tokens([self.tokens(caption, span)]))
 
     def tokens(self, caption: str, span: Span | None = None) -> list[int]:
         """Token ids of a caption in the chat template; raises like :func:`tokenize`."""
         return tokenize(self.tokenizer, caption, max_tokens=self.max_tokens, span=span)
 
-    @torch.no_grad()
     def encode_tokens(
         self, captions: Sequence[list[int]], progress: Callable[[int], None] = lambda done: None
-    ) -> list[Tensor]:
-        """Token ids -> (tokens, hidden) projected features, each; ``progress`` gets how many are done."""
-        results: list[Tensor] = []
+    ) -> Iterator[Tensor]:
+        """Token ids -> (tokens, hidden) projected features, in turn; ``progress`` gets how many are done.
+
+        Only the captions that go through the layers together are held: use each result before the next.
+        """
+        before = 0
         for group in _groups(captions, TOKENS_AT_ONCE):
-            done, size = len(results), len(group)
 
-            def layers_done(share: float, done: int = done, size: int = size) -> None:
-                progress(done + int(size * share))
+            def layers_done(share: float, before: int = before, size: int = len(group)) -> None:
+                progress(before + int(size * share))
 
-            results += self._encode_group(group, layers_done)
-        return results
+            yield from self._encode_group(group, layers_done)
+            before += len(group)
 
+    @torch.no_grad()
     def _encode_group(self, captions: Sequence[list[int]], progress: Callable[[float], None]) -> list[Tensor]:
         ids = [torch.tensor([tokens], device=self.device) for tokens in captions]
         table = self._read("embed_tokens.weight")

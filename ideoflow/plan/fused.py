@@ -26,6 +26,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ideoflow.kernels.budget import Group, choose_kept
+from ideoflow.kernels.budget import group_bytes as budget_groups
 from ideoflow.model.spec import TransformerSpec
 from ideoflow.plan.sizes import targets_by_block
 
@@ -73,30 +75,9 @@ def products(spec: TransformerSpec, adapted: frozenset[str], rank: int, fp8: boo
     return found
 
 
-def group_bytes(spec: TransformerSpec, tokens: int, element: int, fp8: bool) -> dict[str, int]:
+def group_bytes(spec: TransformerSpec, tokens: int, element: int, fp8: bool) -> dict[Group, int]:
     """What the budget counts a block's groups as, in the order in which they are kept."""
-    row, operand = tokens * spec.hidden * element, 1 if fp8 else element
-    widths = 3 * spec.hidden + spec.intermediate_size
-    return {
-        "attention": row,
-        "ffn_output": row,
-        "attention_output": row,
-        "qkv": 3 * row,
-        "gate_up": 2 * tokens * spec.intermediate_size * element,
-        "elementwise": row + tokens * widths * operand,
-    }
-
-
-def choose_kept(budget: float, blocks: int, sizes: Mapping[str, int]) -> list[frozenset[str]]:
-    """The groups that each block keeps: group by group from the last block, while the budget lasts."""
-    left = round(budget * blocks * sum(sizes.values()))
-    kept: list[set[str]] = [set() for _ in range(blocks)]
-    for group, size in sizes.items():
-        for block in reversed(kept):
-            if size <= left:
-                block.add(group)
-                left -= size
-    return [frozenset(groups) for groups in kept]
+    return budget_groups(tokens, spec.hidden, spec.intermediate_size, element, fp8)
 
 
 @dataclass(frozen=True)

@@ -258,12 +258,12 @@ def _text(add: _Add, base: BaseFacts, shapes: Shapes, choice: Choice) -> None:
     }
     worst = max(stages, key=lambda stage: stages[stage])
     add("text", "text projection", weights * e, f"{_count(weights)} x {e} bytes")
-    features = max(shapes.caption_tokens, longest) * hidden * e
+    features = together * hidden * e
     if worst.startswith("reading"):
         features = max(0, features - stages[worst] + max(v for k, v in stages.items() if k != worst))
     words = f"{worst}; {together} tokens in captions of up to {longest}"
     add("text", "text encoder", stages[worst], words, transient=True)
-    add("text", "features", features, "of all captions, until they are cached", transient=True)
+    add("text", "features", features, "of these captions, until they are cached", transient=True)
 
 
 def _latents(add: _Add, spec: VaeSpec, shapes: Shapes, choice: Choice) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ideoflow.kernels.budget import choose_kept
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TransformerSpec, VaeSpec
 from ideoflow.plan import fused
@@ -213,9 +214,7 @@ def _fused_parts(
     live = 1 - first / layers
     tokens = sum((image + text) * share for image, text, share in load.lengths)
     squares = sum((image + text) ** 2 * share for image, text, share in load.lengths)
-    kept = fused.choose_kept(choice.activation_budget, layers, fused.group_bytes(spec, int(tokens), e, fp8))[
-        first:
-    ]
+    kept = choose_kept(choice.activation_budget, layers, fused.group_bytes(spec, int(tokens), e, fp8))[first:]
 
     def again(group: str) -> float:
         """Share of all blocks that compute a group a second time."""

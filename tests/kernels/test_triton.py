@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from ideoflow import kernels
+from ideoflow.kernels import quantize
 from ideoflow.kernels.reference import FP8, Operand
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,12 +98,23 @@ def test_quantize(tokens, width):
 
 
 @CASES
-def test_dequantize_and_transpose(tokens, width):
+def test_dequantize_and_transpose(tokens, width, monkeypatch):
     weight = EAGER.quantize(normal(tokens, width))
     args = (weight.values, weight.scale, torch.bfloat16)
     same(FUSED.dequantize(*args), EAGER.dequantize(*args))
+    monkeypatch.setattr(quantize, "_reads_e4m3", lambda device: False)  # as on cards before sm_89
+    same(FUSED.dequantize(*args), EAGER.dequantize(*args))
     transposed = FUSED.transpose(weight.values)
     assert transposed.is_contiguous() and torch.equal(transposed.float(), weight.values.float().t())
+
+
+def test_every_e4m3_value_is_decoded_from_its_bits(monkeypatch):
+    """All finite ones, subnormal numbers and both zeros included; 0x7F and 0xFF are NaN, as no weight is."""
+    monkeypatch.setattr(quantize, "_reads_e4m3", lambda device: False)
+    bits = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8, device=DEVICE)
+    values = bits.view(FP8)[None]
+    scale = torch.ones(1, device=DEVICE)
+    assert torch.equal(FUSED.dequantize(values, scale, torch.float32), values.float())
 
 
 @CASES

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ideoflow.kernels.budget import choose_kept
 from ideoflow.model.spec import TransformerSpec, target_modules
 from ideoflow.plan import fused
 from ideoflow.plan.sizes import block_weights, weight_bytes
@@ -81,22 +82,6 @@ def layout_of(tokens):
     return PackedLayout((tokens // 4,), ((tokens // 4, 3),))
 
 
-@pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize("spec", [SPEC, TransformerSpec()], ids=["small", "released"])
-def test_groups_are_those_that_the_engine_keeps(spec, fp8):
-    from ideoflow.engine.fused import budget as engine_budget
-
-    tokens, element = 4416, 2
-    mine = fused.group_bytes(spec, tokens, element, fp8)
-    theirs = engine_budget.group_bytes(tokens, spec.hidden, spec.intermediate_size, element, fp8)
-    assert list(mine.items()) == list(theirs.items())
-    for step in range(41):
-        budget = step / 40
-        assert fused.choose_kept(budget, spec.num_layers, mine) == engine_budget.choose_kept(
-            budget, spec.num_layers, theirs
-        )
-
-
 def test_values_of_groups_are_the_engines():
     from ideoflow.engine.fused.block import _GROUPS
 
@@ -133,7 +118,7 @@ def test_kept_by_the_blocks_is_what_the_engine_keeps_to_the_byte(mode, targets, 
     names, fp8 = target_modules(targets, SPEC), MODES[mode][0]
     blocks = fused.targets_by_block(names)
     sizes = fused.group_bytes(SPEC, 96, model.dtype.itemsize, fp8)
-    kept = fused.choose_kept(budget, 4, sizes)
+    kept = choose_kept(budget, 4, sizes)
     predicted = sum(
         fused.block_bytes(SPEC, blocks.get(i, frozenset()), 4, model.dtype.itemsize, fp8, kept[i]).kept
         for i in range(min(blocks), 4)

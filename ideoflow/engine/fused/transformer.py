@@ -24,11 +24,11 @@ from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import NO_FP8_UNITS, TRITON_MISSING, UNFUSED_ADAPTER
 from ideoflow.engine.fused.attention import Kernel, make_attention
 from ideoflow.engine.fused.block import Batch, BlockFunction, FusedBlock, Keeping, Modulation
-from ideoflow.engine.fused.budget import HOST_GROUPS, choose_kept, group_bytes
 from ideoflow.engine.fused.linear import lay_together
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
 from ideoflow.engine.packed import PackedLayout
+from ideoflow.kernels.budget import HOST_GROUPS, choose_kept, group_bytes
 from ideoflow.kernels.float8 import Float8Linear
 
 _TABLES_KEPT = 32  # rotary tables: 2.3 MB for 4416 tokens in bf16
@@ -43,7 +43,7 @@ class FusedTransformer:
             activations' own type, whatever the base is stored as.
         attention: "cudnn_varlen" (mixed lengths at full speed, needs ``nvidia-cudnn-frontend``) or "sdpa".
         activation_budget: 0 recomputes every block in the backward pass, 1 recomputes nothing.
-        offload: groups of values (:data:`~ideoflow.engine.fused.budget.HOST_GROUPS`) that every block keeps
+        offload: groups of values (:data:`~ideoflow.kernels.budget.HOST_GROUPS`) that every block keeps
             in pinned host memory; the budget is about the rest.
         dtype: of the activations; bf16 in training.
         keep_transposed: in FP8, keep a second, transposed copy of the weights instead of making it as needed.

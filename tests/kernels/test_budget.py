@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ideoflow.engine.fused.block import _GROUPS
-from ideoflow.engine.fused.budget import HOST_GROUPS, choose_kept, group_bytes
+from ideoflow.kernels.budget import HOST_GROUPS, choose_kept, group_bytes
 
 SIZES = group_bytes(4416, 4608, 12288, 2, True)
 
