@@ -16,6 +16,7 @@ from ideoflow.plan.document import Plan
 STAGES = {
     "captions": "encoding captions",
     "pictures": "encoding pictures",
+    "load": "loading the base",
     "train": "training",
     "samples": "sampling",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` in a stage such as "captions", "pictures", "train" or "samples"."""
+    """``done`` of ``total`` in a stage: "captions", "pictures", "load", "train" or "samples"."""
 
     stage: str
     done: int

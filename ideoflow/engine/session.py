@@ -92,9 +92,11 @@ class _Session:
             self.encoder.encode_captions([s.caption for s in samples] + [p.caption for p in prompts])
         with self.meter.stage("pictures"):
             data = self.encoder.encode_pictures(samples)
+        self.emit(Progress("load", 0, 1))
         with self.meter.stage("load"):
             model = build(self.plan)
             sampler = Sampler(self.plan, model) if prompts else None
+        self.emit(Progress("load", 1, 1))
         trainer = Trainer(self.plan, model, data, self.encoder, self.checkpoints, self.emit, self.stop)
         if checkpoint:
             trainer.resume(checkpoint)
