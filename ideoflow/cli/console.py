@@ -30,7 +30,7 @@ class Console:
         self.quiet = quiet
         self.rich = RichConsole(stderr=True, highlight=False)
         self.tasks: dict[str, TaskID] = {}
-        self.last_line: dict[str, float] = {}  # when a stage last printed, without a terminal
+        self.last_line: dict[str, tuple[float, int]] = {}  # when a stage last printed, and which number
         self.details: dict[str, str] = {}
         self.progress = Progress(
             TextColumn("{task.description:<18}"),
@@ -81,9 +81,10 @@ class Console:
                 self.tasks[stage] = self.progress.add_task(name, total=total, detail="")
             self.progress.update(self.tasks[stage], completed=done, total=total)
         elif not self.quiet:
+            at, printed = self.last_line.get(stage, (0.0, -1))
             now = time.monotonic()
-            if done in (0, total) or now - self.last_line.get(stage, 0.0) > _PLAIN_SECONDS:
-                self.last_line[stage] = now
+            if done != printed and (done in (0, total) or now - at > _PLAIN_SECONDS):
+                self.last_line[stage] = (now, done)
                 detail = f", {self.details[stage]}" if stage in self.details else ""
                 self.rich.print(f"{name}: {done} of {total}{detail}", markup=False)
 
