@@ -68,7 +68,7 @@ def _options(problem: Problem) -> Iterator[Option]:
     for name, value in fixed_by_recipe(tables).items():
         memory = _released(tables.memory, name)
         changed = _with(problem, memory=memory)
-        if not refusals(changed.tables, problem.hardware, problem.device):
+        if not refusals(changed.tables, problem.hardware, problem.device, problem.targets):
             yield f"memory.{name}", "auto", 0, f"{value!r} is what you set", changed
     train = tables.train
     if train.batch > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -41,8 +41,8 @@ def fixed_decisions(tables: RecipeTables) -> dict[str, str | float]:
     return fixed
 
 
-def no_fused_engine(hardware: Hardware, device: str) -> str:
-    """Why the fused engine cannot run, or nothing where it can."""
+def no_fused_engine(hardware: Hardware, device: str, targets: Iterable[str]) -> str:
+    """Why the fused engine cannot train adapters on these modules, or nothing where it can."""
     if device != "cuda":
         return "the fused engine needs an NVIDIA GPU"
     if hardware.kind == "rocm":
@@ -51,6 +51,9 @@ def no_fused_engine(hardware: Hardware, device: str) -> str:
         return f"the fused engine needs bf16 units, and {hardware.name} has none"
     if "triton" not in hardware.packages:
         return "the fused engine needs the package triton, which is not installed"
+    # It computes all blocks' modulations before the first block, outside what it differentiates.
+    if any(target.endswith(".adaln_modulation") for target in targets):
+        return "the fused engine has no adapters on adaln_modulation"
     return ""
 
 
@@ -70,9 +73,11 @@ def attention_kernel(hardware: Hardware, engine: str) -> tuple[str, str, str]:
     return "cudnn_varlen", "fastest", "mixed lengths as fast as equal ones, without a mask"
 
 
-def combinations(hardware: Hardware, device: str, budgets: tuple[float, ...] = ()) -> Iterator[Choice]:
+def combinations(
+    hardware: Hardware, device: str, targets: Iterable[str], budgets: tuple[float, ...] = ()
+) -> Iterator[Choice]:
     """Everything that the engines can do on a machine, guidance apart (``loaded`` throughout)."""
-    fused = not no_fused_engine(hardware, device)
+    fused = not no_fused_engine(hardware, device, targets)
     if fused:
         pairs = [("bf16", "bf16"), ("fp8", "bf16")]
         if has_fp8_units(hardware):
@@ -100,7 +105,7 @@ class Refusal:
     cure: str
 
 
-def refusals(tables: RecipeTables, hardware: Hardware, device: str) -> list[Refusal]:
+def refusals(tables: RecipeTables, hardware: Hardware, device: str, targets: Iterable[str]) -> list[Refusal]:
     """Settings that are impossible together, or on this machine; empty where the recipe can be obeyed."""
     m, found = tables.memory, []
 
@@ -116,7 +121,7 @@ def refusals(tables: RecipeTables, hardware: Hardware, device: str) -> list[Refu
             refuse(key, message, f"remove {key}, or set engine = 'fused'")
     elif m.engine == "fused" or fused_only:
         key = "engine" if m.engine == "fused" else fused_only[0]
-        if missing := no_fused_engine(hardware, device):
+        if missing := no_fused_engine(hardware, device, targets):
             refuse(key, missing, f"set engine = 'auto', and leave {key} out")
         if m.precision == "float32":
             refuse("precision", "the fused engine computes in bf16, and precision is 'float32'",
@@ -136,7 +141,7 @@ def refusals(tables: RecipeTables, hardware: Hardware, device: str) -> list[Refu
     if m.activation_budget != "auto" and m.checkpointing != "auto":
         refuse("checkpointing", "activation_budget says the same more finely",
                "set one of the two")  # fmt: skip
-    if m.compile == "regional" and not any(c.compiled for c in combinations(hardware, device)):
+    if m.compile == "regional" and not any(c.compiled for c in combinations(hardware, device, targets)):
         refuse("compile", f"torch.compile is for NVIDIA GPUs with Triton, not for {hardware.name}",
                "set compile = 'auto' or 'off'")  # fmt: skip
     return found

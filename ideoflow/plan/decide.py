@@ -99,7 +99,7 @@ def _check(problem: Problem, recipe: Recipe) -> None:
         message = f"no Linear of the {blocks} blocks of '{problem.base.name}' matches adapter.targets"
         fail(NO_TARGETS_IN_BASE, message, recipe.span("adapter.targets"), cure="targets = 'all'")
     problems = Collector()
-    for refusal in refusals(recipe.tables, problem.hardware, problem.device):
+    for refusal in refusals(recipe.tables, problem.hardware, problem.device, problem.targets):
         place = recipe.span(f"memory.{refusal.key}")
         problems.add(CANNOT_BE_DONE, refusal.message, place, cure=refusal.cure)
     problems.raise_if_errors()
@@ -278,7 +278,7 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
     if name == "activation_budget":
         return _budget_reason(best, over)
     if name == "engine" and not fused:
-        if missing := no_fused_engine(problem.hardware, problem.device):
+        if missing := no_fused_engine(problem.hardware, problem.device, problem.targets):
             return "only-choice", missing
         return "fastest-that-fits", "plain diffusers and PEFT are as fast here"
     if name == "matmul" and value != "fp8":

@@ -107,7 +107,7 @@ class Problem:
         """All that the machine could do, the recipe's word apart."""
         asked = fixed_decisions(self.tables).get("activation_budget")
         budgets = (float(asked),) if asked is not None else ()
-        every = combinations(self.hardware, self.device, budgets)
+        every = combinations(self.hardware, self.device, self.targets, budgets)
         guidance = ("loaded", "proxy") if self.base.has_unconditional and self.prompts else ("proxy",)
         return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
