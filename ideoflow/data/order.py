@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +23,13 @@ def generator(*parts: object) -> torch.Generator:
 def sample_index(number: int, samples: int, seed: int) -> int:
     """The sample with running number ``number``: each epoch is a new permutation of all samples."""
     epoch, place = divmod(number, samples)
-    return int(torch.randperm(samples, generator=generator("order", seed, epoch))[place])
+    return int(_permutation(samples, seed, epoch)[place])
+
+
+@lru_cache(maxsize=2)
+def _permutation(samples: int, seed: int, epoch: int) -> Tensor:
+    # Drawn once an epoch, not once a sample; two, since a batch may reach into the next epoch.
+    return torch.randperm(samples, generator=generator("order", seed, epoch))
 
 
 @dataclass(frozen=True)

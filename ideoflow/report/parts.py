@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ideoflow.plan.document import Plan
 from ideoflow.report.markup import Child, Html, tag
+from ideoflow.report.units import without_home
 
 NOTHING = "\N{EN DASH}"
 
@@ -29,3 +31,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Child]], figures: Sequenc
     ]
     inside = tag("table", tag("thead", tag("tr", heads)), tag("tbody", body))
     return tag("div", inside, class_="scroll", tabindex="0")
+
+
+def masthead(kicker: str, plan: Plan, status: str, style: str, tiles: Sequence[tuple[str, str, str]]) -> Html:
+    """The head of a page: what it is, of which run, how it stands, and tiles of (name, value, note)."""
+    facts = [tag("div", tag("dt", name), tag("dd", value, tag("small", note))) for name, value, note in tiles]
+    return tag(
+        "header",
+        tag("p", kicker, class_="kicker"),
+        tag("h1", plan.name),
+        tag(
+            "p",
+            tag("span", status, class_=f"status {style}"),
+            tag("span", "base ", tag("b", without_home(plan.base.name))),
+            tag("span", "on ", tag("b", plan.hardware.name)),
+            class_="line",
+        ),
+        tag("dl", facts, class_="tiles"),
+    )

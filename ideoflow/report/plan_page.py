@@ -6,9 +6,9 @@ from ideoflow.plan.document import Change, Plan
 from ideoflow.report import account, training
 from ideoflow.report.history import History
 from ideoflow.report.html import page
-from ideoflow.report.markup import Html, tag
-from ideoflow.report.parts import remark, section, table
-from ideoflow.report.units import duration, plural, signed, size, without_home
+from ideoflow.report.markup import Html
+from ideoflow.report.parts import masthead, remark, section, table
+from ideoflow.report.units import duration, plural, signed, size
 
 _NOTHING_RAN = History((), (), (), (), (), "open", 0, None, None, None)
 
@@ -43,20 +43,7 @@ def _headline(plan: Plan) -> Html:
         steps = plural(plan.tables.train.steps, "step")
         tiles.append(("step", duration(plan.time.step_ms / 1e3), "predicted"))
         tiles.append(("run", duration(plan.time.total_seconds), f"{steps}, without loading"))
-    facts = [tag("div", tag("dt", name), tag("dd", value, tag("small", note))) for name, value, note in tiles]
-    return tag(
-        "header",
-        tag("p", "Ideogram 4 LoRA, plan", class_="kicker"),
-        tag("h1", plan.name),
-        tag(
-            "p",
-            tag("span", sentence, class_=f"status {style}"),
-            tag("span", "base ", tag("b", without_home(plan.base.name))),
-            tag("span", "on ", tag("b", plan.hardware.name)),
-            class_="line",
-        ),
-        tag("dl", facts, class_="tiles"),
-    )
+    return masthead("Ideogram 4 LoRA, plan", plan, sentence, style, tiles)
 
 
 def _changes(changes: tuple[Change, ...]) -> Html:

@@ -13,7 +13,7 @@ from ideoflow.model.spec import TransformerSpec
 from ideoflow.plan.document import Plan
 from ideoflow.report.history import History, Sample
 from ideoflow.report.markup import Child, Html, tag
-from ideoflow.report.parts import remark, section
+from ideoflow.report.parts import masthead, remark, section
 from ideoflow.report.pictures import embed, mean_change, open_picture, spread
 from ideoflow.report.training import trend
 from ideoflow.report.units import duration, number, plural, size, without_home
@@ -70,20 +70,7 @@ def headline(folder: Path, plan: Plan, history: History) -> Html:
         )
     if plan.data:
         tiles.append(("pictures", f"{plan.data.pictures:,}", plural(len(plan.data.buckets), "size")))
-    facts = [tag("div", tag("dt", name), tag("dd", value, tag("small", note))) for name, value, note in tiles]
-    return tag(
-        "header",
-        tag("p", "Ideogram 4 LoRA, training report", class_="kicker"),
-        tag("h1", plan.name),
-        tag(
-            "p",
-            tag("span", sentence, class_=f"status {style}"),
-            tag("span", "base ", tag("b", without_home(plan.base.name))),
-            tag("span", "on ", tag("b", plan.hardware.name)),
-            class_="line",
-        ),
-        tag("dl", facts, class_="tiles"),
-    )
+    return masthead("Ideogram 4 LoRA, training report", plan, sentence, style, tiles)
 
 
 def use_it(folder: Path, plan: Plan, history: History) -> Html | None:

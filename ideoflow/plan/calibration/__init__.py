@@ -10,9 +10,7 @@ memory by the greatest of the last runs, so that it is not predicted too small, 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +20,7 @@ from typing import Any
 from ideoflow.diagnostics import Diagnostic, Span
 from ideoflow.diagnostics.codes.plan import BAD_CALIBRATION
 from ideoflow.plan.codec import Mismatch, decode, encode
-from ideoflow.resources import user_cache
+from ideoflow.resources import user_cache, write_whole
 
 FORMAT = 1
 # Runs of one combination that are looked at, newest last; kept in the file; and how far they may correct.
@@ -153,9 +151,6 @@ def append_runs(runs: Iterable[Measured], file: Path | None = None) -> Path:
     except (OSError, ValueError):
         earlier = ()
     kept: list[Any] = [encode(run) for run in (*earlier, *runs)][-_KEPT:]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=".calibration.", dir=file.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump({"format": FORMAT, "runs": kept}, stream, indent=1)
-    Path(scratch).replace(file)
+    content = json.dumps({"format": FORMAT, "runs": kept}, indent=1)
+    write_whole(file, content.encode())
     return file
