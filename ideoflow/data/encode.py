@@ -140,6 +140,7 @@ class Encoder:
             dtype=dtype_name(self.dtype),
             size=sample.size,
             window=sample.geometry.window,
+            flip=sample.geometry.flip,
             pixels=picture_digest(sample.picture),
         )
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
 import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -20,6 +25,80 @@ _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, A
            AttributeError, MemoryError, struct.error)  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A picture inside an uncompressed tar file, read without going through the members before it.
+
+    ``offset`` and ``length`` are those of its bytes: ``offset_data`` and ``size`` in :mod:`tarfile`.
+    """
+
+    tar: Path
+    name: str
+    offset: int
+    length: int
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Its bytes as a stream; OSError if the tar file is gone or shorter than it was."""
+        with self.tar.open("rb") as stream:
+            stream.seek(self.offset)
+            content = stream.read(self.length)
+        if len(content) < self.length:
+            raise OSError(f"{self.tar.name} has been cut since it was indexed")
+        return io.BytesIO(content)
+
+    def __str__(self) -> str:
+        return f"{self.tar}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetCell:
+    """A picture's bytes inside a parquet file: row ``row`` of row group ``group``, in ``column``.
+
+    ``column`` may be a path into a structure, such as ``image.bytes``. ``length`` is that of the bytes.
+    """
+
+    file: Path
+    column: str
+    group: int
+    row: int
+    name: str
+    length: int
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Its bytes as a stream; OSError if the file is gone or damaged."""
+        return io.BytesIO(_column_chunk(self.file, self.column, self.group)[self.row].as_py())
+
+    def __str__(self) -> str:
+        return f"{self.file}/{self.name}"
+
+
+# Where a picture's bytes are. All of these are picklable, have a ``name`` and can be opened in any order.
+Stored = Path | TarMember | ParquetCell
+
+
+@lru_cache(maxsize=2)
+def _column_chunk(file: Path, column: str, group: int) -> Any:
+    """One column of a row group; the next pictures are most often in the same one."""
+    import pyarrow as arrow  # an extra, and it takes a while to load
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.ParquetFile(file).read_row_group(group, columns=[column])
+    except arrow.ArrowException as error:
+        raise OSError(str(error)) from error
+    values = table.column(0).combine_chunks()
+    for part in column.split(".")[1:]:
+        values = values.field(part)
+    return values
+
+
+def stored_identity(picture: Stored, folder: Path) -> tuple[str, int]:
+    """A picture's name within ``folder`` and the length of its bytes; OSError where a file is gone."""
+    if isinstance(picture, Path):
+        return Path(os.path.relpath(picture, folder)).as_posix(), picture.stat().st_size
+    return picture.name, picture.length
+
+
 def find_pictures(folder: Path) -> list[Path]:
     """Every picture in a folder and its sub-folders, sorted; hidden files and folders are left out."""
 
@@ -31,7 +110,7 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def open_picture(picture: Path) -> Iterator[Image.Image]:
+def open_picture(picture: Stored) -> Iterator[Image.Image]:
     """An open picture; damage that shows inside of the block is told, too.
 
     Raises:
@@ -42,7 +121,7 @@ def open_picture(picture: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Pillow warns of half that number already, which the best cameras have, and of broken metadata.
             warnings.simplefilter("ignore")
-            with Image.open(picture) as image:
+            with picture.open("rb") as stream, Image.open(stream) as image:
                 yield image
     except Image.DecompressionBombError as error:
         cure = "scale it down: nothing above 2048 pixels a side is trained anyway"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-from ideoflow.data.pictures import open_picture
+from ideoflow.data.pictures import Stored, open_picture
 from ideoflow.data.survey import Sample
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.data import BAD_PICTURE
@@ -31,6 +30,8 @@ def load_pixels(sample: Sample) -> Tensor:
         picture = to_srgb(ImageOps.exif_transpose(image))
     # Lanczos averages over the whole source area of each pixel, so that shrinking does not alias.
     resized = picture.resize(sample.size, Image.Resampling.LANCZOS, box=sample.geometry.window)
+    if sample.geometry.flip:
+        resized = ImageOps.mirror(resized)
     values = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
     return values.float() / 127.5 - 1
 
@@ -72,8 +73,8 @@ def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def picture_digest(picture: Path) -> str:
-    """SHA-256 of the file's bytes.
+def picture_digest(picture: Stored) -> str:
+    """SHA-256 of the picture's bytes.
 
     Raises:
         IdeoflowError: when it cannot be read any more.

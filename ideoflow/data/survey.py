@@ -26,7 +26,14 @@ from ideoflow.captions import (
 )
 from ideoflow.captions.boxes import Geometry, transform_caption
 from ideoflow.data.buckets import bucket_size, center_crop
-from ideoflow.data.pictures import PICTURE_SUFFIXES, find_pictures, open_picture, shown_size
+from ideoflow.data.pictures import (
+    PICTURE_SUFFIXES,
+    Stored,
+    find_pictures,
+    open_picture,
+    shown_size,
+    stored_identity,
+)
 from ideoflow.diagnostics import Collector, Diagnostic, IdeoflowError, Span
 from ideoflow.diagnostics.codes.data import EMPTY_DATASET, NO_CAPTION, NO_PICTURE, NOT_JSON, UPSCALED
 from ideoflow.plan.document import Bucket, DataSummary
@@ -41,21 +48,53 @@ FOLDER_CAPTIONS = "captions.icap"
 _CHARACTERS_PER_TOKEN, _TEMPLATE_TOKENS = 3.4, 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture with its caption, at the size it is trained at.
+    """One picture in one crop, with its caption, at the size it is trained at.
 
     Args:
-        picture: the file.
+        picture: where its bytes are.
         size: (width, height) in pixels after cropping and resizing.
-        geometry: what happens to the pixels; the caption's boxes have already followed it.
+        geometry: what happens to the pixels; the boxes of every caption have already followed it.
         caption: canonical JSON.
+        alternatives: further captions of the same crop.
     """
 
-    picture: Path
+    picture: Stored
     size: tuple[int, int]
     geometry: Geometry
     caption: str
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Every caption of this crop."""
+        return (self.caption, *self.alternatives)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The samples of one source, and how often they are drawn.
+
+    Sample ``first + picture * variants + variant`` is crop number ``variant`` of picture number ``picture``.
+    One that may not be mirrored has its plain crop in the place of the mirrored one, so that every picture of
+    a source has as many variants and none is drawn less than another.
+
+    Args:
+        name: the source's, as the recipe gives it.
+        first: its first sample.
+        pictures: how many pictures it has.
+        variants: crops of each; one visit of a picture trains one of them.
+        repeats: visits of each picture in an epoch.
+        weight: its part in training against the weights of the others; None: its pictures times ``repeats``.
+    """
+
+    name: str
+    first: int
+    pictures: int
+    variants: int = 1
+    repeats: int = 1
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +103,7 @@ class Dataset:
 
     samples: tuple[Sample, ...]
     warnings: tuple[Diagnostic, ...]
+    shares: tuple[Share, ...]
 
     def summary(self, folder: Path) -> DataSummary:
         """Counts for the plan; ``folder`` makes the digest independent of where the data lies."""
@@ -71,8 +111,10 @@ class Dataset:
         tokens = sorted(estimate_tokens(s.caption) for s in self.samples)
         digest = hashlib.sha256()
         for s in self.samples:
-            name = s.picture.relative_to(folder).as_posix()
-            digest.update(json.dumps([name, s.picture.stat().st_size, s.size, s.caption]).encode())
+            name, size = stored_identity(s.picture, folder)
+            digest.update(
+                json.dumps([name, size, s.size, s.geometry.window, s.geometry.flip, s.captions]).encode()
+            )
         return DataSummary(
             pictures=len(self.samples),
             warnings=len(self.warnings),
@@ -125,7 +167,8 @@ def read_dataset(recipe: Recipe) -> Dataset:
     if recipe.tables.data.caption == "sidecar":
         _report_orphans(recipe, pictures, captions, problems)
     problems.raise_if_errors()
-    return Dataset(tuple(samples), tuple(problems.items))
+    share = Share(recipe.tables.data.images, 0, len(samples))
+    return Dataset(tuple(samples), tuple(problems.items), (share,))
 
 
 def _picture_size(picture: Path, problems: Collector) -> tuple[int, int] | None:
