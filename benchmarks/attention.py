@@ -1,5 +1,7 @@
 """Attention over packed samples, forward and backward: which kernel is fastest at equal and at mixed lengths.
 
+``ragged`` and ``exact`` are the two kinds of plan of ``cudnn_varlen``.
+
 python benchmarks/attention.py --json out.json
 """
 
@@ -35,9 +37,10 @@ def main() -> None:
         qkv = torch.randn(layout.total, 3, args.heads, args.size, device=device).bfloat16()
         dout = torch.randn_like(qkv[:, 0])
         results = {}
-        for kernel in ("sdpa", "ragged", "exact") if device.type == "cuda" else ("sdpa",):
-            attention = make_attention("sdpa" if kernel == "sdpa" else "cudnn_varlen", device)
-            if kernel != "sdpa":  # one kind of plan only, whatever the number of calls
+        for kernel in ("sdpa", "flash4", "ragged", "exact") if device.type == "cuda" else ("sdpa",):
+            cudnn = kernel in ("ragged", "exact")
+            attention = make_attention("cudnn_varlen" if cudnn else kernel, device)
+            if cudnn:  # one kind of plan only, whatever the number of calls
                 attention._exact = lambda _, choice=kernel == "exact": choice
             out, saved = attention.forward(qkv, layout)
             results[kernel] = (out, *attention.backward(dout, qkv, out, saved, layout))

@@ -33,7 +33,15 @@ SIZES: dict[str, dict[str, Any]] = {
 def environment(device: torch.device) -> dict[str, Any]:
     """Card, versions and commit, to be stored beside every figure."""
     packages = {}
-    for name in ("torch", "triton", "diffusers", "peft", "nvidia-cudnn-cu13", "nvidia-cudnn-frontend"):
+    for name in (
+        "torch",
+        "triton",
+        "diffusers",
+        "peft",
+        "nvidia-cudnn-cu13",
+        "nvidia-cudnn-frontend",
+        "flash-attn-4",
+    ):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

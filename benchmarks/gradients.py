@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention = "cudnn_varlen" if device.type == "cuda" else "sdpa"
+    attention = "flash4" if device.type == "cuda" else "sdpa"
     layout = make_layout(1, 1024 if args.size == "full" else 128, 320 if args.size == "full" else 20, False)
     model = random_transformer(args.size, device, torch.bfloat16, fp8=True)
     parameters = add_adapters(model, 32, torch.float32)

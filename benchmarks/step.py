@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--paths", nargs="+", choices=["diffusers", "fused"], default=["diffusers", "fused"])
     parser.add_argument("--linear", choices=["fp8", "bf16"], help="default: fp8 on a GPU, bf16 elsewhere")
     parser.add_argument(
-        "--attention", choices=["cudnn_varlen", "sdpa"], help="default: cudnn_varlen on a GPU"
+        "--attention", choices=["flash4", "cudnn_varlen", "sdpa"], help="default: flash4 on a GPU"
     )
     parser.add_argument("--budget", type=float, nargs="+", default=[1.0])
     parser.add_argument("--offload", nargs="*", default=[], help="groups of values kept in host memory")
@@ -200,7 +200,7 @@ def main() -> None:
         parameters = add_adapters(model, args.rank, torch.float32)
         if gpu and args.size == "full" and not rates:
             rates = report["rates_tflops"] = unit_rates(model.config, device, fp8)
-        attention = args.attention or ("cudnn_varlen" if gpu else "sdpa")
+        attention = args.attention or ("flash4" if gpu else "sdpa")
         fused = FusedTransformer(model, linear="fp8" if fp8 else "bf16", attention=attention, dtype=dtype,
                                  offload=args.offload, keep_transposed=args.keep_transposed)  # fmt: skip
         for layout in layouts:

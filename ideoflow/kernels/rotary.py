@@ -50,107 +50,98 @@ def qk_norm_rope(
 
 
 @triton.jit
-def _rotated_back(grad, stride, out, inverse, weight, fold, c, s, first, heads, half, FOLD: tl.constexpr,
-                  HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Gradients of some heads of one token's raw q or k: both halves [HEADS, HALF], and the largest."""
-    h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
-    mask = (h[:, None] < heads) & (e[None, :] < half)
-    at = h[:, None] * 2 * half + e[None, :]
-    w1 = tl.load(weight + e, mask=e < half, other=0.0).to(tl.float32)
-    w2 = tl.load(weight + half + e, mask=e < half, other=0.0).to(tl.float32)
-    v1 = tl.where(w1 == 0.0, 0.0, 1.0 / tl.where(w1 == 0.0, 1.0, w1))[None, :]
-    v2 = tl.where(w2 == 0.0, 0.0, 1.0 / tl.where(w2 == 0.0, 1.0, w2))[None, :]
-    o1 = tl.load(out + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    o2 = tl.load(out + at + half, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    n1 = (o1 * c + o2 * s) * v1
-    n2 = (o2 * c - o1 * s) * v2
-    g = grad + h[:, None] * stride + e[None, :]
-    g1 = tl.load(g, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    g2 = tl.load(g + half, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    x1 = (g1 * c + g2 * s) * w1[None, :]
-    x2 = (g2 * c - g1 * s) * w2[None, :]
-    mean = tl.sum(x1 * n1 + x2 * n2, 1) / (2 * half)
-    r = tl.load(inverse + h, mask=h < heads, other=0.0)[:, None]
-    return _folded(r * (x1 - n1 * mean[:, None]), r * (x2 - n2 * mean[:, None]), fold + at, half, mask,
-                   out.dtype.element_ty, FOLD)  # fmt: skip
+def _rotated_back(grad, out, at_grad, at, inverse, w1, w2, v1, v2, c, s, half, mask):
+    """Gradients of some heads of one token's raw q or k: both halves [HEADS, HALF] in float32."""
+    o1 = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
+    o2 = tl.load(out + at + half, mask=mask, other=0.0).to(tl.float32)
+    g1 = tl.load(grad + at_grad, mask=mask, other=0.0).to(tl.float32)
+    g2 = tl.load(grad + at_grad + half, mask=mask, other=0.0).to(tl.float32)
+    n1, n2 = (o1 * c + o2 * s) * v1, (o2 * c - o1 * s) * v2
+    x1, x2 = (g1 * c + g2 * s) * w1, (g2 * c - g1 * s) * w2
+    mean = (tl.sum(x1 * n1 + x2 * n2, 1) / (2 * half))[:, None]
+    return inverse * (x1 - n1 * mean), inverse * (x2 - n2 * mean)
 
 
 @triton.jit
-def _plain(grad, stride, fold, first, heads, half, dtype: tl.constexpr, FOLD: tl.constexpr,
-           HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """The same for v, whose gradient passes through."""
-    h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
-    mask = (h[:, None] < heads) & (e[None, :] < half)
-    g = grad + h[:, None] * stride + e[None, :]
-    x1 = tl.load(g, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(g + half, mask=mask, other=0.0).to(tl.float32)
-    return _folded(x1, x2, fold + h[:, None] * 2 * half + e[None, :], half, mask, dtype, FOLD)
+def _inverse_or_zero(weight):
+    return tl.where(weight == 0.0, 0.0, 1.0 / tl.where(weight == 0.0, 1.0, weight))
 
 
 @triton.jit
-def _folded(x1, x2, fold, half, mask, dtype: tl.constexpr, FOLD: tl.constexpr):
+def _gradient_of_part(grad, head_stride, part, heads, out, inverse, weight, c, s, fold, half, first,
+                      FOLD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Some heads of part 0, 1 or 2 (q, k, v) of a token: both halves, where they go, and which exist."""
+    h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
+    mask = (h[:, None] < heads) & (e[None, :] < half)
+    at = (part * heads + h[:, None]) * 2 * half + e[None, :]
+    at_grad = h[:, None] * head_stride + e[None, :]
+    if part == 2:  # v's gradient passes through
+        x1 = tl.load(grad + at_grad, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(grad + at_grad + half, mask=mask, other=0.0).to(tl.float32)
+    else:
+        w1 = tl.load(weight + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+        w2 = tl.load(weight + half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+        r = tl.load(inverse + part * heads + h, mask=h < heads, other=0.0)[:, None]
+        x1, x2 = _rotated_back(grad, out, at_grad, at, r, w1, w2, _inverse_or_zero(w1), _inverse_or_zero(w2),
+                               c, s, half, mask)  # fmt: skip
     if FOLD:
-        x1 *= tl.load(fold, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        x2 *= tl.load(fold + half, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    return x1.to(dtype), x2.to(dtype), tl.max(tl.maximum(tl.abs(x1), tl.abs(x2)))
-
-
-@triton.jit
-def _store_halves(out, x1, x2, factor, first, heads, half, FP8_OUT: tl.constexpr, HEADS: tl.constexpr,
-                  HALF: tl.constexpr):  # fmt: skip
-    h, e = first + tl.arange(0, HEADS), tl.arange(0, HALF)
-    mask = (h[:, None] < heads) & (e[None, :] < half)
-    at = out + h[:, None] * 2 * half + e[None, :]
-    if FP8_OUT:
-        x1 = tl.minimum(tl.maximum(x1.to(tl.float32) * factor, -FP8_MAX), FP8_MAX)
-        x2 = tl.minimum(tl.maximum(x2.to(tl.float32) * factor, -FP8_MAX), FP8_MAX)
-    tl.store(at, x1.to(out.dtype.element_ty), mask=mask)
-    tl.store(at + half, x2.to(out.dtype.element_ty), mask=mask)
+        x1 *= tl.load(fold + at, mask=mask, other=0.0).to(tl.float32)
+        x2 *= tl.load(fold + at + half, mask=mask, other=0.0).to(tl.float32)
+    return x1, x2, at, mask
 
 
 @triton.jit
 def _qk_norm_rope_backward(
     dq, dk, dv, q_token, q_head, k_token, k_head, v_token, v_head, qkv, inverse, weight_q, weight_k, cos, sin,
-    fold, out, out_scale, tokens, heads, half, FOLD: tl.constexpr, FP8_OUT: tl.constexpr, A: tl.constexpr,
-    B: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    fold, out, out_scale, heads: tl.constexpr, half: tl.constexpr, FOLD: tl.constexpr, FP8_OUT: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    e = tl.arange(0, HALF)
-    size = heads * 2 * half
-    dtype: tl.constexpr = qkv.dtype.element_ty
-    for i in tl.range(TOKENS, num_stages=STAGES):
-        t = tl.minimum(tl.program_id(0) * TOKENS + i, tokens - 1).to(tl.int64)
-        c = tl.load(cos + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-        s = tl.load(sin + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-        q, k, ri = qkv + t * 3 * size, qkv + t * 3 * size + size, inverse + t * 2 * heads
-        gq, gk, gv = dq + t * q_token, dk + t * k_token, dv + t * v_token
-        # The heads come in two pieces of power-of-two sizes (18 = 16 + 2), so that no lanes are wasted.
-        q1, q2, m1 = _rotated_back(gq, q_head, q, ri, weight_q, fold, c, s, 0, heads, half, FOLD, A, HALF)
-        q3, q4, m2 = _rotated_back(gq, q_head, q, ri, weight_q, fold, c, s, A, heads, half, FOLD, B, HALF)
-        ri += heads
-        k1, k2, m3 = _rotated_back(
-            gk, k_head, k, ri, weight_k, fold + size, c, s, 0, heads, half, FOLD, A, HALF
-        )
-        k3, k4, m4 = _rotated_back(
-            gk, k_head, k, ri, weight_k, fold + size, c, s, A, heads, half, FOLD, B, HALF
-        )
-        v1, v2, m5 = _plain(gv, v_head, fold + 2 * size, 0, heads, half, dtype, FOLD, A, HALF)
-        v3, v4, m6 = _plain(gv, v_head, fold + 2 * size, A, heads, half, dtype, FOLD, B, HALF)
-        factor = 1.0
-        if FP8_OUT:
-            amax = tl.maximum(tl.maximum(tl.maximum(m1, m2), tl.maximum(m3, m4)), tl.maximum(m5, m6))
-            amax = tl.maximum(amax, SMALLEST_AMAX)
-            tl.store(out_scale + t, amax / FP8_MAX)
-            factor = FP8_MAX / amax
-        row = out + t * 3 * size
-        _store_halves(row, q1, q2, factor, 0, heads, half, FP8_OUT, A, HALF)
-        _store_halves(row, q3, q4, factor, A, heads, half, FP8_OUT, B, HALF)
-        _store_halves(row + size, k1, k2, factor, 0, heads, half, FP8_OUT, A, HALF)
-        _store_halves(row + size, k3, k4, factor, A, heads, half, FP8_OUT, B, HALF)
-        _store_halves(row + 2 * size, v1, v2, factor, 0, heads, half, FP8_OUT, A, HALF)
-        _store_halves(row + 2 * size, v3, v4, factor, A, heads, half, FP8_OUT, B, HALF)
+    t, e = tl.program_id(0).to(tl.int64), tl.arange(0, HALF)
+    c = tl.load(cos + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + t * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+    row, ri = qkv + t * 6 * heads * half, inverse + t * 2 * heads
+    gq, gk, gv = dq + t * q_token, dk + t * k_token, dv + t * v_token
+    factor = 1.0
+    # Twice over the row, which the second time comes from the caches: holding 13824 results in registers
+    # until the largest is known leaves room for too few programs to keep the memory busy.
+    if FP8_OUT:
+        largest = tl.zeros((HEADS, HALF), tl.float32)
+        for first in range(0, heads, HEADS):
+            x1, x2, _, _ = _gradient_of_part(gq, q_head, 0, heads, row, ri, weight_q, c, s, fold, half, first,
+                                             FOLD, HEADS, HALF)  # fmt: skip
+            largest = tl.maximum(largest, tl.maximum(tl.abs(x1), tl.abs(x2)))
+            x1, x2, _, _ = _gradient_of_part(gk, k_head, 1, heads, row, ri, weight_k, c, s, fold, half, first,
+                                             FOLD, HEADS, HALF)  # fmt: skip
+            largest = tl.maximum(largest, tl.maximum(tl.abs(x1), tl.abs(x2)))
+            x1, x2, _, _ = _gradient_of_part(gv, v_head, 2, heads, row, ri, weight_k, c, s, fold, half, first,
+                                             FOLD, HEADS, HALF)  # fmt: skip
+            largest = tl.maximum(largest, tl.maximum(tl.abs(x1), tl.abs(x2)))
+        amax = tl.maximum(tl.max(tl.max(largest, 1), 0), SMALLEST_AMAX)
+        tl.store(out_scale + t, amax / FP8_MAX)
+        factor = FP8_MAX / amax
+    to = out + t * 6 * heads * half
+    for first in range(0, heads, HEADS):
+        x1, x2, at, mask = _gradient_of_part(gq, q_head, 0, heads, row, ri, weight_q, c, s, fold, half, first,
+                                             FOLD, HEADS, HALF)  # fmt: skip
+        _store_halves(to + at, x1, x2, factor, half, mask, FP8_OUT)
+        x1, x2, at, mask = _gradient_of_part(gk, k_head, 1, heads, row, ri, weight_k, c, s, fold, half, first,
+                                             FOLD, HEADS, HALF)  # fmt: skip
+        _store_halves(to + at, x1, x2, factor, half, mask, FP8_OUT)
+        x1, x2, at, mask = _gradient_of_part(gv, v_head, 2, heads, row, ri, weight_k, c, s, fold, half, first,
+                                             FOLD, HEADS, HALF)  # fmt: skip
+        _store_halves(to + at, x1, x2, factor, half, mask, FP8_OUT)
 
 
-_TOKENS, _STAGES, _WARPS = 4, 2, 4  # the fastest of a dozen settings on an H200
+@triton.jit
+def _store_halves(at, x1, x2, factor, half, mask, FP8_OUT: tl.constexpr):
+    if FP8_OUT:
+        x1 = tl.minimum(tl.maximum(x1 * factor, -FP8_MAX), FP8_MAX)
+        x2 = tl.minimum(tl.maximum(x2 * factor, -FP8_MAX), FP8_MAX)
+    tl.store(at, x1.to(at.dtype.element_ty), mask=mask)
+    tl.store(at + half, x2.to(at.dtype.element_ty), mask=mask)
+
+
+_HEADS, _WARPS = 4, 4  # the fastest of twenty settings on an H200
 
 
 def qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inverse: Tensor, weight_q: Tensor,
@@ -159,13 +150,9 @@ def qk_norm_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inver
     """See :func:`ideoflow.kernels.reference.qk_norm_rope_backward`."""
     tokens, _, heads, size = qkv.shape
     result = empty_operand(tokens, 3 * heads * size, qkv, fp8)
-    has_fold = fold is not None
-    first = 1 << (heads.bit_length() - 1)
-    rest = triton.next_power_of_2(max(1, heads - first))
-    _qk_norm_rope_backward[(triton.cdiv(tokens, _TOKENS),)](
+    _qk_norm_rope_backward[(tokens,)](
         dq, dk, dv, dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv,
-        inverse, weight_q, weight_k, cos, sin, fold if has_fold else inverse, result.values, result.scale,
-        tokens, heads, size // 2, has_fold, fp8, first, rest, triton.next_power_of_2(size // 2), _TOKENS,
-        _STAGES, num_warps=_WARPS,
+        inverse, weight_q, weight_k, cos, sin, fold, result.values, result.scale, heads, size // 2,
+        fold is not None, fp8, _HEADS, triton.next_power_of_2(size // 2), num_warps=_WARPS,
     )  # fmt: skip
     return result

@@ -1,7 +1,8 @@
 """SwiGLU with the quantisation behind it, forward and backward, in Triton.
 
-One program holds one token's row: for 12288 channels the backward keeps 24576 results in registers, as bf16,
-until their largest magnitude is known. Going over the row twice instead costs as much again in exponentials.
+One program takes one token's row. The backward pass goes over it twice, for the largest magnitude and then
+for the results: the second time the row comes from the caches, and that is 1.4 times as fast as holding the
+24576 results of 12288 channels in registers, which leaves room for too few programs to keep the memory busy.
 """
 
 from __future__ import annotations
@@ -42,63 +43,61 @@ def swiglu(gate_up: Tensor, fp8: bool) -> Operand:
 
 
 @triton.jit
-def _gradients(du, du_stride, gate_up, fold, row, width, columns, FOLD: tl.constexpr):
-    """Gradients of gate and up for some columns of one row, in gate_up's type, and the largest of them."""
+def _gradients(du, gate_up, fold, columns, width, FOLD: tl.constexpr):
+    """Gradients of gate and up for some columns of one row, in float32."""
     mask = columns < width
-    start = gate_up + row.to(tl.int64) * 2 * width
-    # What is read once must not push the fold, which every row reads, out of the first-level cache.
-    g = tl.load(
-        du + row.to(tl.int64) * du_stride + columns, mask=mask, other=0.0, eviction_policy="evict_first"
-    )
-    gate = tl.load(start + columns, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    up = tl.load(start + width + columns, mask=mask, other=0.0, eviction_policy="evict_first")
-    g, up = g.to(tl.float32), up.to(tl.float32)
+    g = tl.load(du + columns, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + width + columns, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     dup = g * sigmoid
     dgate = dup * up * (1.0 + gate * (1.0 - sigmoid))
     dup *= gate
     if FOLD:
-        dgate *= tl.load(fold + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        dup *= tl.load(fold + width + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(
-            tl.float32
-        )
-    amax = tl.max(tl.maximum(tl.abs(dgate), tl.abs(dup)), 0)
-    return dgate.to(gate_up.dtype.element_ty), dup.to(gate_up.dtype.element_ty), amax
+        dgate *= tl.load(fold + columns, mask=mask, other=0.0).to(tl.float32)
+        dup *= tl.load(fold + width + columns, mask=mask, other=0.0).to(tl.float32)
+    return dgate, dup
 
 
 @triton.jit
-def _store(start, x, factor, columns, width, FP8_OUT: tl.constexpr):
+def _store(at, x, factor, mask, FP8_OUT: tl.constexpr):
     if FP8_OUT:
-        x = tl.minimum(tl.maximum(x.to(tl.float32) * factor, -FP8_MAX), FP8_MAX)
-    tl.store(start + columns, x.to(start.dtype.element_ty), mask=columns < width)
+        x = tl.minimum(tl.maximum(x * factor, -FP8_MAX), FP8_MAX)
+    tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _swiglu_backward(du, du_stride, gate_up, fold, out, out_scale, width, FOLD: tl.constexpr,
-                     FP8_OUT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0)
-    columns1, columns2 = tl.arange(0, A), A + tl.arange(0, B)
-    dgate1, dup1, amax1 = _gradients(du, du_stride, gate_up, fold, row, width, columns1, FOLD)
-    dgate2, dup2, amax2 = _gradients(du, du_stride, gate_up, fold, row, width, columns2, FOLD)
+def _swiglu_backward(du, du_stride, gate_up, fold, out, out_scale, width: tl.constexpr, FOLD: tl.constexpr,
+                     FP8_OUT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    du += row * du_stride
+    gate_up += row * 2 * width
+    out += row * 2 * width
     factor = 1.0
     if FP8_OUT:
-        amax = tl.maximum(tl.maximum(amax1, amax2), SMALLEST_AMAX)
+        largest = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, width, BLOCK):
+            dgate, dup = _gradients(du, gate_up, fold, start + tl.arange(0, BLOCK), width, FOLD)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(dgate), tl.abs(dup)))
+        amax = tl.maximum(tl.max(largest, 0), SMALLEST_AMAX)
         tl.store(out_scale + row, amax / FP8_MAX)
         factor = FP8_MAX / amax
-    start = out + row.to(tl.int64) * 2 * width
-    _store(start, dgate1, factor, columns1, width, FP8_OUT)
-    _store(start, dgate2, factor, columns2, width, FP8_OUT)
-    _store(start + width, dup1, factor, columns1, width, FP8_OUT)
-    _store(start + width, dup2, factor, columns2, width, FP8_OUT)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        dgate, dup = _gradients(du, gate_up, fold, columns, width, FOLD)
+        _store(out + columns, dgate, factor, columns < width, FP8_OUT)
+        _store(out + width + columns, dup, factor, columns < width, FP8_OUT)
+
+
+_BLOCK, _WARPS = 4096, 8  # the fastest of sixteen settings on an H200
 
 
 def swiglu_backward(du: Tensor, gate_up: Tensor, fold: Tensor | None, fp8: bool) -> Operand:
     """See :func:`ideoflow.kernels.reference.swiglu_backward`."""
     rows, width = du.shape
     result = empty_operand(rows, 2 * width, gate_up, fp8)
-    # 8 warps leave room for two programs a multiprocessor; 4 and 16 warps, or prefetching rows, were slower.
     _swiglu_backward[(rows,)](
         du, du.stride(0), gate_up, fold, result.values, result.scale, width, fold is not None, fp8,
-        *pieces(width), num_warps=8,
+        min(_BLOCK, triton.next_power_of_2(width)), num_warps=_WARPS,
     )  # fmt: skip
     return result

@@ -23,7 +23,7 @@ from ideoflow.recipe.load import load_tables
 FORMAT = 2
 
 # What the fused engine is made of: its kernels, and attention over samples of mixed lengths.
-GPU_PACKAGES = ("triton", "cudnn")
+GPU_PACKAGES = ("triton", "cudnn", "flash-attn-4")
 
 Value = str | bool | int | float
 Phase = Literal["text", "latents", "train", "sample"]
@@ -105,7 +105,7 @@ class Hardware:
 
     On a CPU ``total_bytes`` and ``free_bytes`` are the host's own. ``free_bytes`` is what a run may take.
     ``compute_capability`` is CUDA's, ``rates`` None where nothing is known of the device's speed.
-    ``packages`` are those of :data:`GPU_PACKAGES` that can be imported; a card that is only named has all.
+    ``packages`` are those of :data:`GPU_PACKAGES` that are installed; a card that is only named has all.
     """
 
     name: str

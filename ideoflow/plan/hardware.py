@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -120,9 +121,19 @@ def _read_card(nvml: Any, handle: Any) -> Hardware:
         pcie_width=lanes,
         other_processes=len(others - {os.getpid()}),
         rates=rates,
-        packages=tuple(name for name in GPU_PACKAGES if importlib.util.find_spec(name)),
+        packages=tuple(name for name in GPU_PACKAGES if _installed(name)),
         note="" if profile else "a card of unknown speed",
     )
+
+
+def _installed(package: str) -> bool:
+    """Whether a package is there, without importing it."""
+    if importlib.util.find_spec(package.replace("-", "_")):
+        return True
+    try:  # flash-attn-4 shares its import name with FlashAttention-2
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _host_processor() -> Hardware:

@@ -62,9 +62,11 @@ ATTENTION_MISSING = define(
     "IE503",
     "the attention kernel asked for is not available",
     """
-    `cudnn_varlen` needs an NVIDIA card and the package `nvidia-cudnn-frontend` (extra `cuda`). It takes the
-    samples' lengths as data, so mixed lengths cost no padding, no mask and no new plans. `sdpa` runs
-    everywhere: PyTorch's own attention, once for a batch of equal lengths, otherwise once a sample.
+    `flash4` is FlashAttention-4 (package `flash-attn-4`), for Hopper and data-centre Blackwell cards;
+    `cudnn_varlen` is cuDNN's attention (package `nvidia-cudnn-frontend`), for Hopper cards. Both take the
+    samples' lengths as data, so mixed lengths cost no padding and no mask; the extra `cuda` installs them.
+    `sdpa` runs everywhere: PyTorch's own attention, once for a batch of equal lengths, otherwise once a
+    sample.
     """,
 )
 TRITON_MISSING = define(

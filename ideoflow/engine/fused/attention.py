@@ -1,15 +1,17 @@
 """Attention over packed sequences, forward and backward, with no mask ever built.
 
-``sdpa`` is PyTorch's own: one call for a batch of equal lengths, one a sample otherwise. ``cudnn_varlen``
-hands the samples' lengths to cuDNN as data (ragged offsets and a padding mask by length), so that one plan
-serves every mixture of lengths below its maximum. Both keep the softmax's log-sum-exp for the backward pass
-(Dao et al. 2022).
+``sdpa`` is PyTorch's own: one call for a batch of equal lengths, one a sample otherwise. ``flash4`` is
+FlashAttention-4, the fastest of the three on Hopper, which takes mixed lengths as cumulative sums and
+compiles once. ``cudnn_varlen`` hands the samples' lengths to cuDNN as data (ragged offsets and a padding mask
+by length), so that one plan serves every mixture of lengths below its maximum. All keep the softmax's
+log-sum-exp for the backward pass (Dao et al. 2022).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,13 +21,14 @@ from torch import Tensor
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import ATTENTION_MISSING
 from ideoflow.engine.packed import PackedLayout
+from ideoflow.resources import user_cache
 
-Kernel = Literal["cudnn_varlen", "sdpa"]
+Kernel = Literal["flash4", "cudnn_varlen", "sdpa"]
 _PLAN_STEP = 256  # ragged plans are built for the longest sample rounded up to a multiple of this
 _CALLS_BEFORE_EXACT = 230  # 80 ms of building over the 0.35 ms that an exact plan saves at 4416 tokens
 
 
-def make_attention(kernel: Kernel, device: torch.device) -> SdpaAttention | CudnnVarlenAttention:
+def make_attention(kernel: Kernel, device: torch.device) -> Attention:
     """The attention asked for by name.
 
     Raises:
@@ -33,6 +36,8 @@ def make_attention(kernel: Kernel, device: torch.device) -> SdpaAttention | Cudn
     """
     if kernel == "sdpa":
         return SdpaAttention()
+    if kernel == "flash4":
+        return FlashAttention4(device)
     if device.type != "cuda" or importlib.util.find_spec("cudnn") is None:
         missing = "the package nvidia-cudnn-frontend" if device.type == "cuda" else "an NVIDIA GPU"
         fail(ATTENTION_MISSING, f"attention `cudnn_varlen` needs {missing}",
@@ -135,6 +140,58 @@ def _aten_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, e
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset
     )
+
+
+class FlashAttention4:
+    """FlashAttention-4 (Zadouri et al. 2026), by its functions below autograd.
+
+    They are the package's private ones: the public function keeps its own graph, and what is kept for the
+    backward pass is the activation budget's to decide. A release that changes them is told as such.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Compiled kernels are kept between runs; the package reads these two when it is imported.
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(user_cache() / "flash-attention"))
+        try:
+            if device.type != "cuda":
+                raise ImportError("it needs an NVIDIA GPU")
+            from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+        except ImportError as error:
+            fail(ATTENTION_MISSING, f"attention `flash4` cannot be used: {error}",
+                 cure="pip install 'ideoflow[cuda]', or choose attention `sdpa`")  # fmt: skip
+        self._forward, self._backward = _flash_attn_fwd, _flash_attn_bwd
+
+    def forward(self, qkv: Tensor, layout: PackedLayout) -> tuple[Tensor, Any]:
+        """qkv [T, 3, H, E] -> the output [T, H, E] and the log-sum-exp: [B, H, L], or [H, T] if they mix."""
+        out = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
+        out[layout.tokens :] = 0
+        data = self._data(qkv.device, layout)
+        q, k, v, o = (self._shaped(x, layout) for x in (*qkv.unbind(1), out))
+        stats = self._forward(q, k, v, out=o, return_lse=True, **data)[1]
+        return out, stats
+
+    def backward(self, dout: Tensor, qkv: Tensor, out: Tensor, saved: Any, layout: PackedLayout
+                 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v, each [T, H, E]."""
+        dqkv = torch.empty_like(qkv)
+        dqkv[layout.tokens :] = 0
+        q, k, v, o, do, dq, dk, dv = (
+            self._shaped(x, layout) for x in (*qkv.unbind(1), out, dout, *dqkv.unbind(1))
+        )
+        self._backward(q, k, v, o, do, saved, dq=dq, dk=dk, dv=dv, **self._data(qkv.device, layout))
+        return dqkv[:, 0], dqkv[:, 1], dqkv[:, 2]
+
+    def _shaped(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        """The rows that belong to samples: [T, H, E], or [B, L, H, E] where all are as long."""
+        x = x[: layout.tokens]
+        return x.unflatten(0, (layout.samples, -1)) if layout.equal else x
+
+    def _data(self, device: torch.device, layout: PackedLayout) -> dict[str, Any]:
+        if layout.equal:
+            return {}
+        ends, longest = layout.tensors(device).cu_seqlens, layout.max_length
+        return {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
 @dataclass
@@ -306,6 +363,9 @@ class CudnnVarlenAttention:
             fail(ATTENTION_MISSING, f"cuDNN has no {direction} attention for {heads} heads of {size} here",
                  cure="choose attention `sdpa`", notes=reason[:1])  # fmt: skip
         return _Plan(graph, tensors, graph.get_workspace_size())
+
+
+Attention = SdpaAttention | FlashAttention4 | CudnnVarlenAttention
 
 
 def _padded(layout: PackedLayout) -> int:

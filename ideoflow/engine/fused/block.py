@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ideoflow.engine.fused.attention import CudnnVarlenAttention, SdpaAttention
+from ideoflow.engine.fused.attention import Attention
 from ideoflow.engine.fused.linear import AdaptedLinear
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
@@ -62,7 +62,7 @@ class FusedBlock:
     """Reads a ``Ideogram4TransformerBlock`` (PEFT-wrapped or bare); holds no parameters of its own."""
 
     def __init__(self, name: str, block: nn.Module, *, dtype: torch.dtype, fp8: bool, ops: SimpleNamespace,
-                 attention: SdpaAttention | CudnnVarlenAttention, scratch: Scratch,
+                 attention: Attention, scratch: Scratch,
                  keep_transposed: bool) -> None:  # fmt: skip
         self.ops, self.fp8, self.attention = ops, fp8, attention
         self.source = block

@@ -41,7 +41,8 @@ class FusedTransformer:
         transformer: the frozen base on its device, with adapters (if any) injected by PEFT.
         linear: "fp8" multiplies in FP8 both ways and needs ``Float8Linear`` blocks; "bf16" multiplies in the
             activations' own type, whatever the base is stored as.
-        attention: "cudnn_varlen" (mixed lengths at full speed, needs ``nvidia-cudnn-frontend``) or "sdpa".
+        attention: "flash4" (the fastest; needs ``flash-attn-4``), "cudnn_varlen" (mixed lengths at full
+            speed; needs ``nvidia-cudnn-frontend``) or "sdpa".
         activation_budget: 0 recomputes every block in the backward pass, 1 recomputes nothing.
         offload: groups of values (:data:`~ideoflow.kernels.budget.HOST_GROUPS`) that every block keeps
             in pinned host memory; the budget is about the rest.
@@ -53,7 +54,7 @@ class FusedTransformer:
     """
 
     def __init__(self, transformer: Ideogram4Transformer2DModel, *, linear: str = "fp8",
-                 attention: Kernel = "cudnn_varlen", activation_budget: float = 1.0,
+                 attention: Kernel = "flash4", activation_budget: float = 1.0,
                  offload: Collection[str] = (),
                  dtype: torch.dtype = torch.bfloat16, keep_transposed: bool = False) -> None:  # fmt: skip
         self.model, self.dtype, self.budget = transformer, dtype, activation_budget

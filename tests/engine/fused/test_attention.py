@@ -1,5 +1,7 @@
 """Packed attention against the plain formula, one sample at a time; cuDNN's kernels where there is a GPU."""
 
+import os
+
 import pytest
 import torch
 
@@ -43,6 +45,20 @@ def test_sdpa_is_the_formula(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flash4_is_the_formula(name):
+    pytest.importorskip("flash_attn.cute")
+    torch.manual_seed(0)
+    layout = LAYOUTS[name]
+    qkv = torch.randn(layout.total, 3, 2, 256, device="cuda").bfloat16()
+    dout = torch.randn(layout.total, 2, 256, device="cuda").bfloat16()
+    attention = make_attention("flash4", qkv.device)
+    for got, expected in zip(run(attention, qkv, dout, layout), formula(qkv, dout, layout), strict=True):
+        assert (got.double() - expected).norm() <= 2e-2 * expected.norm()
+        assert not got[layout.tokens :].any()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("exact", [False, True], ids=["ragged", "exact"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_cudnn_is_the_formula(name, exact, monkeypatch):
@@ -68,7 +84,9 @@ def test_exact_plans_are_earned(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
-def test_a_missing_kernel_is_told():
+@pytest.mark.parametrize("kernel", ["cudnn_varlen", "flash4"])
+def test_a_missing_kernel_is_told(kernel, monkeypatch):
+    monkeypatch.setattr("os.environ", dict(os.environ))
     with pytest.raises(IdeoflowError) as caught:
-        make_attention("cudnn_varlen", torch.device("cpu"))
+        make_attention(kernel, torch.device("cpu"))
     assert caught.value.diagnostics[0].code.id == "IE503"
