@@ -47,8 +47,10 @@ class Encoder:
         dtype: torch.dtype,
         device: torch.device,
         max_tokens: int,
+        transformer: Path | None = None,
         progress: Progress = lambda *_: None,
     ) -> None:
+        self.transformer = transformer
         self.folder, self.base_digest, self.cache = folder, base_digest, cache
         self.dtype, self.device, self.max_tokens = dtype, device, max_tokens
         self.progress = progress
@@ -63,7 +65,13 @@ class Encoder:
         if not missing:
             return
         self.progress("captions", 0, len(missing))
-        encoder = TextEncoder(self.folder, dtype=self.dtype, device=self.device, max_tokens=self.max_tokens)
+        encoder = TextEncoder(
+            self.folder,
+            dtype=self.dtype,
+            device=self.device,
+            max_tokens=self.max_tokens,
+            transformer=self.transformer,
+        )
         tokens: dict[str, list[int]] = {}
         problems: list[Diagnostic] = []
         for key, caption in missing.items():

@@ -78,6 +78,7 @@ class _Session:
             dtype=plan_dtype(plan),
             device=self.device,
             max_tokens=plan.tables.captions.max_tokens,
+            transformer=plan.base.files.get("transformer"),
             progress=lambda *news: emit(Progress(*news)),
         )
         settings = plan.tables.train
