@@ -7,6 +7,7 @@ too, and how to write a file so that it is never half there.
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -45,8 +46,9 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ideoflow"
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, even if the power goes.
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A scratch path to write: the file is there whole after the block or not at all, even if the power goes.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
@@ -55,12 +57,17 @@ def write_whole(file: Path, content: bytes) -> None:
     # Not tempfile: its files are for their owner only, and renaming keeps that.
     scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with scratch.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
+        yield scratch
+        with scratch.open("rb+") as stream:
             os.fsync(stream.fileno())
         scratch.replace(file)
     except BaseException:
         with contextlib.suppress(OSError):
             scratch.unlink()
         raise
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all; raises like :func:`whole_file`."""
+    with whole_file(file) as scratch:
+        scratch.write_bytes(content)

@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ideoflow.recipe import AdapterSettings, DataSettings, OutputSettings, ScheduleSettings, TrainSettings
+from ideoflow.recipe import (
+    AdapterSettings,
+    CacheSettings,
+    CaptionSettings,
+    DataSettings,
+    OutputSettings,
+    ScheduleSettings,
+    TrainSettings,
+)
 from ideoflow.resources import recipes
 from ideoflow.workflow import prepare, run
 
@@ -26,6 +34,8 @@ CHANGES = {
     "data.aspect": '"square"',
     "data.caption": '"filename"',
     "captions.dropout": "1.0",
+    "captions.shuffle": "true",
+    "captions.element_dropout": "0.5",
     "captions.placeholders": '{ token = "a very tall rocket" }',
     "adapter.rank": "3",
     "adapter.alpha": "1.0",
@@ -46,9 +56,11 @@ CHANGES = {
     "memory.precision": '"bf16"',
     "output.dtype": '"bf16"',
 }
+CAPTION = "A photograph of <token>, a {}.\nobj: A table.\nobj: A window.\nobj: A lamp.\n"
 # What these do is tested where they act: on files, on reports, on where things go.
 ELSEWHERE = {
-    "data.images", "data.instance_prompt", "data.upscale_limit", "adapter.kind", "train.checkpoint_every",
+    "data.images", "data.instance_prompt", "data.upscale_limit", "captions.wrap", "captions.variants",
+    "captions.max_tokens", "cache.folder", "adapter.kind", "train.checkpoint_every",
     "train.keep_checkpoints", "train.schedule", "output.folder", "output.name",
 }  # fmt: skip
 
@@ -60,7 +72,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pictures").mkdir()
     for name in ("coffee", "rocket"):
         shutil.copy(recipes() / "quickstart" / f"{name}.jpg", folder / "pictures")
-        (folder / "pictures" / f"{name}.icap").write_text(f"A photograph of <token>, a {name}.\n")
+        (folder / "pictures" / f"{name}.icap").write_text(CAPTION.format(name))
     return folder
 
 
@@ -100,7 +112,8 @@ def test_the_same_settings_learn_the_same(project: Path, plain: dict[str, Tensor
 
 
 def test_no_setting_of_training_is_left_out() -> None:
-    tables = {"data": DataSettings, "adapter": AdapterSettings, "train": TrainSettings,
+    tables = {"data": DataSettings, "captions": CaptionSettings, "cache": CacheSettings,
+              "adapter": AdapterSettings, "train": TrainSettings,
               "train.schedule": ScheduleSettings, "output": OutputSettings}  # fmt: skip
     known = {f"{table}.{f.name}" for table, cls in tables.items() for f in fields(cls)}
     assert known <= set(CHANGES) | ELSEWHERE

@@ -1,42 +1,69 @@
 """Fills the caches: every caption through the text encoder, every picture through the autoencoder.
 
-Each encoder is loaded only if something is missing, and is gone again before the next thing is loaded.
+Each encoder is loaded only if something is missing, and is gone again before the next thing is loaded. The
+pictures that come next are decoded by threads while the device works, and shards are written by another.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ideoflow.data.cache import TensorCache, cache_key, dtype_name
-from ideoflow.data.pixels import load_pixels, picture_digest
+from ideoflow.data.cache import TensorCache, dtype_name
+from ideoflow.data.captions import caption_variants
+from ideoflow.data.keys import Keys, PictureDigests, share_of
+from ideoflow.data.pixels import load_pixels
 from ideoflow.data.survey import Sample
 from ideoflow.diagnostics import Diagnostic, IdeoflowError
 from ideoflow.model.latents import encode_pixels
 from ideoflow.model.load import load_vae
 from ideoflow.model.spec import PIXELS_PER_TOKEN
 from ideoflow.model.text import TextEncoder
+from ideoflow.recipe import CaptionSettings
 
 # progress(stage, done, total)
 Progress = Callable[[str, int, int], None]
 
+T = TypeVar("T")
+
+_DECODERS = min(16, os.cpu_count() or 1)
+# Captions whose token ids are held at once.
+_CAPTIONS_AT_ONCE = 8192
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """Where the encoded forms of a sample are."""
+    """Under which keys the encoded forms of a sample are.
+
+    Args:
+        latents: of its picture.
+        texts: of its caption's variants; each visit meets one of them.
+        grid: (rows, columns) of image tokens.
+    """
 
     latents: str
-    text: str
+    texts: tuple[str, ...]
     grid: tuple[int, int]
 
 
 class Encoder:
-    """Encodes for one base, in one type, on one device; keeps what it made in a cache."""
+    """Encodes for one base, in one type, on one device; keeps what it made in a cache.
+
+    Args:
+        folder: of the base.
+        captions: how captions are varied, and how long they may be.
+        rank, ranks: of several processes that fill one cache, this one encodes only its share.
+    """
 
     def __init__(
         self,
@@ -46,111 +73,148 @@ class Encoder:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        max_tokens: int,
-        transformer: Path | None = None,
+        captions: CaptionSettings,
         progress: Progress = lambda *_: None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self.transformer = transformer
-        self.folder, self.base_digest, self.cache = folder, base_digest, cache
-        self.dtype, self.device, self.max_tokens = dtype, device, max_tokens
-        self.progress = progress
+        self.folder, self.cache, self.captions = folder, cache, captions
+        self.dtype, self.device = dtype, device
+        self.progress, self.rank, self.ranks = progress, rank, ranks
+        self.keys = Keys(base_digest, dtype_name(dtype), captions.max_tokens)
+        self.digests = PictureDigests(cache.folder / "pictures.sqlite")
 
-    def encode_captions(self, captions: Iterable[str]) -> None:
-        """Encodes the captions (canonical JSON) that are not cached yet.
+    def texts(self, sample: Sample) -> tuple[str, ...]:
+        """The captions (canonical JSON) that a sample is trained with."""
+        return caption_variants(sample.captions, self.captions)
+
+    def encode_captions(self, captions: Iterable[str]) -> int:
+        """Encodes the captions (canonical JSON) that are not cached yet; says how many they were.
 
         Raises:
             IdeoflowError: with every caption that is too long; all the others are cached by then.
         """
-        missing = {key: c for c in captions if (key := self._text_key(c)) not in self.cache}
+        missing = self._missing({self.keys.text(c): c for c in captions})
         if not missing:
-            return
+            return 0
         self.progress("captions", 0, len(missing))
         encoder = TextEncoder(
-            self.folder,
-            dtype=self.dtype,
-            device=self.device,
-            max_tokens=self.max_tokens,
-            transformer=self.transformer,
+            self.folder, dtype=self.dtype, device=self.device, max_tokens=self.captions.max_tokens
         )
+        problems: list[Diagnostic] = []
+        try:
+            for start, part in _parts(missing, _CAPTIONS_AT_ONCE):
+                problems.extend(self._encode_captions(encoder, part, start, len(missing)))
+        finally:
+            self.cache.flush()
+        del encoder
+        release(self.device)
+        if problems:
+            raise IdeoflowError(problems[:20])
+        return len(missing)
+
+    def _encode_captions(
+        self, encoder: TextEncoder, captions: Mapping[str, str], before: int, total: int
+    ) -> list[Diagnostic]:
         tokens: dict[str, list[int]] = {}
         problems: list[Diagnostic] = []
-        for key, caption in missing.items():
+        for key, caption in captions.items():
             try:
                 tokens[key] = encoder.tokens(caption)
             except IdeoflowError as error:
                 problems.extend(error.diagnostics)  # one long caption must not hide the next
         features = encoder.encode_tokens(
-            list(tokens.values()), lambda done: self.progress("captions", done, len(missing))
+            list(tokens.values()), lambda done: self.progress("captions", before + done, total)
         )
         for key, value in zip(tokens, features, strict=True):
-            self.cache.put(key, value)
-        del encoder
-        release(self.device)
-        if problems:
-            raise IdeoflowError(problems[:20])
+            self.cache.put(key, value, kind="text", base=self.keys.base)
+        return problems
 
-    def encode_pictures(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Encodes the pictures that are not cached yet; says where each sample's encoded forms are.
+    def encode_pictures(self, samples: Sequence[Sample]) -> int:
+        """Encodes the pictures that are not cached yet; says how many they were.
 
         Raises:
             IdeoflowError: with every picture that cannot be decoded; all the others are cached by then.
         """
-        keys = [self._latents_key(s) for s in samples]
-        missing = {key: s for key, s in zip(keys, samples, strict=True) if key not in self.cache}
-        if missing:
-            self._encode_missing(missing)
-        return [
-            Encoded(
-                key, self._text_key(s.caption), (s.size[1] // PIXELS_PER_TOKEN, s.size[0] // PIXELS_PER_TOKEN)
-            )
-            for key, s in zip(keys, samples, strict=True)
-        ]
-
-    def _encode_missing(self, missing: Mapping[str, Sample]) -> None:
+        missing = self._missing(dict(zip(self._latents_keys(samples), samples, strict=True)))
+        if not missing:
+            return 0
         self.progress("pictures", 0, len(missing))
         vae = load_vae(self.folder, dtype=self.dtype, device=self.device)
         problems: list[Diagnostic] = []
-        for done, (key, sample) in enumerate(missing.items(), 1):
-            try:
-                pixels = load_pixels(sample)
-            except IdeoflowError as error:
-                problems.extend(error.diagnostics)  # one bad picture must not hide the next
-            else:
-                self.cache.put(key, encode_pixels(vae, pixels[None])[0])
-            self.progress("pictures", done, len(missing))
+        last: tuple[str, Tensor] | None = None
+        try:
+            for done, (key, pixels) in enumerate(_ahead(load_pixels, missing), 1):
+                try:
+                    latents = encode_pixels(vae, pixels.result()[None])[0]
+                except IdeoflowError as error:
+                    problems.extend(error.diagnostics)  # one bad picture must not hide the next
+                else:
+                    # Fetched only when the next one is under way, so that the device never waits for that.
+                    self._put_latents(last)
+                    last = key, latents
+                self.progress("pictures", done, len(missing))
+        finally:
+            self._put_latents(last)
+            self.cache.flush()
         del vae
         release(self.device)
         if problems:
             raise IdeoflowError(problems[:20])
+        return len(missing)
+
+    def _put_latents(self, entry: tuple[str, Tensor] | None) -> None:
+        if entry:
+            self.cache.put(*entry, kind="latents", base=self.keys.base)
+
+    def encoded(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """Under which keys the encoded forms of each sample are, whether or not they are there."""
+        return [
+            Encoded(
+                key,
+                tuple(self.keys.text(c) for c in self.texts(s)),
+                (s.size[1] // PIXELS_PER_TOKEN, s.size[0] // PIXELS_PER_TOKEN),
+            )
+            for key, s in zip(self._latents_keys(samples), samples, strict=True)
+        ]
 
     def text_features(self, caption: str) -> Tensor:
         """Cached projected features (tokens, hidden) of a caption that was encoded before."""
-        return self.cache.get(self._text_key(caption))
+        return self.cache.get(self.keys.text(caption))
 
-    def tensors(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Cached latents (tokens, 128) float32 and text features (tokens, hidden)."""
-        return self.cache.get(encoded.latents), self.cache.get(encoded.text)
+    def _latents_keys(self, samples: Sequence[Sample]) -> list[str]:
+        digests = self.digests.of([s.picture for s in samples])
+        return [self.keys.latents(s, digest) for s, digest in zip(samples, digests, strict=True)]
 
-    def _text_key(self, caption: str) -> str:
-        # max_tokens belongs to it: a lower limit must refuse captions that a higher one let through.
-        return cache_key(
-            "text",
-            base=self.base_digest,
-            dtype=dtype_name(self.dtype),
-            max_tokens=self.max_tokens,
-            caption=caption,
-        )
+    def _missing(self, wanted: dict[str, T]) -> dict[str, T]:
+        """What of this process's share is not cached."""
+        mine = [key for key in wanted if share_of(key, self.rank, self.ranks)]
+        return {key: wanted[key] for key, gone in zip(mine, self.cache.missing(mine), strict=True) if gone}
 
-    def _latents_key(self, sample: Sample) -> str:
-        return cache_key(
-            "latents",
-            base=self.base_digest,
-            dtype=dtype_name(self.dtype),
-            size=sample.size,
-            window=sample.geometry.window,
-            flip=sample.geometry.flip,
-            pixels=picture_digest(sample.picture),
-        )
+
+def _parts(items: Mapping[str, T], size: int) -> Iterator[tuple[int, dict[str, T]]]:
+    """Runs of at most ``size`` items, each with the number of those before it."""
+    rest = iter(items.items())
+    start = 0
+    while part := dict(islice(rest, size)):
+        yield start, part
+        start += len(part)
+
+
+def _ahead(
+    load: Callable[[Sample], Tensor], samples: Mapping[str, Sample]
+) -> Iterator[tuple[str, Future[Tensor]]]:
+    """Loads samples in threads, in order, a few ahead of whoever asks."""
+    with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode") as pool:
+        waiting: deque[tuple[str, Future[Tensor]]] = deque()
+        try:
+            for key, sample in samples.items():
+                waiting.append((key, pool.submit(load, sample)))
+                if len(waiting) > 2 * _DECODERS:
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def release(device: torch.device) -> None:

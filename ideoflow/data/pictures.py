@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -142,3 +143,17 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
     # Pillow has already swapped the sides of a TIFF, and turns it when it is decoded.
     turned = image.getexif().get(_ORIENTATION_TAG) in (5, 6, 7, 8) and image.format != "TIFF"
     return (height, width) if turned else (width, height)
+
+
+def picture_digest(picture: Stored) -> str:
+    """SHA-256 of the picture's bytes.
+
+    Raises:
+        IdeoflowError: when it cannot be read any more.
+    """
+    try:
+        with picture.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        message = f"{picture.name} cannot be read: {error.strerror or error}"
+        fail(BAD_PICTURE, message, Span(str(picture)), cure="put it back, or run again without it")

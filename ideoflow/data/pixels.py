@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 
 import numpy as np
@@ -10,10 +9,8 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-from ideoflow.data.pictures import Stored, open_picture
+from ideoflow.data.pictures import open_picture
 from ideoflow.data.survey import Sample
-from ideoflow.diagnostics import Span, fail
-from ideoflow.diagnostics.codes.data import BAD_PICTURE
 
 _SRGB = ImageCms.createProfile("sRGB")
 _WHITE = (255, 255, 255, 255)
@@ -71,17 +68,3 @@ def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     except (ImageCms.PyCMSError, OSError):
         pass  # A broken profile, or one of another colour space: the plain values are the best there is.
     return image.convert("RGB")
-
-
-def picture_digest(picture: Stored) -> str:
-    """SHA-256 of the picture's bytes.
-
-    Raises:
-        IdeoflowError: when it cannot be read any more.
-    """
-    try:
-        with picture.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        message = f"{picture.name} cannot be read: {error.strerror or error}"
-        fail(BAD_PICTURE, message, Span(str(picture)), cure="put it back, or run again without it")

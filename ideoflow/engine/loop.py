@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ideoflow.artifacts import Checkpoint, Checkpoints
-from ideoflow.data.encode import Encoded, Encoder
-from ideoflow.data.order import draw, sample_index
+from ideoflow.data.cache import TensorCache
+from ideoflow.data.encode import Encoded
+from ideoflow.data.order import Order, draw, step_numbers, variant
+from ideoflow.data.survey import Share
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import LOSS_EXPLODED
 from ideoflow.engine.events import CheckpointSaved, Emit, Progress, StepDone
@@ -54,14 +56,16 @@ class Trainer:
         plan: Plan,
         model: Trainable,
         data: Sequence[Encoded],
-        encoder: Encoder,
+        shares: Sequence[Share],
+        cache: TensorCache,
         checkpoints: Checkpoints,
         emit: Emit,
         stop: Stop,
     ) -> None:
-        self.plan, self.model, self.data, self.encoder = plan, model, data, encoder
+        self.plan, self.model, self.data, self.cache = plan, model, data, cache
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop
         self.settings = plan.tables.train
+        self.order = Order(shares, self.settings.seed)
         self.step = 0
         self.saved_at: int | None = None
         beta1, beta2 = self.settings.betas
@@ -146,16 +150,17 @@ class Trainer:
         return batches
 
     def _read(self, step: int) -> list[list[TrainingSample]]:
-        batch, parts = self.settings.batch, self.settings.accumulation
-        numbers = range(step * parts * batch, (step + 1) * parts * batch)
-        return [[self._sample(n) for n in numbers[i : i + batch]] for i in range(0, len(numbers), batch)]
+        numbers = step_numbers(step, self.settings.accumulation, self.settings.batch)
+        return [[self._sample(n) for n in part] for part in numbers]
 
     def _sample(self, number: int) -> TrainingSample:
         seed = self.settings.seed
-        encoded = self.data[sample_index(number, len(self.data), seed)]
-        latents, text = self.encoder.tensors(encoded)
+        encoded = self.data[self.order.sample(number)]
+        latents = self.cache.get(encoded.latents)
+        text = self.cache.get(encoded.texts[variant(number, len(encoded.texts), seed, "caption")])
         chance = draw(number, *latents.shape, seed, self.plan.tables.captions.dropout)
-        return prepare(latents, text, encoded.grid, chance, self.settings.schedule)
+        sample = prepare(latents, text, encoded.grid, chance, self.settings.schedule)
+        return sample.pinned() if self.model.transformer.device.type == "cuda" else sample
 
     def save(self) -> Path | None:
         """Writes a checkpoint of the present step, unless there is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from ideoflow.artifacts import Checkpoints, lora_factors, write_adapter
 from ideoflow.data.cache import TensorCache
 from ideoflow.data.encode import Encoder, release
-from ideoflow.data.survey import Prompt, Sample
+from ideoflow.data.shards import cache_folder
+from ideoflow.data.survey import Dataset, Prompt
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
 from ideoflow.diagnostics.codes.engine import OUT_OF_MEMORY
@@ -23,7 +25,6 @@ from ideoflow.engine.sampling import Sampler, write_picture
 from ideoflow.engine.setup import Trainable, build, plan_device, plan_dtype
 from ideoflow.model.load import PRECISIONS
 from ideoflow.plan.document import Plan
-from ideoflow.resources import user_cache
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,15 @@ class Outcome:
 
 
 def carry_out(
-    plan: Plan, samples: Sequence[Sample], prompts: Sequence[Prompt], folder: Path, *, emit: Emit, stop: Stop
+    plan: Plan, dataset: Dataset, prompts: Sequence[Prompt], folder: Path, *, emit: Emit, stop: Stop
 ) -> Outcome:
-    """Trains what the plan says on ``samples``; goes on where an earlier run in ``folder`` stopped.
+    """Trains what the plan says on ``dataset``; goes on where an earlier run in ``folder`` stopped.
 
     Raises:
         IdeoflowError: with what went wrong. Caches, checkpoints and samples made until then are kept.
     """
     try:
-        return _Session(plan, folder, emit, stop).run(samples, prompts)
+        return _Session(plan, folder, emit, stop).run(dataset, prompts)
     except (torch.OutOfMemoryError, MemoryError) as error:
         _out_of_memory(plan, str(error))
     except RuntimeError as error:
@@ -74,31 +75,35 @@ class _Session:
         self.encoder = Encoder(
             plan.base.folder,
             plan.base.digest,
-            TensorCache(user_cache() / "encoded"),
+            TensorCache(cache_folder(plan.tables.cache.folder)),
             dtype=plan_dtype(plan),
             device=self.device,
-            max_tokens=plan.tables.captions.max_tokens,
-            transformer=plan.base.files.get("transformer"),
+            captions=plan.tables.captions,
             progress=lambda *news: emit(Progress(*news)),
         )
         settings = plan.tables.train
         self.checkpoints = Checkpoints(folder / "checkpoints", run_identity(plan), settings.keep_checkpoints)
 
-    def run(self, samples: Sequence[Sample], prompts: Sequence[Prompt]) -> Outcome:
+    def run(self, dataset: Dataset, prompts: Sequence[Prompt]) -> Outcome:
+        samples = dataset.samples
         checkpoint, warnings = self.checkpoints.newest()
         self._tell(warnings)
         from_step = checkpoint.step if checkpoint else 0
         self.emit(RunStarted(from_step, str(self.device), torch.__version__))
         with self.meter.stage("captions"):
-            self.encoder.encode_captions([s.caption for s in samples] + [p.caption for p in prompts])
+            trained = (caption for s in samples for caption in self.encoder.texts(s))
+            self.encoder.encode_captions(chain(trained, (p.caption for p in prompts)))
         with self.meter.stage("pictures"):
-            data = self.encoder.encode_pictures(samples)
+            self.encoder.encode_pictures(samples)
+            data = self.encoder.encoded(samples)
         self.emit(Progress("load", 0, 1))
         with self.meter.stage("load"):
             model = build(self.plan)
             sampler = Sampler(self.plan, model) if prompts else None
         self.emit(Progress("load", 1, 1))
-        trainer = Trainer(self.plan, model, data, self.encoder, self.checkpoints, self.emit, self.stop)
+        trainer = Trainer(
+            self.plan, model, data, dataset.shares, self.encoder.cache, self.checkpoints, self.emit, self.stop
+        )
         if checkpoint:
             trainer.resume(checkpoint)
             self.emit(Note(f"going on from step {checkpoint.step} of {self.plan.tables.train.steps}"))

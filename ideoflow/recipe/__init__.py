@@ -7,6 +7,7 @@ that does not fit) is told at the line that asked for it.
 from ideoflow.recipe.load import Recipe, load_recipe, parse_recipe
 from ideoflow.recipe.settings import (
     AdapterSettings,
+    CacheSettings,
     CaptionSettings,
     DataSettings,
     MemorySettings,
@@ -20,6 +21,7 @@ from ideoflow.recipe.settings import (
 
 __all__ = [
     "AdapterSettings",
+    "CacheSettings",
     "CaptionSettings",
     "DataSettings",
     "MemorySettings",

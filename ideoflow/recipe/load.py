@@ -201,6 +201,12 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
             "names of files are plain text, which wrap = false makes an error",
             "set wrap = true, or data.caption = 'sidecar'",
         )
+    if t.captions.variants is not None and t.captions.most_variants == 1:
+        contradiction(
+            "captions.variants",
+            "captions.variants is set, but nothing varies them",
+            "set shuffle = true or element_dropout = 0.1, or remove it",
+        )
     if not t.validate.prompts:
         for key in ("every", "preset", "steps", "guidance", "width", "height", "seed"):
             if recipe.is_set(f"validate.{key}"):

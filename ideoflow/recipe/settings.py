@@ -2,7 +2,7 @@
 documentation are written. The reader, ``schemas/recipe.schema.json`` and the docs are derived from here.
 
 Paths of things that are read (``data.images``, ``validate.prompts``, a local ``model.base``) are relative to
-the recipe's own folder; ``output.folder``, which is written, is relative to the current one.
+the recipe's own folder; those that are written, ``output.folder`` and ``cache.folder``, to the current one.
 """
 
 from __future__ import annotations
@@ -40,12 +40,7 @@ class ModelSettings:
 
     base: str = setting(
         doc="What to train on: 'nano' (a tiny complete model, made on first use), a local folder in "
-        "diffusers' layout, a single .safetensors file with the transformer, or a Hugging Face hub id."
-    )
-    parts: str | None = setting(
-        None,
-        doc="Where text encoder, tokenizer and autoencoder are when base is a single file: a folder or a hub "
-        "id. Default: the file's own folder.",
+        "diffusers' layout, or a Hugging Face hub id."
     )
     revision: str | None = setting(None, doc="Commit, tag or branch of a hub id; pin it for exact re-runs.")
 
@@ -93,9 +88,31 @@ class CaptionSettings:
     dropout: float = setting(
         0.0, doc="Share of steps that train with no text at all, for guidance.", minimum=0.0, maximum=1.0
     )
+    shuffle: bool = setting(
+        False, doc="Vary the order of a caption's elements; boxes stay with their elements."
+    )
+    element_dropout: float = setting(
+        0.0,
+        doc="Chance of each element of kind obj to be left out of a variant. Text elements always stay: the "
+        "model would learn to write unasked.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    variants: int | None = setting(
+        None,
+        doc="Most forms of its captions that a picture is trained with, when shuffle or element_dropout is "
+        "set; each is encoded once and kept. Default: 8.",
+        minimum=2,
+        maximum=1024,
+    )
     max_tokens: int = setting(
         2048, doc="Captions of more tokens are an error, never cut.", minimum=1, maximum=2048
     )
+
+    @property
+    def most_variants(self) -> int:
+        """Forms of a caption that a picture may have; 1 where captions are not varied."""
+        return (self.variants or 8) if self.shuffle or self.element_dropout else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +236,17 @@ class ValidateSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """Where encoded pictures and captions are kept."""
+
+    folder: str | None = setting(
+        None,
+        doc="Folder of the cache; several recipes, and several processes at once, may share one. Default: "
+        "'encoded' in $IDEOFLOW_CACHE, else in ~/.cache/ideoflow.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class OutputSettings:
     """Where results go."""
 
@@ -242,4 +270,5 @@ class RecipeTables:
     train: TrainSettings = field(default_factory=TrainSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     validate: ValidateSettings = field(default_factory=ValidateSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
     output: OutputSettings = field(default_factory=OutputSettings)

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ideoflow.data.cache import TensorCache, cache_key
+from ideoflow.data import cache as module
+from ideoflow.data.cache import TensorCache
+from ideoflow.data.shards import cache_key
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import data as codes
 
-KEY = cache_key("latents", base="b", size=(64, 96))
+KEYS = [cache_key("latents", base="b", number=n) for n in range(64)]
+KEY = KEYS[0]
 
 
 @pytest.fixture
@@ -21,35 +24,90 @@ def cache(tmp_path):
     return TensorCache(tmp_path / "cache")
 
 
-def file_of(cache, key=KEY):
-    (file,) = (p for p in cache.folder.rglob("*") if p.is_file() and key in p.name)
-    return file
+def put(cache, key, value):
+    cache.put(key, value, kind="latents", base="b")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def shards(cache):
+    return sorted(p for p in cache.folder.iterdir() if p.suffix == ".safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_value_comes_back_bit_for_bit(cache, dtype):
     value = torch.randn(5, 7).to(dtype)
     assert KEY not in cache
-    cache.put(KEY, value.T)
-    assert KEY in cache
+    put(cache, KEY, value.T)
     assert torch.equal(cache.get(KEY), value.T) and cache.get(KEY).dtype == dtype
+    assert KEY in cache and KEY in TensorCache(cache.folder)
+
+
+def test_entries_share_files_by_what_they_have_in_common(cache):
+    for n, key in enumerate(KEYS):
+        put(cache, key, torch.full((n + 1, 4 if n % 2 else 8), float(n), dtype=torch.bfloat16))
+    cache.flush()
+    assert len(shards(cache)) == 2
+    assert all(cache.get(k).shape == (n + 1, 4 if n % 2 else 8) for n, k in enumerate(KEYS))
+
+
+def test_a_shard_is_closed_when_it_is_large_or_old(cache, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 3000)
+    for key in KEYS[:10]:
+        put(cache, key, torch.zeros(250, 1))
+    assert len(shards(cache)) >= 2, "while more is put"
+    cache.flush()
+    assert len(shards(cache)) == 4
+    monkeypatch.setattr(module, "SHARD_SECONDS", 0.0)
+    for key in KEYS[10:12]:
+        put(cache, key, torch.zeros(1, 1))
+    cache.flush()
+    assert len(shards(cache)) == 6
+
+
+def test_a_file_is_for_everybody_who_may_read_the_folder(cache):
+    put(cache, KEY, torch.zeros(1, 1))
+    cache.flush()
+    (cache.folder / "plain").touch()
+    assert shards(cache)[0].stat().st_mode == (cache.folder / "plain").stat().st_mode
 
 
 def test_a_damaged_file_is_never_read_and_makes_room(cache):
-    value = torch.randn(50)
-    cache.put(KEY, value)
-    content = file_of(cache).read_bytes()
-    for damage in (b"", content[:7], content[:40], content[:-1], content + b"x", b"\xff" * len(content)):
-        file_of(cache).write_bytes(damage)
+    value = torch.randn(50, 1)
+    put(cache, KEY, value)
+    cache.flush()
+    content = shards(cache)[0].read_bytes()
+    flipped = content[:-20] + bytes([content[-20] ^ 4]) + content[-19:]
+    for damage in (b"", content[:7], content[:40], content[:-1], b"\xff" * len(content), flipped):
+        shards(cache)[0].write_bytes(damage)
         with pytest.raises(IdeoflowError) as caught:
             cache.get(KEY)
         assert caught.value.diagnostics[0].code is codes.CACHE_LOST
         assert KEY not in cache
-        cache.put(KEY, value)
-        file_of(cache).write_bytes(damage)
-        assert KEY not in cache, "found without being read"
-        cache.put(KEY, value)
+        put(cache, KEY, value)
         assert torch.equal(cache.get(KEY), value)
+        for file in shards(cache)[:-1]:
+            file.unlink()
+
+
+def test_damage_to_one_entry_spares_its_neighbours(cache):
+    values = {key: torch.randn(50, 1) for key in KEYS[:4]}
+    for key, value in values.items():
+        put(cache, key, value)
+    cache.flush()
+    content = bytearray(shards(cache)[0].read_bytes())
+    content[cache.index.find(KEYS[2]).begin] ^= 1
+    shards(cache)[0].write_bytes(content)
+    with pytest.raises(IdeoflowError):
+        cache.get(KEYS[2])
+    assert cache.missing(KEYS[:4]) == [False, False, True, False]
+    assert all(torch.equal(cache.get(k), values[k]) for k in (KEYS[0], KEYS[1], KEYS[3]))
+
+
+def test_an_entry_that_another_process_moved_is_found(cache):
+    put(cache, KEY, torch.ones(2, 2))
+    cache.flush()
+    (shard,) = cache.index.shards
+    assert module.rewrite_shard(cache.folder, shard) == (1, 0)
+    assert torch.equal(cache.get(KEY), torch.ones(2, 2))
 
 
 def test_a_lost_file_is_told(cache):
@@ -60,53 +118,54 @@ def test_a_lost_file_is_told(cache):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
+    cache = TensorCache(tmp_path / "file" / "cache")
+    put(cache, KEY, torch.zeros(1, 1))
     with pytest.raises(IdeoflowError) as caught:
-        TensorCache(tmp_path / "file").put(KEY, torch.zeros(1))
+        cache.flush()
     (diagnostic,) = caught.value.diagnostics
-    assert diagnostic.code is codes.CACHE_UNWRITABLE and "IDEOFLOW_CACHE" in diagnostic.cure
+    assert diagnostic.code is codes.CACHE_UNWRITABLE and "cache.folder" in diagnostic.cure
 
 
-def test_the_key_changes_with_each_fact():
-    facts = {
-        "base": "b",
-        "dtype": "float32",
-        "size": (64, 96),
-        "window": (0.0, 0.5, 64.0, 96.0),
-        "pixels": "p",
-    }
-    changed = {
-        "base": "c",
-        "dtype": "bfloat16",
-        "size": (96, 64),
-        "window": (0.0, 0.5, 64.0, 95.9),
-        "pixels": "q",
-    }
-    keys = {cache_key("latents", **facts), cache_key("text", **facts)}
-    keys |= {cache_key("latents", **{**facts, name: value}) for name, value in changed.items()}
-    assert len(keys) == 2 + len(facts)
-    assert cache_key("latents", **dict(reversed(facts.items()))) == cache_key("latents", **facts)
-
-
-def _write_forever(folder, seed):
+def _write_forever(folder, seed, delay):
     torch.set_num_threads(1)
+    module.SHARD_BYTES = 1 << 20
     cache = TensorCache(Path(folder))
+    os.kill(os.getppid(), signal.SIGUSR1)
     while True:
-        cache.put(KEY, torch.full((200_000,), float(seed)))
+        for key in KEYS:
+            put(cache, key, torch.full((50_000, 1), float(KEYS.index(key))))
+            time.sleep(delay)
 
 
 def test_readers_meet_whole_values_while_writers_are_killed(cache):
-    """Two processes write the same entry over and over and are killed in the middle of it."""
-    cache.put(KEY, torch.zeros(200_000))
+    """Two processes write the same entries over and over and are killed in the middle of it."""
+    for n, key in enumerate(KEYS):
+        put(cache, key, torch.full((50_000, 1), float(n)))
+    cache.flush()
     context = multiprocessing.get_context("fork")
-    for _ in range(3):
-        writers = [context.Process(target=_write_forever, args=(str(cache.folder), n)) for n in (1, 2)]
-        for writer in writers:
-            writer.start()
-        end = time.monotonic() + 0.3
-        while time.monotonic() < end:
-            value = cache.get(KEY)
-            assert value.shape == (200_000,) and len(value.unique()) == 1
-        for writer in writers:
-            os.kill(writer.pid, signal.SIGKILL)
-            writer.join()
-        assert KEY in cache and len(cache.get(KEY).unique()) == 1
+    ready = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: ready.append(1))
+    try:
+        for delay in (0.0, 0.001):
+            ready.clear()
+            writers = [
+                context.Process(target=_write_forever, args=(str(cache.folder), n, delay)) for n in (1, 2)
+            ]
+            for writer in writers:
+                writer.start()
+            while not ready:
+                time.sleep(0.01)
+            end = time.monotonic() + 0.3
+            reader = TensorCache(cache.folder)
+            while time.monotonic() < end:
+                reader.index.refresh()
+                for n, key in enumerate(KEYS[::16]):
+                    assert (reader.get(key) == 16.0 * n).all()
+            for writer in writers:
+                os.kill(writer.pid, signal.SIGKILL)
+                writer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    after = TensorCache(cache.folder)
+    assert after.index.damaged == [] and len(after.index) == len(KEYS)
+    assert all((after.get(key) == float(n)).all() for n, key in enumerate(KEYS))

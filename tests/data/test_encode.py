@@ -10,6 +10,7 @@ from ideoflow.data import encode
 from ideoflow.data.cache import TensorCache
 from ideoflow.data.encode import Encoder
 from ideoflow.data.pixels import load_pixels
+from ideoflow.data.shards import Index, join_keys
 from ideoflow.data.survey import read_dataset
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import data as codes
@@ -17,6 +18,7 @@ from ideoflow.diagnostics.codes import model as model_codes
 from ideoflow.model.latents import encode_pixels
 from ideoflow.model.load import load_vae
 from ideoflow.model.text import TextEncoder
+from ideoflow.recipe import CaptionSettings
 
 CPU = torch.device("cpu")
 
@@ -24,7 +26,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def encoder_for(nano_base, tmp_path):
     def make(**changes):
-        options = {"dtype": torch.float32, "device": CPU, "max_tokens": 2048} | changes
+        options = {"dtype": torch.float32, "device": CPU} | changes
+        options["captions"] = CaptionSettings(**options.pop("captions", {}))
         cache = options.pop("cache", None) or TensorCache(tmp_path / "cache")
         digest = options.pop("base_digest", nano_base.digest)
         return Encoder(nano_base.folder, digest, cache, **options)
@@ -42,7 +45,23 @@ def samples(folder, picture, recipe):
 
 
 def entries(encoder):
-    return sorted(p.stem for p in encoder.cache.folder.rglob("*.safetensors"))
+    return set(join_keys(index_of(encoder).rows))
+
+
+def index_of(encoder):
+    index = Index(encoder.cache.folder)
+    index.refresh()
+    return index
+
+
+def pictures(encoder, samples):
+    """Encodes them; says where they are."""
+    encoder.encode_pictures(samples)
+    return encoder.encoded(samples)
+
+
+def tensors(encoder, where):
+    return encoder.cache.get(where.latents), encoder.cache.get(where.texts[0])
 
 
 def no_loading(monkeypatch):
@@ -58,7 +77,7 @@ def test_the_cache_holds_what_the_encoders_give(encoder_for, samples, nano_base,
     seen = []
     encoder = encoder_for(dtype=dtype, progress=lambda *event: seen.append(event))
     encoder.encode_captions([s.caption for s in samples] + ["a prompt"])
-    encoded = encoder.encode_pictures(samples)
+    encoded = pictures(encoder, samples)
     steps = [e for e in seen if e[0] == "captions"]  # layer by layer: all captions advance together
     assert steps == sorted(steps) and (steps[0], steps[-1]) == (("captions", 0, 5), ("captions", 5, 5))
     assert [e for e in seen if e[0] == "pictures"] == [("pictures", n, 4) for n in range(5)]
@@ -66,7 +85,7 @@ def test_the_cache_holds_what_the_encoders_give(encoder_for, samples, nano_base,
     vae = load_vae(nano_base.folder, dtype=dtype, device=CPU)
     text = TextEncoder(nano_base.folder, dtype=dtype, device=CPU, max_tokens=2048)
     for sample, where in zip(samples, encoded, strict=True):
-        latents, features = encoder.tensors(where)
+        latents, features = tensors(encoder, where)
         assert torch.equal(latents, encode_pixels(vae, load_pixels(sample)[None])[0])
         assert torch.equal(features, text.encode(sample.caption))
         assert where.grid == (sample.size[1] // 16, sample.size[0] // 16)
@@ -76,35 +95,35 @@ def test_the_cache_holds_what_the_encoders_give(encoder_for, samples, nano_base,
 
     no_loading(monkeypatch)
     encoder.encode_captions([s.caption for s in samples])
-    assert encoder.encode_pictures(samples) == encoded
+    assert encoder.encode_pictures(samples) == 0 and encoder.encoded(samples) == encoded
 
 
 def test_a_damaged_entry_is_made_anew(encoder_for, samples):
     encoder = encoder_for()
     encoder.encode_captions([s.caption for s in samples])
-    encoded = encoder.encode_pictures(samples)
-    before = [encoder.tensors(e) for e in encoded]
+    encoded = pictures(encoder, samples)
+    before = [tensors(encoder, e) for e in encoded]
     for file in encoder.cache.folder.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
-    encoder.encode_captions([s.caption for s in samples])
-    assert encoder.encode_pictures(samples) == encoded
+    assert encoder.encode_captions([s.caption for s in samples]) == 4
+    assert encoder.encode_pictures(samples) == 4 and encoder.encoded(samples) == encoded
     for (a, b), where in zip(before, encoded, strict=True):
-        latents, features = encoder.tensors(where)
+        latents, features = tensors(encoder, where)
         assert torch.equal(a, latents) and torch.equal(b, features)
 
 
 def test_what_changes_is_encoded_again_and_nothing_else(encoder_for, samples, folder, picture, recipe):
     encoder = encoder_for()
-    first = encoder.encode_pictures(samples)
+    first = pictures(encoder, samples)
     picture(96, 64, seed=9).save(folder / "1.jpg")
     (folder / "2.txt").write_text("other words")
-    second = encoder.encode_pictures(read_dataset(recipe()).samples)
+    second = pictures(encoder, read_dataset(recipe()).samples)
     assert [a.latents == b.latents for a, b in zip(first, second, strict=True)] == [True, False, True, True]
-    assert [a.text == b.text for a, b in zip(first, second, strict=True)] == [True, True, False, True]
-    square = encoder.encode_pictures(read_dataset(recipe("aspect = 'square'")).samples)
+    assert [a.texts == b.texts for a, b in zip(first, second, strict=True)] == [True, True, False, True]
+    square = pictures(encoder, read_dataset(recipe("aspect = 'square'")).samples)
     assert [a.latents == b.latents for a, b in zip(second, square, strict=True)] == [True, False, False, True]
     for other in (encoder_for(dtype=torch.bfloat16), encoder_for(base_digest="another base")):
-        assert not {e.latents for e in other.encode_pictures(samples[:1])} & {e.latents for e in first}
+        assert not {e.latents for e in pictures(other, samples[:1])} & {e.latents for e in first}
 
 
 def test_truncated_pictures_are_told_and_the_others_cached(encoder_for, samples, monkeypatch):
@@ -119,11 +138,11 @@ def test_truncated_pictures_are_told_and_the_others_cached(encoder_for, samples,
     ]
     assert len(entries(encoder)) == 2
     no_loading(monkeypatch)
-    assert len(encoder.encode_pictures([samples[0], samples[2]])) == 2
+    assert encoder.encode_pictures([samples[0], samples[2]]) == 0
 
 
 def test_captions_that_are_too_long_are_told_and_the_others_cached(encoder_for):
-    encoder = encoder_for(max_tokens=40)
+    encoder = encoder_for(captions={"max_tokens": 40})
     captions = ["short", "boat " * 100, "brief", "sea " * 100]
     with pytest.raises(IdeoflowError) as caught:
         encoder.encode_captions(captions)
@@ -135,16 +154,16 @@ def test_captions_that_are_too_long_are_told_and_the_others_cached(encoder_for):
 def test_a_lower_limit_refuses_what_a_higher_one_cached(encoder_for):
     encoder_for().encode_captions(["boat " * 20])
     with pytest.raises(IdeoflowError):
-        encoder_for(max_tokens=8).encode_captions(["boat " * 20])
+        encoder_for(captions={"max_tokens": 8}).encode_captions(["boat " * 20])
 
 
 def test_a_cache_that_is_emptied_while_it_is_used(encoder_for, samples):
     encoder = encoder_for()
-    (where,) = encoder.encode_pictures(samples[:1])
+    (where,) = pictures(encoder, samples[:1])
     for file in encoder.cache.folder.rglob("*.safetensors"):
         file.unlink()
     with pytest.raises(IdeoflowError) as caught:
-        encoder.tensors(where)
+        tensors(encoder, where)
     assert caught.value.diagnostics[0].code is codes.CACHE_LOST
 
 
@@ -172,8 +191,9 @@ def test_a_full_disk_loses_nothing(encoder_for, samples, small_disk, monkeypatch
     assert diagnostic.code is codes.CACHE_UNWRITABLE and "No space left" in diagnostic.message
     kept = entries(encoder)
     assert 1 <= len(kept) < 4 and all(key in encoder.cache for key in kept)
+    assert index_of(encoder).damaged == []
     assert [p for p in small_disk.rglob(".*") if p.is_file()] == [], "nothing half-written is left"
     filler.unlink()
-    assert len(encoder.encode_pictures(samples)) == 4 and set(kept) < set(entries(encoder))
+    assert encoder.encode_pictures(samples) == 4 - len(kept) and kept < entries(encoder)
     no_loading(monkeypatch)
     encoder.encode_pictures(samples)

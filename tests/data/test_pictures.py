@@ -10,8 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from ideoflow.captions.boxes import Geometry
-from ideoflow.data.pictures import ParquetCell, TarMember
-from ideoflow.data.pixels import load_pixels, picture_digest
+from ideoflow.data.pictures import ParquetCell, TarMember, picture_digest
+from ideoflow.data.pixels import load_pixels
 from ideoflow.data.survey import Sample
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import data as codes

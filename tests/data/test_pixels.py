@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from ideoflow.captions.boxes import Geometry
-from ideoflow.data.pictures import find_pictures, open_picture, shown_size
-from ideoflow.data.pixels import load_pixels, picture_digest, to_srgb
+from ideoflow.data.pictures import find_pictures, open_picture, picture_digest, shown_size
+from ideoflow.data.pixels import load_pixels, to_srgb
 from ideoflow.data.survey import Sample
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import data as codes

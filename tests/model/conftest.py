@@ -1,15 +1,12 @@
-"""One nano base for all tests here, copies of it that may be damaged, and ``checkpoint_forms`` to import."""
+"""One nano base for all tests here, and copies of it that may be damaged."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from ideoflow.model.base import locate_base
 from ideoflow.model.hub import fetch_base
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

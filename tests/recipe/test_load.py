@@ -245,6 +245,13 @@ CASES = {
         "a warm-up of 5 never ends within 5 steps",
         "smaller than train.steps",
     ),
+    "variants of nothing": (
+        "[captions]\nvariants = 4",
+        codes.IMPOSSIBLE_PAIR,
+        "4",
+        "captions.variants is set, but nothing varies them",
+        "shuffle = true",
+    ),
     "sampling nothing": (
         "[validate]\nevery = 5",
         codes.IMPOSSIBLE_PAIR,

@@ -58,8 +58,9 @@ CACHE_UNWRITABLE = define(
     "ID007",
     "the cache cannot be written",
     """
-    Encoded pictures and captions are kept in the user's cache folder (`$IDEOFLOW_CACHE`, else
-    `~/.cache/ideoflow`). It is full or may not be written. Nothing that was cached before is lost.
+    Encoded pictures and captions are kept in `cache.folder`, by default in the user's cache folder
+    (`$IDEOFLOW_CACHE`, else `~/.cache/ideoflow`). It is full or may not be written. Nothing that was cached
+    before is lost. `ideoflow cache stats` shows what is there, `ideoflow cache prune` makes room.
     """,
 )
 CACHE_LOST = define(
@@ -67,6 +68,7 @@ CACHE_LOST = define(
     "a cached file is gone or damaged",
     """
     An encoded picture or caption was there when the run began and cannot be read now: something removed or
-    changed files in the cache folder while it was in use. Run again: what is missing is encoded anew.
+    changed files in the cache folder while it was in use, or the disk gave back other bytes than were
+    written. Run again: what is missing is encoded anew. `ideoflow cache verify` checks everything.
     """,
 )

@@ -1,0 +1,118 @@
+"""Keys follow everything that an encoded value depends on, and nothing else."""
+
+import os
+import sqlite3
+from dataclasses import replace
+
+import pytest
+
+from ideoflow.captions.boxes import Geometry
+from ideoflow.data import keys as module
+from ideoflow.data.keys import Keys, PictureDigests, share_of
+from ideoflow.data.pictures import TarMember, picture_digest
+from ideoflow.data.survey import Sample
+from ideoflow.diagnostics import IdeoflowError
+
+KEYS = Keys("base", "bfloat16", 2048)
+
+
+def test_a_caption_s_key_changes_with_what_counts():
+    other = [replace(KEYS, base="c"), replace(KEYS, dtype="float32"), replace(KEYS, max_tokens=100)]
+    found = {KEYS.text("a"), KEYS.text("b"), *(k.text("a") for k in other)}
+    assert len(found) == 5 and Keys("base", "bfloat16", 2048).text("a") in found
+    assert all(len(key) == 32 and int(key, 16) >= 0 for key in found)
+
+
+def test_a_picture_s_key_changes_with_what_counts(tmp_path):
+    sample = Sample(tmp_path / "a.png", (64, 96), Geometry(100, 150, (0, 0.5, 100, 150)), "caption")
+    changed = [
+        replace(sample, size=(96, 64)),
+        replace(sample, geometry=Geometry(100, 150, (0, 0.5, 100, 149.9))),
+        replace(sample, geometry=replace(sample.geometry, flip=True)),
+    ]
+    found = {KEYS.latents(s, "p") for s in (sample, *changed)}
+    found |= {KEYS.latents(sample, "q"), replace(KEYS, base="c").latents(sample, "p")}
+    found |= {replace(KEYS, dtype="float32").latents(sample, "p")}
+    assert len(found) == 7
+    # Neither words nor the length that captions may have nor the file's name touch the pixels.
+    same = [replace(sample, caption="other"), replace(sample, picture=tmp_path / "b.png")]
+    assert {KEYS.latents(s, "p") for s in same} | {replace(KEYS, max_tokens=5).latents(sample, "p")} == {
+        KEYS.latents(sample, "p")
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_shares_are_even_and_cover_everything_once(ranks):
+    keys = [KEYS.text(str(n)) for n in range(2000)]
+    owners = [[r for r in range(ranks) if share_of(key, r, ranks)] for key in keys]
+    assert all(len(o) == 1 for o in owners)
+    counts = [sum(o == [r] for o in owners) for r in range(ranks)]
+    assert min(counts) > 0.8 * 2000 / ranks
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    files = [tmp_path / f"{n}.bin" for n in range(4)]
+    for n, file in enumerate(files):
+        file.write_bytes(bytes([n]) * 1000)
+        os.utime(file, (1e9, 1e9))
+    return files
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Files that were just made count as old enough to be remembered."""
+    monkeypatch.setattr(module, "_RACY_NS", -1)
+
+
+def read_again(monkeypatch):
+    read = []
+    monkeypatch.setattr(module, "picture_digest", lambda p: read.append(p) or picture_digest(p))
+    return read
+
+
+def test_digests_are_remembered_until_a_file_changes(pictures, tmp_path, settled, monkeypatch):
+    memory = tmp_path / "memory" / "pictures.sqlite"
+    truth = [picture_digest(p) for p in pictures]
+    assert PictureDigests(memory).known(pictures) == [None] * 4
+    assert PictureDigests(memory).of(pictures) == truth
+    read = read_again(monkeypatch)
+    assert PictureDigests(memory).of(pictures) == truth and read == []
+    assert PictureDigests(memory).known(pictures) == truth
+    pictures[1].write_bytes(b"x" * 1000)  # as long as before
+    os.utime(pictures[1], (1e9, 1e9))  # and of the same age: the inode's own time tells
+    assert PictureDigests(memory).of(pictures) == [truth[0], picture_digest(pictures[1]), *truth[2:]]
+    assert read == [pictures[1]]
+
+
+def test_what_was_just_written_is_not_trusted(pictures, tmp_path, monkeypatch):
+    digests = PictureDigests(tmp_path / "pictures.sqlite")
+    digests.of(pictures)
+    assert digests.known(pictures) == [None] * 4
+
+
+def test_members_of_a_tar_have_digests_of_their_own(pictures, tmp_path, settled, monkeypatch):
+    tar = tmp_path / "a.tar"
+    tar.write_bytes(b"".join(p.read_bytes() for p in pictures))
+    members = [TarMember(tar, p.name, 1000 * n, 1000) for n, p in enumerate(pictures)]
+    digests = PictureDigests(tmp_path / "pictures.sqlite")
+    assert digests.of(members) == [picture_digest(p) for p in pictures]
+    read = read_again(monkeypatch)
+    assert digests.of(members) == [picture_digest(p) for p in pictures] and read == []
+
+
+def test_a_memory_that_cannot_be_used_costs_only_time(pictures, tmp_path, settled):
+    truth = [picture_digest(p) for p in pictures]
+    damaged = tmp_path / "damaged.sqlite"
+    damaged.write_bytes(b"no database" * 1000)
+    with sqlite3.connect(tmp_path / "other.sqlite") as other:
+        other.execute("CREATE TABLE pictures (unlike)")
+    (tmp_path / "folder.sqlite").mkdir()
+    for file in (damaged, tmp_path / "other.sqlite", tmp_path / "folder.sqlite", pictures[0] / "in a file"):
+        assert PictureDigests(file).of(pictures) == truth
+
+
+def test_a_picture_that_is_gone_is_told(pictures, tmp_path):
+    pictures[2].unlink()
+    with pytest.raises(IdeoflowError):
+        PictureDigests(tmp_path / "m.sqlite").of(pictures)
