@@ -108,6 +108,10 @@ def main() -> None:
             bool(g.isfinite().all()) for g in gradients
         )
         print(name, "finite:", report["hard"][name], flush=True)
+    engine.budget, engine.rounded = 1.0, True
+    for block in engine.blocks:
+        block.rounded = True
+    rounded = fused(engine)
     half = fused(FusedTransformer(model, linear="bf16", attention=attention, activation_budget=0.0))
 
     # Plain diffusers, its time embedding given float32 times, and the cast that they need.
@@ -133,9 +137,11 @@ def main() -> None:
     truth = plain(torch.float32)
     report["against_float32"] = {
         name: compare(names, got, truth)
-        for name, got in (("fused fp8", first), ("fused bf16", half), ("diffusers bf16", plain_half))
-    }
-    for name, row in report["against_float32"].items():
+        for name, got in (("fused fp8", first), ("fused fp8, rounded", rounded), ("fused bf16", half),
+                          ("diffusers bf16", plain_half))
+    }  # fmt: skip
+    report["against_diffusers_bf16"] = {"fused fp8": compare(names, first, plain_half)}
+    for name, row in [*report["against_float32"].items(), *report["against_diffusers_bf16"].items()]:
         print(name, {k: v for k, v in row.items() if k != "min_by_layer"}, flush=True)
     write_json(args.json, report)
 

@@ -143,6 +143,7 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=float, nargs="+", default=[1.0])
     parser.add_argument("--offload", nargs="*", default=[], help="groups of values kept in host memory")
+    parser.add_argument("--rounded", action="store_true", help="keep values for the backward pass as e4m3")
     parser.add_argument("--keep-transposed", action="store_true")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=6)
@@ -202,14 +203,15 @@ def main() -> None:
             rates = report["rates_tflops"] = unit_rates(model.config, device, fp8)
         attention = args.attention or ("flash4" if gpu else "sdpa")
         fused = FusedTransformer(model, linear="fp8" if fp8 else "bf16", attention=attention, dtype=dtype,
-                                 offload=args.offload, keep_transposed=args.keep_transposed)  # fmt: skip
+                                 offload=args.offload, rounded=args.rounded,
+                                 keep_transposed=args.keep_transposed)  # fmt: skip
         for layout in layouts:
             for budget in args.budget:
                 fused.budget = budget
                 free()
                 run = fused_step(fused, parameters, layout, random_inputs(model, layout))
                 settings = {"linear": "fp8" if fp8 else "bf16", "attention": attention, "budget": budget,
-                            "offload": args.offload, "keep_transposed": args.keep_transposed}  # fmt: skip
+                            "offload": args.offload, "rounded": args.rounded, "keep_transposed": args.keep_transposed}  # fmt: skip
                 # Lengths earn exact attention plans after 230 calls: seven steps of 34 blocks.
                 add(
                     "fused",

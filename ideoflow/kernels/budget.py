@@ -14,11 +14,15 @@ from __future__ import annotations
 from typing import Literal
 
 Group = Literal["attention", "ffn_output", "attention_output", "qkv", "gate_up", "elementwise"]
+# Groups that may be kept as e4m3 with a scale a row, at half the bytes: the backward pass reads them in
+# pointwise work only. Not q, k and v: their products must agree with the log-sum-exp that is kept.
+ROUNDED_GROUPS = ("attention", "ffn_output", "attention_output", "gate_up")
 # Groups that may wait on the host; "input" is the block's own. Operands in FP8 are cheaper to recompute.
 HOST_GROUPS = ("input", "attention", "ffn_output", "attention_output", "qkv", "gate_up")
 
 
-def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8: bool) -> dict[Group, int]:
+def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8: bool,
+                rounded: bool = False) -> dict[Group, int]:  # fmt: skip
     """Bytes that each group takes in one block, in the order in which groups are kept.
 
     Args:
@@ -26,18 +30,25 @@ def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8:
         hidden, intermediate: widths of the block and of its feed-forward.
         itemsize: bytes of an activation.
         fp8: whether operands of products are e4m3 (else they have the activations' size).
+        rounded: whether :data:`ROUNDED_GROUPS` are kept as e4m3.
     """
-    row, wide = tokens * hidden * itemsize, tokens * intermediate * itemsize
+    row = tokens * hidden * itemsize
+    kept = 1 if rounded else itemsize
     operand = 1 if fp8 else itemsize
-    return {
-        "attention": row,
-        "ffn_output": row,
-        "attention_output": row,
+    sizes: dict[Group, int] = {
+        "attention": tokens * hidden * kept,
+        "ffn_output": tokens * hidden * kept,
+        "attention_output": tokens * hidden * kept,
         "qkv": 3 * row,
-        "gate_up": 2 * wide,
+        "gate_up": 2 * tokens * intermediate * kept,
         # The residual between the halves, and the operands of the four products.
         "elementwise": row + (3 * tokens * hidden + tokens * intermediate) * operand,
     }
+    # Time saved per byte on an H200, in us/MB: 11.5, 9.4, 4.3, 4.5 and 3.9; twice as much for those rounded.
+    if rounded:
+        sizes["qkv"] = sizes.pop("qkv")
+        sizes["elementwise"] = sizes.pop("elementwise")
+    return sizes
 
 
 def choose_kept(budget: float, blocks: int, sizes: dict[Group, int]) -> list[frozenset[Group]]:

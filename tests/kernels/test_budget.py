@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ideoflow.engine.fused.block import _GROUPS
-from ideoflow.kernels.budget import HOST_GROUPS, choose_kept, group_bytes
+from ideoflow.kernels.budget import HOST_GROUPS, ROUNDED_GROUPS, choose_kept, group_bytes
 
 SIZES = group_bytes(4416, 4608, 12288, 2, True)
 
@@ -37,6 +37,11 @@ def test_bytes_are_those_of_the_tensors():
     assert SIZES["attention"] == 2 * row and SIZES["qkv"] == 6 * row
     assert SIZES["gate_up"] == 2 * 2 * 4416 * 12288
     assert group_bytes(4416, 4608, 12288, 2, False)["elementwise"] == 8 * row + 2 * 4416 * 12288
+
+
+def test_rounded_groups_take_half():
+    rounded = group_bytes(4416, 4608, 12288, 2, True, rounded=True)
+    assert {g: SIZES[g] / rounded[g] for g in SIZES} == {g: 2 if g in ROUNDED_GROUPS else 1 for g in SIZES}
 
 
 def test_every_group_names_values_of_the_block():

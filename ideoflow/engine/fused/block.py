@@ -10,6 +10,9 @@ A forward pass is a chain of named values; each is computed from those before it
 :class:`_Values`. What the budget keeps stays in the dictionary; what it does not keep is computed again by
 the same method when the backward pass asks for it. So there is one definition of the forward pass, and
 gradients are the same at every budget.
+
+With ``rounded``, some of the kept values are e4m3 with a scale a row while they wait: half the bytes, and
+gradients that differ from the exact ones by the rounding (relative 2^-4 a value, unbiased).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from ideoflow.engine.fused.linear import AdaptedLinear
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
 from ideoflow.engine.packed import PackedLayout
+from ideoflow.kernels.budget import ROUNDED_GROUPS
 
 # The values of each budget group; "z_*" are the adapters' thin products, which are always kept.
 _GROUPS = {
@@ -37,6 +41,15 @@ _GROUPS = {
     "gate_up": ("gate_up",),
     "elementwise": ("middle", "x_qkv", "x_o", "x_ffn", "x_w2"),
 }
+_ROUNDED = frozenset(name for group in ROUNDED_GROUPS for name in _GROUPS[group])
+
+
+class Rounded(NamedTuple):
+    """A kept value as e4m3 [T, N] with row scales [T], and what is kept beside it."""
+
+    values: Tensor
+    scale: Tensor
+    beside: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,9 @@ class FusedBlock:
     """Reads a ``Ideogram4TransformerBlock`` (PEFT-wrapped or bare); holds no parameters of its own."""
 
     def __init__(self, name: str, block: nn.Module, *, dtype: torch.dtype, fp8: bool, ops: SimpleNamespace,
-                 attention: Attention, scratch: Scratch,
-                 keep_transposed: bool) -> None:  # fmt: skip
-        self.ops, self.fp8, self.attention = ops, fp8, attention
+                 attention: Attention, scratch: Scratch, keep_transposed: bool,
+                 rounded: bool = False) -> None:  # fmt: skip
+        self.ops, self.fp8, self.attention, self.rounded = ops, fp8, attention, rounded
         self.source = block
         at, ff = block.attention, block.feed_forward
         self.heads, self.size = at.num_heads, at.head_dim
@@ -94,6 +107,8 @@ class FusedBlock:
             for name in names:
                 if name not in keep:
                     values.known.pop(name, None)
+                elif self.rounded and name in _ROUNDED:
+                    values.round(name)
 
         # Each value is dropped as soon as nothing ahead reads it, so that a block's own peak stays low.
         values["attended"]
@@ -174,7 +189,20 @@ class _Values:
     def __getitem__(self, name: str) -> Any:
         if name not in self.known:
             self.known[name] = getattr(self, f"_{name}")()
-        return self.known[name]
+        value = self.known[name]
+        if isinstance(value, Rounded):
+            dense = self.block.ops.dequantize(value.values, value.scale, self.h.dtype)
+            value = self.known[name] = dense if not value.beside else (self._shaped(dense), *value.beside)
+        return value
+
+    def round(self, name: str) -> None:
+        """Keeps a value that is known as e4m3, from here to the backward pass."""
+        value = self.known[name]
+        tensor, beside = (value[0], value[1:]) if isinstance(value, tuple) else (value, ())
+        self.known[name] = Rounded(*self.block.ops.quantize(tensor.flatten(1)), beside)
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        return x.view(-1, self.block.heads, self.block.size)
 
     def drop(self, *names: str) -> None:
         for name in names:
@@ -246,6 +274,8 @@ class Keeping:
         for name, value in values.items():
             if name not in {n for group in self.host for n in _GROUPS[group]}:
                 staying[name] = value
+            elif isinstance(value, Rounded):
+                leaving[name], staying[name] = value.values, value._replace(values=None)
             elif isinstance(value, tuple):
                 leaving[name], staying[name] = value[0], (None, *value[1:])
             else:
@@ -261,7 +291,10 @@ class Keeping:
         self.store.start(self.index - 1)
         for name, tensor in back.items():
             old = values[name]
-            values[name] = tensor if old is None else (tensor, *old[1:])
+            if isinstance(old, Rounded):
+                values[name] = old._replace(values=tensor)
+            else:
+                values[name] = tensor if old is None else (tensor, *old[1:])
         return values
 
 

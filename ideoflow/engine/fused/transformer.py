@@ -46,6 +46,8 @@ class FusedTransformer:
         activation_budget: 0 recomputes every block in the backward pass, 1 recomputes nothing.
         offload: groups of values (:data:`~ideoflow.kernels.budget.HOST_GROUPS`) that every block keeps
             in pinned host memory; the budget is about the rest.
+        rounded: keep :data:`~ideoflow.kernels.budget.ROUNDED_GROUPS` as e4m3: half the bytes, for gradients
+            that differ by that rounding.
         dtype: of the activations; bf16 in training.
         keep_transposed: in FP8, keep a second, transposed copy of the weights instead of making it as needed.
 
@@ -55,10 +57,10 @@ class FusedTransformer:
 
     def __init__(self, transformer: Ideogram4Transformer2DModel, *, linear: str = "fp8",
                  attention: Kernel = "flash4", activation_budget: float = 1.0,
-                 offload: Collection[str] = (),
+                 offload: Collection[str] = (), rounded: bool = False,
                  dtype: torch.dtype = torch.bfloat16, keep_transposed: bool = False) -> None:  # fmt: skip
         self.model, self.dtype, self.budget = transformer, dtype, activation_budget
-        self.offload = frozenset(offload)
+        self.offload, self.rounded = frozenset(offload), rounded
         if not self.offload <= set(HOST_GROUPS):
             raise ValueError(f"offload takes {', '.join(HOST_GROUPS)}, not {sorted(self.offload)}")
         self.fp8 = linear == "fp8"
@@ -69,7 +71,7 @@ class FusedTransformer:
         self._scratch, kernel = Scratch(self.device), make_attention(attention, self.device)
         self.blocks = [
             FusedBlock(f"layers.{i}", block, dtype=dtype, fp8=self.fp8, ops=self.ops, attention=kernel,
-                       scratch=self._scratch, keep_transposed=keep_transposed)
+                       scratch=self._scratch, keep_transposed=keep_transposed, rounded=rounded)
             for i, block in enumerate(transformer.layers)
         ]  # fmt: skip
         self._check_covered()
@@ -183,7 +185,7 @@ class FusedTransformer:
         """What each block keeps and where, for this layout."""
         model, store = self.model, self._store if self.offload else None
         sizes = group_bytes(layout.total, model.hidden_size, model.config.intermediate_size,
-                            self.dtype.itemsize, self.fp8)  # fmt: skip
+                            self.dtype.itemsize, self.fp8, self.rounded)  # fmt: skip
         on_device = {group: size for group, size in sizes.items() if group not in self.offload}
         if store:
             store.clear()
