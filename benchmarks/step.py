@@ -211,7 +211,8 @@ def main() -> None:
                 free()
                 run = fused_step(fused, parameters, layout, random_inputs(model, layout))
                 settings = {"linear": "fp8" if fp8 else "bf16", "attention": attention, "budget": budget,
-                            "offload": args.offload, "rounded": args.rounded, "keep_transposed": args.keep_transposed}  # fmt: skip
+                            "offload": args.offload, "rounded": args.rounded,
+                            "keep_transposed": args.keep_transposed}  # fmt: skip
                 # Lengths earn exact attention plans after 230 calls: seven steps of 34 blocks.
                 add(
                     "fused",
