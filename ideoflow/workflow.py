@@ -70,7 +70,9 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
     recipe = load_recipe(planned.recipe_path if planned else path)
     dataset, prompts = read_dataset(recipe), read_prompts(recipe)
     model, span = recipe.tables.model, recipe.span("model.base")
-    base = locate_base(model.base, revision=model.revision, relative_to=recipe.folder, span=span)
+    base = locate_base(
+        model.base, revision=model.revision, parts=model.parts, relative_to=recipe.folder, span=span
+    )
     base = fetch_base(base, model.revision, span=span, say=say)
     summary = dataset.summary(recipe.folder / recipe.tables.data.images)
     if planned is None:

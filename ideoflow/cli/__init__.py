@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "train what a recipe (or a plan.json) says",
     "plan": "say beforehand what fits, how long it takes and why",
     "captions": "compile, check and convert captions",
+    "model": "say what a checkpoint holds, without loading it",
     "explain": "the page behind a diagnostic code",
 }
 

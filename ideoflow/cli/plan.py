@@ -68,7 +68,9 @@ class _Planner:
             else detect_hardware(settings.device, folder=self.recipe.output_folder, span=span)
         )
         model, at = self.recipe.tables.model, self.recipe.span("model.base")
-        self.base = locate_base(model.base, revision=model.revision, relative_to=self.recipe.folder, span=at)
+        self.base = locate_base(
+            model.base, revision=model.revision, parts=model.parts, relative_to=self.recipe.folder, span=at
+        )
         self.data: DataSummary | None = survey(self.recipe)
         self.prompts = len(read_prompts(self.recipe))
         self.calibration, warnings = load_calibration()

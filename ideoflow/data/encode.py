@@ -61,6 +61,7 @@ class Encoder:
 
     Args:
         folder: of the base.
+        transformer: a single file that takes the place of its transformer.
         captions: how captions are varied, and how long they may be.
         rank, ranks: of several processes that fill one cache, this one encodes only its share.
     """
@@ -74,11 +75,13 @@ class Encoder:
         dtype: torch.dtype,
         device: torch.device,
         captions: CaptionSettings,
+        transformer: Path | None = None,
         progress: Progress = lambda *_: None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.folder, self.cache, self.captions = folder, cache, captions
+        self.folder, self.transformer = folder, transformer
+        self.cache, self.captions = cache, captions
         self.dtype, self.device = dtype, device
         self.progress, self.rank, self.ranks = progress, rank, ranks
         self.keys = Keys(base_digest, dtype_name(dtype), captions.max_tokens)
@@ -99,7 +102,11 @@ class Encoder:
             return 0
         self.progress("captions", 0, len(missing))
         encoder = TextEncoder(
-            self.folder, dtype=self.dtype, device=self.device, max_tokens=self.captions.max_tokens
+            self.folder,
+            dtype=self.dtype,
+            device=self.device,
+            max_tokens=self.captions.max_tokens,
+            transformer=self.transformer,
         )
         problems: list[Diagnostic] = []
         try:

@@ -60,12 +60,21 @@ class Sampler:
         self.plan, self.model, self.folder = plan, model, plan.base.folder
         self.device, self.dtype = plan_device(plan), plan_dtype(plan)
         host = torch.device("cpu")
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder / "scheduler")
+        own = self.folder / "scheduler"  # the parts beside a single file may come without one
+        self.scheduler = (
+            FlowMatchEulerDiscreteScheduler.from_pretrained(own)
+            if own.is_dir()
+            else FlowMatchEulerDiscreteScheduler()
+        )
         self.vae = load_vae(self.folder, dtype=self.dtype, device=host)
         self.unconditional = None
         if plan.value("unconditional") == "loaded":
             self.unconditional = load_transformer(
-                self.folder, "unconditional_transformer", precision=str(plan.value("precision")), device=host
+                self.folder,
+                "unconditional_transformer",
+                precision=str(plan.value("precision")),
+                device=host,
+                file=plan.base.files.get("unconditional_transformer"),
             )
             self.unconditional.set_attn_processor(UnpaddedAttention())
 

@@ -79,6 +79,7 @@ class _Session:
             dtype=plan_dtype(plan),
             device=self.device,
             captions=plan.tables.captions,
+            transformer=plan.base.files.get("transformer"),
             progress=lambda *news: emit(Progress(*news)),
         )
         settings = plan.tables.train

@@ -84,7 +84,12 @@ def build(plan: Plan) -> Trainable:
     """Loads the base, puts a fresh adapter on it, and sets up the engine that the plan chose."""
     device = plan_device(plan)
     assert plan.base.folder is not None, "the base is fetched before the engine starts"
-    transformer = load_transformer(plan.base.folder, precision=str(plan.value("precision")), device=device)
+    transformer = load_transformer(
+        plan.base.folder,
+        precision=str(plan.value("precision")),
+        device=device,
+        file=plan.base.files.get("transformer"),
+    )
     transformer.set_attn_processor(UnpaddedAttention())
     parameters = add_adapter(transformer, plan)
     if plan.value("engine") == "fused":

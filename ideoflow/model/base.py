@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from math import prod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ideoflow.diagnostics import Span, fail
-from ideoflow.diagnostics.codes.model import BAD_CONFIG, NOT_A_BASE, UNSUPPORTED_FORM
+from ideoflow.diagnostics.codes.model import (
+    BAD_CONFIG,
+    NO_PARTS,
+    NO_REVISION,
+    NOT_A_BASE,
+    UNSUPPORTED_FORM,
+    WRONG_WEIGHTS,
+)
+from ideoflow.model.digest import sampled_digest
+from ideoflow.model.forms import (
+    DENSE,
+    READABLE,
+    form_of,
+    infer_transformer,
+    instead,
+    is_original_layout,
+    no_number,
+    odd_scale,
+    unread_file,
+)
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.resources import user_cache
 
@@ -40,10 +57,11 @@ NANO_VAE = VaeSpec(block_out_channels=(16, 32, 32, 32), layers_per_block=1, late
 
 # What a base in diffusers' layout has, apart from the scheduler; the second transformer may be absent.
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae")
-_WEIGHTED = ("transformer", "text_encoder", "vae", "unconditional_transformer")
+# What a single file leaves out: all but the transformers.
+PARTS = ("text_encoder", "tokenizer", "vae")
+WEIGHTED = ("transformer", "text_encoder", "vae", "unconditional_transformer")
 _TRANSFORMER_CLASS = "Ideogram4Transformer2DModel"
 _AGAIN = "download or export the model again"
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,8 @@ class BaseFacts:
             (e4m3 with scales) or ``nf4`` (bitsandbytes).
         digest: changes when the weights change; keys the caches.
         has_unconditional: whether the second transformer, for true asymmetric guidance, is there.
+        files: single files that take the place of a part's folder.
+        parts: where the parts beside a single file come from, as the recipe says; None for a whole base.
     """
 
     name: str
@@ -69,18 +89,43 @@ class BaseFacts:
     storage: str
     digest: str
     has_unconditional: bool
+    files: Mapping[str, Path] = field(default_factory=dict)
+    parts: str | None = None
 
 
 def locate_base(
-    name: str, *, revision: str | None = None, relative_to: Path = Path(), span: Span | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    parts: str | None = None,
+    relative_to: Path = Path(),
+    span: Span | None = None,
 ) -> BaseFacts:
     """Finds a base and reads its configuration; downloads and makes nothing.
 
-    ``name`` is ``nano``, a folder (absolute, or relative to ``relative_to``), or a hub id ``owner/name``.
+    ``name`` is ``nano``, a folder (absolute, or relative to ``relative_to``), a hub id ``owner/name``, or a
+    single file with a transformer. The other parts of the latter are in the base that ``parts`` names, or
+    beside it; ``revision`` is of the hub id, whichever of the two it is.
 
     Raises:
         IdeoflowError: when it is none of these, or its files cannot be used.
     """
+    file = _local(name, relative_to)
+    single = file.is_file()
+    if parts is not None and not single:
+        fail(
+            NO_PARTS,
+            f"'{name}' is no single file, and needs no model.parts",
+            span,
+            cure="remove model.parts, or give a .safetensors file as model.base",
+        )
+    if revision is not None and not _is_hub_id(parts or "" if single else name, relative_to):
+        cure = "remove model.revision: only what comes from the hub has revisions"
+        fail(
+            NO_REVISION, f"revision is '{revision}', and nothing of '{name}' is from the hub", span, cure=cure
+        )
+    if single:
+        return _single_file(name, file, parts, revision, relative_to, span)
     if name == NANO:
         folder = user_cache() / f"nano-{NANO_VERSION}"
         present = (folder / "model_index.json").is_file()
@@ -95,30 +140,82 @@ def locate_base(
             f"nano-{NANO_VERSION}",
             True,
         )
-    try:
-        local = relative_to / Path(name).expanduser()
-    except RuntimeError:  # ~ of a user that is not there
-        local = relative_to / name
-    if name and local.is_dir():
-        return read_base(name, local, span)
-    if local.is_file():
-        fail(
-            UNSUPPORTED_FORM,
-            f"{local} is a single file",
-            span,
-            cure="use a folder in diffusers' layout, with model_index.json",
-        )
-    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+    if name and file.is_dir():
+        return read_base(name, file, span)
+    if _is_hub_id(name, relative_to):
         return _look_in_hub_cache(name, revision, span)
     fail(
         NOT_A_BASE,
         f"there is no base model '{name}'",
         span,
-        cure="write 'nano', a folder, or a hub id such as 'owner/name'",
+        cure="write 'nano', a folder, a .safetensors file, or a hub id such as 'owner/name'",
     )
 
 
-def _look_in_hub_cache(name: str, revision: str | None, span: Span | None) -> BaseFacts:
+def _local(name: str, relative_to: Path) -> Path:
+    try:
+        return relative_to / Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that is not there
+        return relative_to / name
+
+
+def _is_hub_id(name: str, relative_to: Path) -> bool:
+    plain = name.count("/") == 1 and not name.startswith((".", "~", "/"))
+    return plain and not _local(name, relative_to).exists()
+
+
+def _single_file(
+    name: str, file: Path, parts: str | None, revision: str | None, relative_to: Path, span: Span | None
+) -> BaseFacts:
+    """A transformer in one file, with the other parts of another base, or of the file's own folder."""
+    if unread := unread_file(file):
+        fail(UNSUPPORTED_FORM, f"{file} is {unread[0]}", span, cure=unread[1])
+    files = {"transformer": file}
+    other = file.with_name(re.sub(r"(?i)^(ideogram-?_?4)", r"\1_unconditional", file.name))
+    if other != file and other.is_file():
+        files["unconditional_transformer"] = other
+    beside = all((file.parent / part).is_dir() for part in PARTS)
+    if parts is None and not beside:
+        fail(
+            NO_PARTS,
+            f"{file} holds the transformer alone, and text encoder, tokenizer and autoencoder are needed too",
+            span,
+            cure=f"set model.parts to a base that has them, such as 'ideogram-ai/ideogram-4-fp8', or put the "
+            f"folders {', '.join(PARTS)} beside the file",
+        )
+    if parts is None:
+        return read_base(name, file.parent, span, files=files)
+    if parts and _local(parts, relative_to).is_dir():
+        return read_base(name, _local(parts, relative_to), span, files=files, parts=parts)
+    companion = (
+        _look_in_hub_cache(parts, revision, span, PARTS)
+        if _is_hub_id(parts, relative_to)
+        else locate_base(parts, relative_to=relative_to, span=span)
+    )
+    if companion.present and companion.folder is not None:
+        return read_base(name, companion.folder, span, files=files, parts=parts)
+    header = part_headers(file, span)
+    storage = _storage("transformer", file, header, span)
+    try:
+        spec = infer_transformer(header)
+    except (LookupError, ValueError):  # 4-bit weights have no shapes; the parts bring a config.json
+        spec = companion.transformer
+    return replace(
+        companion,
+        name=name,
+        transformer=spec,
+        storage=storage,
+        digest=f"{sampled_digest(None, files)}+{companion.digest}",
+        has_unconditional=len(files) > 1,
+        files=files,
+        parts=parts,
+    )
+
+
+def _look_in_hub_cache(
+    name: str, revision: str | None, span: Span | None, only: tuple[str, ...] = ()
+) -> BaseFacts:
+    """A hub id, present if all of it, or of the parts ``only``, was downloaded before."""
     # huggingface_hub costs 0.3 s to import and is only needed for hub ids.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -132,13 +229,15 @@ def _look_in_hub_cache(name: str, revision: str | None, span: Span | None) -> Ba
             span,
             cure="a hub id is 'owner/name' of letters, digits and . - _",
         )
-    if isinstance(index, str) and _is_complete(Path(index).parent):
-        return read_base(name, Path(index).parent, span)
+    folder = Path(index).parent if isinstance(index, str) else None
+    here = folder is not None and _is_complete(folder, only)
+    if here and folder is not None and not only:
+        return read_base(name, folder, span)
     # Not (all) downloaded: the sizes of the released model, so that a plan can be made beforehand.
     return BaseFacts(
         name,
-        None,
-        False,
+        folder if here else None,
+        here,
         TransformerSpec(),
         TextEncoderSpec(),
         VaeSpec(),
@@ -149,12 +248,13 @@ def _look_in_hub_cache(name: str, revision: str | None, span: Span | None) -> Ba
     )
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, only: tuple[str, ...] = ()) -> bool:
     """Whether every part that ``model_index.json`` names is there; an interrupted download has only some."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         named = {part for part, classes in index.items() if isinstance(classes, list) and any(classes)}
-        weighted = named.intersection(_WEIGHTED)
+        named = named.intersection(only) if only else named
+        weighted = named.intersection(WEIGHTED)
         shards = {part: weight_files(folder / part) for part in weighted}
     except (OSError, ValueError, AttributeError, TypeError):
         return False
@@ -164,21 +264,35 @@ def _is_complete(folder: Path) -> bool:
 
 
 def weight_files(part: Path) -> list[Path]:
-    """The weight files of a part: those that its index names, else those that are there."""
+    """The weight files of a part: those that its index names, else those that are there; or itself."""
+    if part.is_file():
+        return [part]
     for index in part.glob("*.safetensors.index.json"):
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({part / name for name in names})
     return sorted(part.glob("*.safetensors"))
 
 
-def read_base(name: str, folder: Path, span: Span | None = None) -> BaseFacts:
+def read_base(
+    name: str,
+    folder: Path,
+    span: Span | None = None,
+    *,
+    files: Mapping[str, Path] | None = None,
+    parts: str | None = None,
+) -> BaseFacts:
     """What is known of the base in ``folder``, a folder in diffusers' layout.
+
+    Args:
+        files: single files in place of some of the parts' folders.
+        parts: as in :class:`BaseFacts`.
 
     Raises:
         IdeoflowError: when a part is missing, damaged, or in a form that cannot be trained on.
     """
-    missing = [c for c in COMPONENTS if not (folder / c).is_dir()]
-    if missing or not (folder / "model_index.json").is_file():
+    files = files or {}
+    missing = [c for c in COMPONENTS if c not in files and not (folder / c).is_dir()]
+    if missing or not (files or (folder / "model_index.json").is_file()):
         what = f"has no folder {', '.join(missing)}" if missing else "has no model_index.json"
         fail(
             UNSUPPORTED_FORM,
@@ -186,11 +300,14 @@ def read_base(name: str, folder: Path, span: Span | None = None) -> BaseFacts:
             span,
             cure="a base is a folder in diffusers' layout: model_index.json beside " + ", ".join(COMPONENTS),
         )
-    parts = [part for part in _WEIGHTED if (folder / part).is_dir()]
-    headers = {part: _headers(folder / part, span) for part in parts}
-    configs = {part: _config(folder / part, headers[part], span) for part in parts}
+    # Beside single files, a second transformer from somewhere else would be of another model.
+    second = () if files and "unconditional_transformer" not in files else ("unconditional_transformer",)
+    places = {part: files.get(part, folder / part) for part in (*WEIGHTED[:3], *second)}
+    places = {part: place for part, place in places.items() if place.exists()}
+    headers = {part: part_headers(place, span) for part, place in places.items()}
+    configs = {part: _config(part, place, headers[part], folder, span) for part, place in places.items()}
     for part, config in configs.items():
-        _check_form(folder / part, config, span)
+        _check_form(part, places[part], config, span)
     text = configs["text_encoder"]
     try:
         specs = (
@@ -200,57 +317,62 @@ def read_base(name: str, folder: Path, span: Span | None = None) -> BaseFacts:
         )
     except (TypeError, ValueError, AttributeError) as error:
         fail(BAD_CONFIG, f"a config.json in {folder} cannot be used: {error}", span, cure=_AGAIN)
-    storage = {part: _storage(folder / part, headers[part], span) for part in parts}
+    storage = {part: _storage(part, place, headers[part], span) for part, place in places.items()}
     return BaseFacts(
         name,
         folder,
         True,
         *specs,
         storage["transformer"],
-        _sampled_digest(folder),
+        sampled_digest(folder, files, PARTS if files else ()),
         "unconditional_transformer" in configs,
+        dict(files),
+        parts,
     )
 
 
-def _check_form(part: Path, config: Mapping[str, Any], span: Span | None) -> None:
+def _check_form(part: str, place: Path, config: Mapping[str, Any], span: Span | None) -> None:
     """Refuses quantisations that cannot be read, and transformers of other models."""
     quantisation = config.get("quantization_config")
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if quantisation and not (method == "bitsandbytes" and _is_transformer(part)):
+    if quantisation and not (method == "bitsandbytes" and part.endswith("transformer")):
         fail(
             UNSUPPORTED_FORM,
-            f"{part} is quantised with {method or 'an unknown method'}",
+            f"{place} is quantised with {method or 'an unknown method'}",
             span,
-            cure=_cure(part),
+            cure=_cure(part, str(method).upper()),
         )
     made_for = config.get("_class_name", _TRANSFORMER_CLASS)
-    if _is_transformer(part) and made_for != _TRANSFORMER_CLASS:
+    if part.endswith("transformer") and made_for != _TRANSFORMER_CLASS:
         fail(
             UNSUPPORTED_FORM,
-            f"{part} is a {made_for}, not a transformer of Ideogram 4",
+            f"{place} is a {made_for}, not a transformer of Ideogram 4",
             span,
             cure="give a base of Ideogram 4",
         )
 
 
-def _is_transformer(part: Path) -> bool:
-    return part.name.endswith("transformer")
+def _cure(part: str, form: str) -> str:
+    return instead(form) if part.endswith("transformer") else "use the bf16 weights in diffusers' layout"
 
 
-def _cure(part: Path) -> str:
-    if _is_transformer(part):
-        return "use weights in bf16, in FP8 (e4m3 with scales), or in bitsandbytes' NF4"
-    return "use the bf16 weights in diffusers' layout"
-
-
-def _config(part: Path, header: Mapping[str, Any], span: Span | None) -> Mapping[str, Any]:
-    file = part / "config.json"
-    if not file.exists() and _is_transformer(part) and is_original_layout(header):
+def _config(
+    part: str, place: Path, header: Mapping[str, Any], folder: Path, span: Span | None
+) -> Mapping[str, Any]:
+    """A part's configuration; that of a transformer may be told by its shapes, or lie with its parts."""
+    file = folder / part / "config.json"
+    if place.is_file() or (not file.exists() and part.endswith("transformer") and is_original_layout(header)):
         try:
-            return asdict(infer_transformer(header))
+            inferred = asdict(infer_transformer(header))
         except (LookupError, ValueError) as error:
-            message = f"{file} is missing, and the shapes of the weights do not tell the sizes: {error}"
-            fail(BAD_CONFIG, message, span, cure=_AGAIN)
+            if not (place.is_file() and file.exists()):
+                missing = f"{place} comes without a config.json" if place.is_file() else f"{file} is missing"
+                message = f"{missing}, and the shapes of the weights do not tell the sizes: {error}"
+                fail(BAD_CONFIG, message, span, cure=_AGAIN)
+        else:
+            if place.is_file() and file.exists():
+                _same_sizes(place, inferred, file, span)
+            return inferred
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -261,25 +383,16 @@ def _config(part: Path, header: Mapping[str, Any], span: Span | None) -> Mapping
     return data
 
 
-def is_original_layout(header: Mapping[str, Any]) -> bool:
-    """Whether q, k and v are one tensor, as the model's authors store them."""
-    return any(".attention.qkv." in name for name in header)
-
-
-def infer_transformer(header: Mapping[str, Any]) -> TransformerSpec:
-    """The sizes that the shapes of a transformer's dense or FP8 tensors tell.
-
-    Raises:
-        LookupError, ValueError: when a tensor that is needed is not there, or of an impossible shape.
-    """
-    shapes = {re.sub(r"^(?:model\.)?diffusion_model\.", "", n): t["shape"] for n, t in header.items()}
-    blocks = {int(match[1]) for n in shapes if (match := re.match(r"layers\.(\d+)\.", n))}
-    hidden, channels = shapes["input_proj.weight"]
-    (head,) = shapes["layers.0.attention.norm_q.weight"]
-    intermediate, _ = shapes["layers.0.feed_forward.w1.weight"]
-    _, adaln = shapes["layers.0.adaln_modulation.weight"]
-    _, features = shapes["llm_cond_proj.weight"]
-    return TransformerSpec(channels, len(blocks), head, hidden // head, intermediate, adaln, features)
+def _same_sizes(place: Path, inferred: Mapping[str, Any], file: Path, span: Span | None) -> None:
+    """A single file and the config.json among its parts must be of one model."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        other = [k for k, v in inferred.items() if k in config and config[k] != v]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        fail(BAD_CONFIG, f"{file} cannot be read: {error}", span, cure=_AGAIN)
+    if other:
+        message = f"{place} has {other[0]} = {inferred[other[0]]}, and {file} says {config[other[0]]}"
+        fail(WRONG_WEIGHTS, message, span, cure="give model.parts of the same model as the file")
 
 
 def read_safetensors_header(file: Path) -> dict[str, Any]:
@@ -310,18 +423,18 @@ def safetensors_header(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return tensors, metadata
 
 
-_DTYPES = {"F32": "float32", "BF16": "bf16", "F16": "float16", "F8_E4M3": "fp8", "I8": "int8"}
-_DENSE = ("float32", "bf16", "float16")
-_READABLE = (*_DENSE, "fp8", "nf4")
-_NF4_MARK = ".weight.quant_state.bitsandbytes__nf4"
+def part_headers(place: Path, span: Span | None = None) -> dict[str, Any]:
+    """Type, shape and place of every tensor of a part, from the headers of its files.
 
-
-def _headers(part: Path, span: Span | None) -> dict[str, Any]:
-    """Type, shape and place of every tensor of a part, from the headers of its files."""
+    Raises:
+        IdeoflowError: when there are none, or one is cut or no safetensors.
+    """
     tensors: dict[str, Any] = {}
-    file = part
+    file = place
     try:
-        for file in weight_files(part):
+        for file in weight_files(place):
+            if unread := unread_file(file):
+                fail(UNSUPPORTED_FORM, f"{file} is {unread[0]}", span, cure=unread[1])
             tensors |= read_safetensors_header(file)
     except FileNotFoundError:
         fail(BAD_CONFIG, f"{file} is missing", span, cure=_AGAIN)
@@ -330,68 +443,30 @@ def _headers(part: Path, span: Span | None) -> dict[str, Any]:
     if not tensors:
         fail(
             UNSUPPORTED_FORM,
-            f"{part} holds no .safetensors file",
+            f"{place} holds no .safetensors file",
             span,
             cure="ideoflow reads safetensors only; it never unpickles a .bin or .pt",
         )
     return tensors
 
 
-def _storage(part: Path, header: Mapping[str, Any], span: Span | None) -> str:
+def _storage(part: str, place: Path, header: Mapping[str, Any], span: Span | None) -> str:
     """The form that most of a part's bytes have.
 
     Raises:
         IdeoflowError: when it cannot be read, or scales do not belong to their weights.
     """
-    sizes: dict[str, int] = {}
     try:
-        for tensor in header.values():
-            begin, end = tensor["data_offsets"]
-            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
-        odd = [name for name in header if name.endswith(".weight_scale") and not _is_scale(name, header)]
+        form, odd, untyped = form_of(header), odd_scale(header), no_number(header)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        fail(BAD_CONFIG, f"a weight file in {part} cannot be used: {error}", span, cure=_AGAIN)
-    main = max(sizes, key=lambda k: sizes[k])
-    form = _DTYPES.get(main, main)
-    if main == "U8" and any(name.endswith(_NF4_MARK) for name in header):
-        form = "nf4"
-    if form not in (_READABLE if _is_transformer(part) else _DENSE):
-        what = "the transformer in " if _is_transformer(part) else ""
-        fail(UNSUPPORTED_FORM, f"{what}{part} is stored as {form}", span, cure=_cure(part))
+        fail(BAD_CONFIG, f"a weight file in {place} cannot be used: {error}", span, cure=_AGAIN)
+    if form not in (READABLE if part.endswith("transformer") else DENSE):
+        what = "the transformer in " if part.endswith("transformer") else ""
+        fail(UNSUPPORTED_FORM, f"{what}{place} is stored as {form}", span, cure=_cure(part, form))
     if odd:
-        message = (
-            f"{part}: {odd[0]} has the shape {header[odd[0]]['shape']}, which is no scale a row or a tensor"
-        )
-        fail(UNSUPPORTED_FORM, message, span, cure=_cure(part))
+        message = f"{place}: {odd} has the shape {header[odd]['shape']}, which is no scale a row or a tensor"
+        fail(UNSUPPORTED_FORM, message, span, cure=_cure(part, form))
+    if untyped:
+        message = f"{place}: {untyped} is stored as {header[untyped]['dtype']}, which is no floating point"
+        fail(WRONG_WEIGHTS, message, span, cure=_AGAIN)
     return form
-
-
-def _is_scale(name: str, header: Mapping[str, Any]) -> bool:
-    """Whether a scale's shape is [], [1], [out] or [out, 1] of the weight that it stands beside."""
-    shape, weight = header[name]["shape"], header.get(name.removesuffix("_scale"), {}).get("shape")
-    return prod(shape) == 1 or (bool(weight) and prod(shape) == shape[0] == weight[0])
-
-
-def _sampled_digest(folder: Path) -> str:
-    """SHA-256 over names, sizes and evenly spaced samples of every file.
-
-    Hashing 40 GB takes a minute; two checkpoints that differ do so in their headers, sizes or, after further
-    training, everywhere, so 16 samples of 64 KiB a file tell them apart.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
-        for sample in _samples(file):
-            digest.update(sample)
-    return digest.hexdigest()
-
-
-def _samples(file: Path) -> Iterator[bytes]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        for i in range(_SAMPLES):
-            start = i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1)
-            stream.seek(start)
-            yield stream.read(_SAMPLE_BYTES)
-            if size <= _SAMPLE_BYTES:
-                return

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.model import NO_ACCESS, NO_DOWNLOAD, NOT_A_BASE
-from ideoflow.model.base import NANO, BaseFacts, read_base
+from ideoflow.model.base import NANO, PARTS, BaseFacts, read_base
+
+_EVERYTHING = ["*.json", "*.safetensors", "tokenizer/*"]
+# Beside a single file: the transformers' configurations, but not their gigabytes.
+_PARTS_ONLY = ["*.json", *(f"{part}/*" for part in PARTS), "scheduler/*"]
 
 
 def fetch_base(
@@ -25,32 +29,42 @@ def fetch_base(
     """
     if facts.present:
         return facts
-    if facts.name == NANO:
+    source = facts.parts or facts.name
+    if source == NANO:
         from ideoflow.model.nano import ensure_nano
 
         assert facts.folder is not None
-        ensure_nano(facts.folder, say)
-        return replace(facts, present=True)
-    say(f"downloading {facts.name}")
-    return read_base(facts.name, _download(facts.name, revision, span), span)
+        folder = ensure_nano(facts.folder, say)
+        if facts.parts is None:
+            return replace(facts, present=True)
+    elif facts.parts is None:
+        say(f"downloading {source}")
+        folder = _download(source, _EVERYTHING, revision, span)
+    else:
+        say(f"downloading {', '.join(PARTS)} of {source}")
+        folder = _download(source, _PARTS_ONLY, revision, span)
+    return read_base(facts.name, folder, span, files=facts.files, parts=facts.parts)
 
 
-def _download(name: str, revision: str | None, span: Span | None) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(name: str, patterns: list[str], revision: str | None, span: Span | None) -> Path:
+    from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     page = f"https://huggingface.co/{name}"
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer/*"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
-        cure = f"accept the licence on {page}, then `hf auth login` (or set HF_TOKEN)"
+        if get_token() is None:
+            cure = f"`hf auth login` (or set HF_TOKEN), and accept the licence on {page} with that account"
+            fail(NO_ACCESS, f"{name} is gated, and there is no token to show", span, cure=cure)
+        cure = f"accept the licence on {page} with the account of your token (`hf auth whoami` names it)"
         fail(NO_ACCESS, f"{name} is gated, and your token may not read it", span, cure=cure)
     except RevisionNotFoundError:
         fail(NO_DOWNLOAD, f"{name} has no revision '{revision}'", span, cure=f"see {page}/commits")
@@ -59,6 +73,9 @@ def _download(name: str, revision: str | None, span: Span | None) -> Path:
         fail(NOT_A_BASE, f"the hub has no model '{name}' that you can see", span, cure=cure)
     except HFValidationError as error:
         fail(NOT_A_BASE, f"'{name}' is not a hub id: {error}", span, cure="write it as 'owner/name'")
+    except OfflineModeIsEnabled:
+        cure = "unset HF_HUB_OFFLINE where there is a connection, or give a local folder as model.base"
+        fail(NO_DOWNLOAD, f"{name} is not on this disk, and HF_HUB_OFFLINE is set", span, cure=cure)
     except LocalEntryNotFoundError:
         cure = "check the connection and try again (it resumes), or give a local folder as model.base"
         fail(NO_DOWNLOAD, f"{name} is not on this disk and the hub cannot be reached", span, cure=cure)

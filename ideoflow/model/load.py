@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, WRONG_WEIGHTS
 from ideoflow.kernels.float8 import Float8Linear, quantize_weight
-from ideoflow.model.base import infer_transformer, read_safetensors_header, weight_files
+from ideoflow.model.base import read_safetensors_header, weight_files
 from ideoflow.model.checkpoint import Checkpoint
+from ideoflow.model.forms import infer_transformer
 from ideoflow.model.quiet import disable_progress_bars
 
 # Type of everything that is not quantised, and of the arithmetic.
@@ -55,11 +56,13 @@ def complete(part: Path, missing: Iterable[str], extra: Iterable[str], mismatche
 
 
 def load_transformer(
-    folder: Path, part: str = "transformer", *, precision: str, device: torch.device
+    folder: Path, part: str = "transformer", *, precision: str, device: torch.device, file: Path | None = None
 ) -> Ideogram4Transformer2DModel:
     """The frozen transformer, ready for *projected* text features.
 
     Args:
+        folder: a base in diffusers' layout, and ``part`` a folder in it.
+        file: a single file that holds the weights instead; a config.json in ``folder`` still counts.
         precision: ``bf16`` or ``float32`` throughout; or ``fp8``, the Linears of the blocks as e4m3 with a
             scale a row (kept exactly where they are stored so) and all else in bf16.
 
@@ -69,8 +72,9 @@ def load_transformer(
     computed in float32 and cast before the first Linear (diffusers casts to the time's type, which raises
     for float32 times with bf16 weights, and loses precision for bf16 times).
     """
-    with told(folder / part):
-        config = _transformer_config(folder / part)
+    place = file or folder / part
+    with told(place):
+        config = _transformer_config(folder, part, place)
         # The rotary frequencies are a buffer that no file holds: they must be computed, not left empty.
         with init_empty_weights(include_buffers=False):
             model = Ideogram4Transformer2DModel.from_config(config)
@@ -79,19 +83,20 @@ def load_transformer(
             if precision == "fp8":
                 for block in model.layers:
                     _make_float8(block)
-        checkpoint = Checkpoint(folder / part)
-        _check_names(folder / part, model, checkpoint)
-        _fill(folder / part, model, checkpoint, PRECISIONS[precision], device)
+        checkpoint = Checkpoint(place)
+        _check_names(place, model, checkpoint)
+        _fill(place, model, checkpoint, PRECISIONS[precision], device)
     model.t_embedding.mlp_in.register_forward_pre_hook(_cast_to_weight)
     return model.requires_grad_(False).eval().to(device)
 
 
-def _transformer_config(part: Path) -> Any:
-    """What ``config.json`` says; checkpoints in the original layout may come without one."""
-    if (part / "config.json").exists():
-        return Ideogram4Transformer2DModel.load_config(part)
+def _transformer_config(folder: Path, part: str, place: Path) -> Any:
+    """What ``config.json`` says; the original layout and single files may come without one."""
+    for name in (part, "transformer") if place.is_file() else (part,):
+        if (folder / name / "config.json").exists():
+            return Ideogram4Transformer2DModel.load_config(folder / name)
     return asdict(
-        infer_transformer({k: v for f in weight_files(part) for k, v in read_safetensors_header(f).items()})
+        infer_transformer({k: v for f in weight_files(place) for k, v in read_safetensors_header(f).items()})
     )
 
 

@@ -57,6 +57,30 @@ class TransformerSpec:
         block = self.block_linears()
         return {f"layers.{i}.{name}": size for i in range(self.num_layers) for name, size in block.items()}
 
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by diffusers' name."""
+        h, a, c, f = self.hidden, self.adaln_dim, self.in_channels, self.llm_features_dim
+        linears = {
+            "input_proj": (h, c),
+            "llm_cond_proj": (h, f),
+            "t_embedding.mlp_in": (h, h),
+            "t_embedding.mlp_out": (h, h),
+            "adaln_proj": (a, h),
+            "final_layer.linear": (c, h),
+            "final_layer.adaln_modulation": (h, a),
+        }
+        biased = linears | {n: s for n, s in self.linears().items() if n.endswith("adaln_modulation")}
+        norms = {"attention.norm_q": self.attention_head_dim, "attention.norm_k": self.attention_head_dim}
+        norms |= dict.fromkeys(("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"), h)
+        shapes: dict[str, tuple[int, ...]] = {f"{n}.weight": s for n, s in (linears | self.linears()).items()}
+        shapes |= {f"{name}.bias": (size[0],) for name, size in biased.items()}
+        shapes |= {
+            f"layers.{i}.{name}.weight": (size,)
+            for i in range(self.num_layers)
+            for name, size in norms.items()
+        }
+        return shapes | {"llm_cond_norm.weight": (f,), "embed_image_indicator.weight": (2, h)}
+
     def text_projection_parameters(self) -> int:
         """``llm_cond_norm`` and ``llm_cond_proj``: not needed once their result is cached."""
         return self.llm_features_dim + (self.llm_features_dim + 1) * self.hidden

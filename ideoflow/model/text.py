@@ -64,12 +64,14 @@ class TextEncoder:
         dtype: of the decoder's arithmetic and of the result.
         device: where the arithmetic is done, and where the results are.
         max_tokens: longer captions are refused.
+        transformer: a single file that takes the place of the base's transformer.
 
     Raises:
         IdeoflowError: when files are missing or damaged.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_tokens: int,
+                 transformer: Path | None = None) -> None:  # fmt: skip
         self.part, self.dtype, self.device, self.max_tokens = (
             folder / "text_encoder",
             dtype,
@@ -86,7 +88,7 @@ class TextEncoder:
         self.shapes = {name: p.shape for name, p in self.decoder.named_parameters()}
         self.prefix = self._find_prefix()
         norm, weight, bias = read_tensors(
-            folder / "transformer", _PROJECTION, dtype=torch.float32, device=device
+            transformer or folder / "transformer", _PROJECTION, dtype=torch.float32, device=device
         ).values()
         taps = len(TAPPED_LAYERS)
         # The layer index varies fastest in a feature vector: column h * 13 + k is unit h after the k-th tap.

@@ -40,7 +40,12 @@ class ModelSettings:
 
     base: str = setting(
         doc="What to train on: 'nano' (a tiny complete model, made on first use), a local folder in "
-        "diffusers' layout, or a Hugging Face hub id."
+        "diffusers' layout, a single .safetensors file with the transformer, or a Hugging Face hub id."
+    )
+    parts: str | None = setting(
+        None,
+        doc="Where text encoder, tokenizer and autoencoder are when base is a single file: a folder or a hub "
+        "id. Default: the file's own folder.",
     )
     revision: str | None = setting(None, doc="Commit, tag or branch of a hub id; pin it for exact re-runs.")
 

@@ -1,12 +1,15 @@
-"""One nano base for all tests here, and copies of it that may be damaged."""
+"""One nano base for all tests here, copies of it that may be damaged, and ``checkpoint_forms`` to import."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from ideoflow.model.base import locate_base
 from ideoflow.model.hub import fetch_base
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

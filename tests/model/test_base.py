@@ -157,12 +157,6 @@ def test_names_that_are_no_base(name, tmp_path):
     assert diagnostic.code in (codes.NOT_A_BASE, codes.UNSUPPORTED_FORM) and diagnostic.span is SPAN
 
 
-def test_a_single_file(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    diagnostic = located(tmp_path / "model.safetensors")
-    assert diagnostic.code is codes.UNSUPPORTED_FORM and "single file" in diagnostic.message
-
-
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "tokenizer", "vae", "model_index.json"])
 def test_a_missing_part_is_named(copy, part):
     shutil.rmtree(copy / part) if (copy / part).is_dir() else (copy / part).unlink()

@@ -55,6 +55,7 @@ def test_every_key_is_documented(key, spec, annotation):
 VALUES = {
     "model.base": ("'owner/name'", "3"),
     "model.revision": ("'main'", "1.0"),
+    "model.parts": ("'owner/name'", "1"),
     "data.images": ("''", "[]"),
     "data.caption": ("'filename'", "'none'"),
     "data.instance_prompt": ("'a'\ndata.caption = 'instance'", "['a']"),

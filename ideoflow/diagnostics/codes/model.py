@@ -14,11 +14,16 @@ UNSUPPORTED_FORM = define(
     "IM002",
     "form of checkpoint not supported",
     """
-    The files are not in a form that can be trained on yet. Supported: a folder in diffusers' layout
+    The files are not in a form that can be trained on. Supported: a folder in diffusers' layout
     (`model_index.json`, `transformer/`, `text_encoder/`, `tokenizer/`, `vae/`) whose weights are safetensors
-    in bf16, float16 or float32. The transformers may also be FP8 (e4m3 with a scale a row or a tensor) or
-    bitsandbytes' NF4, with q, k and v apart or fused. INT8, GGUF, SDNQ and NVFP4 are not read. Pickled files
-    (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs whatever code the file holds.
+    in bf16, float16 or float32; its transformers may also be FP8 (e4m3 with a scale a row or a tensor) or
+    bitsandbytes' NF4, with q, k and v apart or fused. A transformer may also be a single `.safetensors` file
+    in one of these forms, as ComfyUI has them.
+
+    GGUF, SDNQ, NVFP4 and third parties' INT8 are not read: they are made for inference, in layouts of their
+    own. Take the official release in FP8 or NF4; `memory.precision` holds any base in int8, if that is what
+    you want. Pickled files (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs whatever code the file
+    holds. `ideoflow model inspect PATH` tells the form of a file or folder.
     """,
 )
 BAD_CONFIG = define(
@@ -62,5 +67,31 @@ TOO_LONG = define(
     """
     The text encoder takes 2048 tokens with the chat template. A longer caption is never cut, because half a
     JSON caption is no caption. Shorten descriptions, or leave out the least important elements.
+    """,
+)
+NO_PARTS = define(
+    "IM008",
+    "the parts beside a single file",
+    """
+    A single file, such as ComfyUI's `ideogram4_fp8_scaled.safetensors`, holds the transformer alone. Training
+    also needs the text encoder, the tokenizer and the autoencoder: say where they are with
+
+    ```toml
+    [model]
+    base = "ideogram4_fp8_scaled.safetensors"
+    parts = "ideogram-ai/ideogram-4-fp8"     # or a folder in diffusers' layout
+    ```
+
+    or put the folders `text_encoder`, `tokenizer` and `vae` beside the file. From the hub only those parts
+    are downloaded, not the transformers. A second transformer, for true guidance, is found beside the file
+    under its published name, `ideogram4_unconditional_fp8_scaled.safetensors`.
+    """,
+)
+NO_REVISION = define(
+    "IM009",
+    "a revision of something that is not on the hub",
+    """
+    `model.revision` is a commit, tag or branch of a repository on the Hugging Face hub. Folders and files
+    have none; the plan tells them apart by their digests.
     """,
 )
