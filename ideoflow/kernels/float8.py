@@ -1,4 +1,4 @@
-"""A frozen linear layer with an e4m3 weight and a float32 scale a row, as the FP8 checkpoints store it.
+"""Frozen linear layers with 8-bit weights and a float32 scale a row: e4m3, as FP8 checkpoints have it; int8.
 
 The module keeps names and files (``weight``, ``weight_scale``) and runs anywhere by dequantising; the fused
 engine reads its two tensors and never calls it.
@@ -6,7 +6,7 @@ engine reads its two tensors and never calls it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +40,21 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
-class Float8Linear(nn.Linear):
-    """A frozen ``nn.Linear`` [K -> N] stored as e4m3 values [N, K] and float32 row scales [N].
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] as integers from -127 to 127 and row scales [N]; a row of zeros gets the scale 1."""
+    scale = weight.float().abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+class ScaledLinear(nn.Linear):
+    """A frozen ``nn.Linear`` [K -> N] stored as 8-bit values [N, K] and float32 row scales [N].
 
     It is a subclass so that PEFT adapts it like any linear layer. ``weight`` needs no gradient; the bias, if
-    there is one, keeps its own type.
+    there is one, keeps its own type. Subclasses say how a number is stored and how it is rounded.
     """
 
+    storage: torch.dtype
     weight_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False,
@@ -54,7 +62,7 @@ class Float8Linear(nn.Linear):
                  dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, dtype=FP8, device=device), requires_grad=False
+            torch.empty(out_features, in_features, dtype=self.storage, device=device), requires_grad=False
         )
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         if bias:
@@ -62,12 +70,17 @@ class Float8Linear(nn.Linear):
                 torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
             )
 
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight [N, K] as values and row scales [N]; each row for itself."""
+        raise TypeError("a subclass says how numbers are rounded")
+
     @classmethod
-    def of(cls, linear: nn.Linear) -> Float8Linear:
-        """A dense layer, quantised row by row (relative error of a weight at most 2^-4)."""
+    def of(cls, linear: nn.Linear) -> Self:
+        """A dense layer, quantised row by row."""
         result = cls(linear.in_features, linear.out_features, linear.bias is not None,
                      linear.weight.device, linear.weight.dtype)  # fmt: skip
-        values, scale = quantize_weight(linear.weight.detach())
+        values, scale = cls.quantize(linear.weight.detach())
         result.weight.data, result.weight_scale = values, scale
         if linear.bias is not None:
             result.bias.data = linear.bias.detach()
@@ -76,6 +89,25 @@ class Float8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = _DequantisedLinear.apply(x, self.weight, self.weight_scale, self.bias)
         return result
+
+
+class Float8Linear(ScaledLinear):
+    """Stored as e4m3: the relative error of a weight is at most 2^-4."""
+
+    storage = FP8
+    quantize = staticmethod(quantize_weight)
+
+
+class Int8Linear(ScaledLinear):
+    """Stored as int8: the error of a weight is at most 2^-8 of the largest in its row.
+
+    For normally distributed rows that is a third of e4m3's error at the same size; there are no products in
+    it, so weights are dequantised for each. torchao's weight-only int8 tensors were rejected: PEFT wraps them
+    in a layer of its own, they cannot be filled row by row, and the fused engine would have to unwrap them.
+    """
+
+    storage = torch.int8
+    quantize = staticmethod(quantize_int8)
 
 
 def quantize_blocks(transformer: nn.Module) -> int:

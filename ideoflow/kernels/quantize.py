@@ -118,7 +118,7 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | 
     rows, width = weight.shape
     if out is None:
         out = torch.empty(rows, width, dtype=dtype, device=weight.device)
-    if _reads_e4m3(weight.device):
+    if weight.dtype != FP8 or _reads_e4m3(weight.device):
         _dequantize[(rows,)](weight, scale, out, width, 2048, num_warps=4)
     else:
         _dequantize_bits[(rows,)](weight.view(torch.uint8), scale, out, width, 2048, num_warps=4)

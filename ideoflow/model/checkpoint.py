@@ -15,8 +15,9 @@ fused one, straight to the device. Nothing is ever unpickled.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ _SIDE = re.compile(
     r"|\.quant_state\.bitsandbytes__\w+)"
 )
 FP8 = torch.float8_e4m3fn
+# Numbers that are converted at once.
+_PIECE = 1 << 23
 
 
 # A tensor in a file.
@@ -45,8 +48,14 @@ class _Source:
 
     place: _Place
     third: int | None
-    rows: int
+    shape: tuple[int, ...]
+    dtype: str
     sides: dict[str, _Place]
+
+    @property
+    def rows_here(self) -> int:
+        """Rows of this tensor: a third of those in the file where it is a part of a fused one."""
+        return self.shape[0] // (1 if self.third is None else 3)
 
 
 class Checkpoint:
@@ -61,22 +70,21 @@ class Checkpoint:
 
     def __init__(self, part: Path) -> None:
         files = [part] if part.is_file() else weight_files(part)
-        shapes: dict[_Place, list[int]] = {}
+        found: dict[_Place, tuple[tuple[int, ...], str]] = {}
         sides: dict[str, dict[str, _Place]] = {}  # a scale may be in another shard than its weight
         for file in files:
             for key, facts in read_safetensors_header(file).items():
                 if match := _SIDE.fullmatch(key):
                     sides.setdefault(match["weight"], {})[match["side"]] = (file, key)
-                elif not key.endswith(".comfy_quant"):
-                    shapes[file, key] = facts["shape"]
+                elif not key.endswith((".comfy_quant", ".input_scale")):
+                    found[file, key] = tuple(facts["shape"]), facts["dtype"]
         self.sources: dict[str, _Source] = {}
-        for place, shape in shapes.items():
+        for place, (shape, dtype) in found.items():
             key = place[1]
-            rows = shape[0] if shape else 1
             name = _PREFIX.sub("", key).replace("attention.o.", "attention.to_out.0.")
             fused = ".attention.qkv." in name
             for third, leaf in enumerate(_FUSED) if fused else [(None, "")]:
-                source = _Source(place, third, rows, sides.get(key, {}))
+                source = _Source(place, third, shape, dtype, sides.get(key, {}))
                 self.sources[name.replace("qkv", leaf) if fused else name] = source
 
     def __contains__(self, name: str) -> bool:
@@ -86,30 +94,74 @@ class Checkpoint:
         """Every tensor's name in diffusers' model."""
         return self.sources.keys()
 
+    def place(self, name: str) -> str:
+        """File and name of a tensor as stored, for messages."""
+        file, key = self.sources[name].place
+        return f"{file}: {key}"
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The tensor's shape; None for 4-bit codes, which are flat in the file."""
+        source = self.sources[name]
+        if ".absmax" in source.sides:
+            return None
+        return (source.rows_here, *source.shape[1:]) if source.shape else ()
+
     def dense(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor's values in ``dtype``: scales multiplied in, 4-bit codes looked up."""
         source = self.sources[name]
         if ".absmax" in source.sides:
             return _third(self._four_bit(source, device), source).to(dtype)
-        values = self._read(source, device)
-        if values.dtype != FP8:
-            return values.to(dtype)
-        return (values.float() * self._scale(source, values.shape[0], device)[:, None]).to(dtype)
+        if len(source.shape) < 2:
+            return _tensor(source.place, device).to(dtype)
+        out = torch.empty(source.rows_here, *source.shape[1:], dtype=dtype, device=device)
+        for rows, piece in self.pieces(name, dtype, device):
+            out[rows] = piece
+        return out
+
+    def pieces(self, name: str, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """The same by runs of rows, so that no second copy of a large tensor ever exists: (rows, values)."""
+        source = self.sources[name]
+        if ".absmax" in source.sides:
+            whole = _third(self._four_bit(source, device), source).to(dtype)
+            yield slice(0, len(whole)), whole
+            return
+        scale: Tensor | None = None
+        count = max(1, _PIECE // max(1, prod(source.shape[1:])))
+        for rows, stored in self._stored(source, count, device):
+            if stored.dtype == FP8:
+                if scale is None:
+                    scale = self._scale(source, source.rows_here, device)
+                yield rows, (stored.float() * scale[rows, None]).to(dtype)
+            else:
+                yield rows, stored.to(dtype)
 
     def float8(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """(e4m3 values [out, in], float32 scales [out]) exactly as stored, or ``None`` for another form."""
         source = self.sources[name]
-        values = self._read(source, device)
-        return (values, self._scale(source, values.shape[0], device)) if values.dtype == FP8 else None
+        if source.dtype != "F8_E4M3" or len(source.shape) != 2:
+            return None
+        values = torch.empty(source.rows_here, source.shape[1], dtype=FP8, device=device)
+        for rows, stored in self._stored(source, source.rows_here, device):
+            values[rows] = stored
+        return values, self._scale(source, source.rows_here, device)
 
-    def _read(self, source: _Source, device: torch.device) -> Tensor:
-        if source.third is None:
-            return _tensor(source.place, device)
+    def four_bit(self, name: str, device: torch.device) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """(packed codes, what bitsandbytes keeps beside them) exactly as stored, or ``None``."""
+        source = self.sources[name]
+        if ".absmax" not in source.sides or source.third is not None:
+            return None
+        sides = {side.removeprefix("."): _tensor(place, device) for side, place in source.sides.items()}
+        return _tensor(source.place, device), sides
+
+    def _stored(self, source: _Source, count: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """The stored numbers by ``count`` rows; the file is mapped meanwhile only, for mapped pages count."""
         file, key = source.place
-        rows = source.rows // 3
+        start = (source.third or 0) * source.rows_here
         with safe_open(file, framework="pt", device=str(device)) as tensors:
-            part: Tensor = tensors.get_slice(key)[source.third * rows : (source.third + 1) * rows]
-            return part
+            whole = tensors.get_slice(key)
+            for first in range(0, source.rows_here, count):
+                last = min(first + count, source.rows_here)
+                yield slice(first, last), whole[start + first : start + last]
 
     def _scale(self, source: _Source, rows: int, device: torch.device) -> Tensor:
         """Scales as [rows]; e4m3 without any is taken as it is."""

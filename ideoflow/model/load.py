@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, WRONG_WEIGHTS
-from ideoflow.kernels.float8 import Float8Linear, quantize_weight
+from ideoflow.kernels.float8 import Float8Linear, Int8Linear, ScaledLinear
 from ideoflow.model.base import read_safetensors_header, weight_files
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.forms import infer_transformer
 from ideoflow.model.quiet import disable_progress_bars
 
 # Type of everything that is not quantised, and of the arithmetic.
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, **dict.fromkeys(("bf16", "fp8", "int8", "nf4"), torch.bfloat16)}
 
 T = TypeVar("T")
 
@@ -56,21 +56,32 @@ def complete(part: Path, missing: Iterable[str], extra: Iterable[str], mismatche
 
 
 def load_transformer(
-    folder: Path, part: str = "transformer", *, precision: str, device: torch.device, file: Path | None = None
+    folder: Path,
+    part: str = "transformer",
+    *,
+    precision: str,
+    device: torch.device,
+    file: Path | None = None,
+    quantize_on: torch.device | None = None,
+    streamed: bool = False,
 ) -> Ideogram4Transformer2DModel:
     """The frozen transformer, ready for *projected* text features.
 
     Args:
         folder: a base in diffusers' layout, and ``part`` a folder in it.
         file: a single file that holds the weights instead; a config.json in ``folder`` still counts.
-        precision: ``bf16`` or ``float32`` throughout; or ``fp8``, the Linears of the blocks as e4m3 with a
-            scale a row (kept exactly where they are stored so) and all else in bf16.
+        precision: ``bf16`` or ``float32`` throughout; or ``fp8`` (e4m3 with a scale a row), ``int8`` (with a
+            scale a row) or ``nf4`` (bitsandbytes, double quantisation) for the Linears of the blocks and bf16
+            for all else. What is stored in the form asked for is kept exactly.
+        quantize_on: where weights are rounded that are stored otherwise; by default on ``device``.
+        streamed: leave the large weights of the blocks in host memory, for
+            :class:`ideoflow.engine.offload.WeightStream`.
 
-    Each tensor goes straight from its file to its final form on ``device``, so host and device never hold
-    much more than the final size. ``llm_cond_norm`` and ``llm_cond_proj`` become identities, since what they
-    compute is cached; and the time embedding takes float32 times with weights of any type: the sinusoid is
-    computed in float32 and cast before the first Linear (diffusers casts to the time's type, which raises
-    for float32 times with bf16 weights, and loses precision for bf16 times).
+    Each tensor goes straight from its file to its final form on ``device``, large ones by pieces, so host and
+    device never hold much more than the final size. ``llm_cond_norm`` and ``llm_cond_proj`` become
+    identities, since what they compute is cached; and the time embedding takes float32 times with weights of
+    any type: the sinusoid is computed in float32 and cast before the first Linear (diffusers casts to the
+    time's type, which raises for float32 times with bf16 weights, and loses precision for bf16 times).
     """
     place = file or folder / part
     with told(place):
@@ -80,14 +91,27 @@ def load_transformer(
             model = Ideogram4Transformer2DModel.from_config(config)
             model.llm_cond_norm = nn.Identity()
             model.llm_cond_proj = nn.Identity()
-            if precision == "fp8":
-                for block in model.layers:
-                    _make_float8(block)
         checkpoint = Checkpoint(place)
         _check_names(place, model, checkpoint)
-        _fill(place, model, checkpoint, PRECISIONS[precision], device)
+        host = torch.device("cpu")
+        filler = _Filler(checkpoint, precision, quantize_on or device)
+        for name, module in list(model.named_modules()):
+            filler.fill(name, module, host if streamed and is_streamed(name) else device)
+            if name.startswith("layers.") and type(module) is nn.Linear and precision in _QUANTISED:
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, filler.quantised(name, module, device, streamed))
     model.t_embedding.mlp_in.register_forward_pre_hook(_cast_to_weight)
-    return model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    model.rotary_emb.to(device)
+    return model
+
+
+def is_streamed(name: str) -> bool:
+    """Whether a module's weight is one of the large ones of a block, which may wait in host memory.
+
+    The modulations of all blocks are computed before the first block, so they stay.
+    """
+    return name.startswith("layers.") and name.split(".")[2] in ("attention", "feed_forward")
 
 
 def _transformer_config(folder: Path, part: str, place: Path) -> Any:
@@ -100,38 +124,77 @@ def _transformer_config(folder: Path, part: str, place: Path) -> Any:
     )
 
 
-def _make_float8(block: nn.Module) -> None:
-    for parent in list(block.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                bias = child.bias is not None
-                setattr(
-                    parent, name, Float8Linear(child.in_features, child.out_features, bias, device="meta")
-                )
-
-
 def _check_names(part: Path, model: nn.Module, checkpoint: Checkpoint) -> None:
     wanted = dict(model.named_parameters())
     extra = [n for n in checkpoint.names() if n not in wanted and not n.startswith("llm_cond_")]
     complete(part, wanted.keys() - set(checkpoint.names()), extra, ())
 
 
-@torch.no_grad()
-def _fill(
-    part: Path, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> None:
-    for name, empty in list(model.named_parameters()):
-        parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
-        if isinstance(module, Float8Linear) and leaf == "weight":
-            stored = checkpoint.float8(name, device)
-            value, scale = stored or quantize_weight(checkpoint.dense(name, torch.float32, device))
-            module.weight_scale = scale
+_QUANTISED: dict[str, type[ScaledLinear] | None] = {"fp8": Float8Linear, "int8": Int8Linear, "nf4": None}
+
+
+class _Filler:
+    """Puts a checkpoint's tensors into modules that were made without memory."""
+
+    def __init__(self, checkpoint: Checkpoint, precision: str, quantize_on: torch.device) -> None:
+        self.checkpoint, self.precision, self.quantize_on = checkpoint, precision, quantize_on
+        self.dtype = PRECISIONS[precision]
+
+    @torch.no_grad()
+    def fill(self, name: str, module: nn.Module, device: torch.device) -> None:
+        """The module's own parameters, dense; all but the weights that will be quantised."""
+        quantised = name.startswith("layers.") and type(module) is nn.Linear and self.precision in _QUANTISED
+        for leaf, empty in list(module.named_parameters(recurse=False)):
+            if not (quantised and leaf == "weight"):
+                self._check(f"{name}.{leaf}", self.checkpoint.shape(f"{name}.{leaf}"), empty.shape)
+                value = self.checkpoint.dense(f"{name}.{leaf}", self.dtype, device)
+                self._check(f"{name}.{leaf}", value.shape, empty.shape)
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    @torch.no_grad()
+    def quantised(self, name: str, empty: nn.Linear, device: torch.device, streamed: bool) -> nn.Linear:
+        """A Linear with its weight in the form asked for, whatever it is stored in."""
+        weight, into = f"{name}.weight", device
+        if streamed and is_streamed(name):
+            into = torch.device("cpu")
+        self._check(weight, self.checkpoint.shape(weight), empty.weight.shape)
+        cls = _QUANTISED[self.precision]
+        if cls is None:
+            return self._four_bit(name, empty, into)
+        stored = self.checkpoint.float8(weight, into) if cls is Float8Linear else None
+        values, scale = stored or self._rows(cls, weight, empty, into)
+        layer = cls(empty.in_features, empty.out_features, empty.bias is not None, "meta", self.dtype)
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        layer.weight_scale = scale.to(device)
+        layer.bias = empty.bias
+        return layer
+
+    def _rows(
+        self, cls: type[ScaledLinear], weight: str, empty: nn.Linear, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        values = torch.empty(empty.weight.shape, dtype=cls.storage, device=device)
+        scale = torch.empty(empty.out_features, dtype=torch.float32, device=device)
+        for rows, piece in self.checkpoint.pieces(weight, torch.float32, self.quantize_on):
+            self._check(weight, (len(values), *piece.shape[1:]), values.shape)
+            values[rows], scale[rows] = (part.to(device) for part in cls.quantize(piece))
+        return values, scale
+
+    def _four_bit(self, name: str, empty: nn.Linear, device: torch.device) -> nn.Linear:
+        from ideoflow.model.four_bit import linear_4bit, packed_pieces, stored_state
+
+        weight = f"{name}.weight"
+        if stored := self.checkpoint.four_bit(weight, device):
+            packed, state = stored[0], stored_state(stored[1], self.dtype, device)
         else:
-            value = checkpoint.dense(name, dtype, device)
-        if value.shape != empty.shape:
-            complete(part, (), (), [f"{name} ({list(value.shape)}, not {list(empty.shape)})"])
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            pieces = self.checkpoint.pieces(weight, self.dtype, self.quantize_on)
+            packed, state = packed_pieces(pieces, empty.weight.shape, device)
+        self._check(weight, state.shape, empty.weight.shape)
+        return linear_4bit(empty, packed, state)
+
+    def _check(self, name: str, found: Sequence[int] | None, wanted: torch.Size) -> None:
+        if found is not None and tuple(found) != tuple(wanted):
+            file, _, key = self.checkpoint.place(name).partition(": ")
+            complete(Path(file), (), (), [f"{key} ({list(found)}, not {list(wanted)})"])
 
 
 def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,9 +1,10 @@
 """Frozen weights of one or several linear layers that share their input, and the two products with them.
 
 A step multiplies with each weight twice, never differentiating it: forward by W^T, backward by W. The storage
-(dense, e4m3 with row scales, 4-bit) and the precision of the product (FP8 or the activations' own type) are
-independent; what does not fit together is a diagnostic. Layers that share an input (q, k, v; w1, w3) are laid
-into one matrix, and the modules' own weights become views of it: no second copy, same names and files.
+(dense, e4m3 or int8 with row scales, 4-bit) and the precision of the product (FP8 or the activations' own
+type) are independent; what does not fit together is a diagnostic. Layers that share an input (q, k, v; w1,
+w3) are laid into one matrix, and the modules' own weights become views of it: no second copy, same names and
+files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import UNFUSED_BASE
-from ideoflow.kernels.float8 import Float8Linear
+from ideoflow.kernels.float8 import Float8Linear, Int8Linear
 from ideoflow.kernels.reference import FP8, Operand
 
 
@@ -81,7 +82,7 @@ class FrozenWeight:
         self.values = torch.cat([layer.weight.detach() for layer in layers])
         for layer, piece in zip(layers, self.values.split(self.widths), strict=True):
             layer.weight.data = piece
-        if self.kind == "fp8":
+        if self.kind in ("fp8", "int8"):
             scale = torch.cat([layer.weight_scale.float() for layer in layers])
             self.scale = torch.where(scale > 0, scale, 1.0)
             if fp8:
@@ -127,7 +128,7 @@ class FrozenWeight:
         if self.kind == "dense":
             return self.values
         out = self.scratch.take(*self.shape, dtype)
-        if self.kind == "fp8":
+        if self.kind in ("fp8", "int8"):
             return self.ops.dequantize(self.values, self.scale, dtype, out)
         from bitsandbytes.functional import dequantize_4bit
 
@@ -142,6 +143,8 @@ class FrozenWeight:
 def _kind(layer: nn.Module) -> str:
     if isinstance(layer, Float8Linear):
         return "fp8"
+    if isinstance(layer, Int8Linear):
+        return "int8"
     if type(layer) is nn.Linear and layer.weight.dtype.is_floating_point and layer.weight.dtype.itemsize > 1:
         if layer.bias is not None:
             fail(UNFUSED_BASE, "a block's linear layer has a bias", cure="use the reference engine")
@@ -149,7 +152,7 @@ def _kind(layer: nn.Module) -> str:
     if type(layer).__name__ == "Linear4bit":
         return "nf4"
     fail(UNFUSED_BASE, f"a block's linear layer is a {type(layer).__name__} of {layer.weight.dtype}",
-         cure="use a bf16, FP8 or NF4 base, or the reference engine")  # fmt: skip
+         cure="use a bf16, FP8, int8 or NF4 base, or the reference engine")  # fmt: skip
 
 
 def scaled_product(x: Operand, weight: Tensor, scale: Tensor | None) -> Tensor:
