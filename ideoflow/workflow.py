@@ -68,13 +68,13 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
     hush_libraries()
     planned = load_plan(path) if Path(path).suffix == ".json" else None
     recipe = load_recipe(planned.recipe_path if planned else path)
-    dataset, prompts = read_dataset(recipe), read_prompts(recipe)
+    dataset, prompts = read_dataset(recipe, say), read_prompts(recipe)
     model, span = recipe.tables.model, recipe.span("model.base")
     base = locate_base(
         model.base, revision=model.revision, parts=model.parts, relative_to=recipe.folder, span=span
     )
     base = fetch_base(base, model.revision, span=span, say=say)
-    summary = dataset.summary(recipe.folder / recipe.tables.data.images)
+    summary = dataset.summary()
     if planned is None:
         hardware = detect_hardware(recipe.tables.memory.device, span=recipe.span("memory.device"))
         calibration, _ = load_calibration()

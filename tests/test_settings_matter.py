@@ -32,6 +32,10 @@ BASE = {
 CHANGES = {
     "data.resolution": "128",
     "data.aspect": '"square"',
+    "data.resolution_type": '"pixel"',
+    "data.crop": '"corner"',
+    "data.flip": "true",
+    "data.target_downsample_size": "128",
     "data.caption": '"filename"',
     "captions.dropout": "1.0",
     "captions.shuffle": "true",
@@ -59,7 +63,9 @@ CHANGES = {
 CAPTION = "A photograph of <token>, a {}.\nobj: A table.\nobj: A window.\nobj: A lamp.\n"
 # What these do is tested where they act: on files, on reports, on where things go.
 ELSEWHERE = {
-    "data.images", "data.instance_prompt", "data.upscale_limit", "captions.wrap", "captions.variants",
+    "data.images", "data.source", "data.instance_prompt", "data.caption_column", "data.image_column",
+    "data.aspects", "data.crop_variants", "data.minimum_image_size", "data.maximum_image_size",
+    "data.upscale_limit", "captions.wrap", "captions.variants",
     "captions.max_tokens", "cache.folder", "adapter.kind", "train.checkpoint_every",
     "train.keep_checkpoints", "train.schedule", "output.folder", "output.name",
 }  # fmt: skip

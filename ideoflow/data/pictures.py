@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,38 @@ _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, A
            AttributeError, MemoryError, struct.error)  # fmt: skip
 
 
+class _Window(io.RawIOBase):
+    """A stretch of an open file as a file of its own; closes the file when it is closed."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
+        if start + offset < 0:
+            raise OSError("before the beginning")
+        self.at = start + offset
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self.length - self.at))
+        self.file.seek(self.offset + self.at)
+        content = self.file.read(wanted)
+        buffer[: len(content)] = content
+        self.at += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 @dataclass(frozen=True, slots=True)
 class TarMember:
     """A picture inside an uncompressed tar file, read without going through the members before it.
@@ -39,13 +72,12 @@ class TarMember:
     length: int
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Its bytes as a stream; OSError if the tar file is gone or shorter than it was."""
-        with self.tar.open("rb") as stream:
-            stream.seek(self.offset)
-            content = stream.read(self.length)
-        if len(content) < self.length:
+        """Its bytes as a stream, read as they are asked for; OSError if the tar file is gone or shorter."""
+        file = self.tar.open("rb")
+        if os.fstat(file.fileno()).st_size < self.offset + self.length:
+            file.close()
             raise OSError(f"{self.tar.name} has been cut since it was indexed")
-        return io.BytesIO(content)
+        return io.BufferedReader(_Window(file, self.offset, self.length))
 
     def __str__(self) -> str:
         return f"{self.tar}/{self.name}"
@@ -55,26 +87,44 @@ class TarMember:
 class ParquetCell:
     """A picture's bytes inside a parquet file: row ``row`` of row group ``group``, in ``column``.
 
-    ``column`` may be a path into a structure, such as ``image.bytes``. ``length`` is that of the bytes.
+    ``column`` may be a path into a structure, such as ``image.bytes``.
     """
 
     file: Path
     column: str
     group: int
     row: int
-    name: str
-    length: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.name}/{self.group}-{self.row}"
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Its bytes as a stream; OSError if the file is gone or damaged."""
-        return io.BytesIO(_column_chunk(self.file, self.column, self.group)[self.row].as_py())
+        return io.BytesIO(_column_chunk(self.file, self.column, self.group)[self.row].as_py() or b"")
 
     def __str__(self) -> str:
-        return f"{self.file}/{self.name}"
+        return f"{self.file}/{self.group}-{self.row}"
 
 
 # Where a picture's bytes are. All of these are picklable, have a ``name`` and can be opened in any order.
 Stored = Path | TarMember | ParquetCell
+
+
+def container(picture: Stored) -> Path:
+    """The file that holds a picture's bytes."""
+    if isinstance(picture, Path):
+        return picture
+    return picture.tar if isinstance(picture, TarMember) else picture.file
+
+
+def stored_name(picture: Stored) -> str:
+    """A name that no other picture on this machine has."""
+    if isinstance(picture, TarMember):
+        return f"{picture.tar.absolute()}\0{picture.offset}"
+    if isinstance(picture, ParquetCell):
+        return f"{picture.file.absolute()}\0{picture.column}\0{picture.group}\0{picture.row}"
+    return str(picture.absolute())
 
 
 @lru_cache(maxsize=2)
@@ -93,13 +143,6 @@ def _column_chunk(file: Path, column: str, group: int) -> Any:
     return values
 
 
-def stored_identity(picture: Stored, folder: Path) -> tuple[str, int]:
-    """A picture's name within ``folder`` and the length of its bytes; OSError where a file is gone."""
-    if isinstance(picture, Path):
-        return Path(os.path.relpath(picture, folder)).as_posix(), picture.stat().st_size
-    return picture.name, picture.length
-
-
 def find_pictures(folder: Path) -> list[Path]:
     """Every picture in a folder and its sub-folders, sorted; hidden files and folders are left out."""
 
@@ -108,6 +151,30 @@ def find_pictures(folder: Path) -> list[Path]:
 
     files = (p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
     return sorted(p for p in files if p.is_file() and not hidden(p))
+
+
+class _Quiet:
+    """No warnings inside of the block; unlike ``warnings.catch_warnings``, for several threads at once."""
+
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.caught = warnings.catch_warnings()
+                self.caught.__enter__()
+                warnings.simplefilter("ignore")
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                self.caught.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
 
 
 @contextmanager
@@ -119,11 +186,9 @@ def open_picture(picture: Stored) -> Iterator[Image.Image]:
             Pillow's ``MAX_IMAGE_PIXELS``).
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of half that number already, which the best cameras have, and of broken metadata.
-            warnings.simplefilter("ignore")
-            with picture.open("rb") as stream, Image.open(stream) as image:
-                yield image
+        # Pillow warns of half that number already, which the best cameras have, and of broken metadata.
+        with _QUIET, picture.open("rb") as stream, Image.open(stream) as image:
+            yield image
     except Image.DecompressionBombError as error:
         cure = "scale it down: nothing above 2048 pixels a side is trained anyway"
         fail(BAD_PICTURE, f"{picture.name} is too large: {error}", Span(str(picture)), cure=cure)

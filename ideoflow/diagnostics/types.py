@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
@@ -123,11 +124,15 @@ def fail(
 
 
 class Collector:
-    """Gathers diagnostics so that a person sees several at once; stops at ``limit`` errors."""
+    """Gathers diagnostics so that a person sees several at once; stops at ``limit`` errors.
 
-    def __init__(self, limit: int = 20) -> None:
-        self.limit = limit
+    Of warnings with the same code, at most ``alike`` are kept; :meth:`settle` says how many more there were.
+    """
+
+    def __init__(self, limit: int = 20, alike: int | None = None) -> None:
+        self.limit, self.alike = limit, alike
         self.items: list[Diagnostic] = []
+        self._counts: Counter[Code] = Counter()
 
     def add(
         self,
@@ -141,14 +146,27 @@ class Collector:
         severity: Severity | None = None,
     ) -> None:
         """Adds one; raises :class:`IdeoflowError` when the limit of errors is reached."""
-        self.items.append(
-            Diagnostic(code, message, span, cure, label, tuple(notes), severity or code.severity)
-        )
+        self._keep(Diagnostic(code, message, span, cure, label, tuple(notes), severity or code.severity))
         if sum(d.is_error for d in self.items) >= self.limit:
             raise IdeoflowError(self.items)
 
     def extend(self, diagnostics: Iterable[Diagnostic]) -> None:
-        self.items.extend(diagnostics)
+        for diagnostic in diagnostics:
+            self._keep(diagnostic)
+
+    def _keep(self, diagnostic: Diagnostic) -> None:
+        if not diagnostic.is_error:
+            self._counts[diagnostic.code] += 1
+            if self.alike is not None and self._counts[diagnostic.code] > self.alike:
+                return
+        self.items.append(diagnostic)
+
+    def settle(self) -> None:
+        """Adds a line for each code of which more was found than is kept."""
+        for code, count in self._counts.items():
+            if more := count - sum(d.code is code and not d.is_error for d in self.items):
+                message = f"and {more:,} more like this: {code.title}"
+                self.items.append(Diagnostic(code, message, severity=code.severity))
 
     @property
     def errors(self) -> list[Diagnostic]:

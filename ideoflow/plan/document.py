@@ -58,11 +58,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pictures of one size, after resizing; ``width`` and ``height`` in pixels."""
+    """Crops of one size, after resizing; ``width`` and ``height`` in pixels.
+
+    ``cut_away`` is the mean part of a picture's area, 0..1, that lies outside the crop; ``enlarged`` counts
+    those that have fewer pixels than the size.
+    """
 
     width: int
     height: int
     count: int
+    cut_away: float = 0.0
+    enlarged: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,11 @@ class DataSummary:
     text_tokens: tuple[int, int, int]
     text_tokens_estimated: bool
     digest: str
+
+    @property
+    def crops(self) -> int:
+        """What is encoded: every crop of every picture, each with words of its own."""
+        return sum(b.count for b in self.buckets)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ideoflow.plan.document import PHASES, Change, Decision, Ledger, Phase, Plan, Rejected, TimeEstimate
+from ideoflow.plan.document import (
+    PHASES,
+    Bucket,
+    Change,
+    DataSummary,
+    Decision,
+    Ledger,
+    Phase,
+    Plan,
+    Rejected,
+    TimeEstimate,
+)
 
 GIB, GB = 1 << 30, 10**9
 WIDTH = 80
@@ -24,6 +35,7 @@ _SHOWN = {
     "fused": ("device", "engine", "precision", "matmul", "attention", "activation_budget", "unconditional"),
     "reference": ("device", "engine", "precision", "checkpointing", "compile", "unconditional"),
 }
+_SIZES = 8
 _REJECTED = {
     "set-by-recipe": "",
     "over-memory": "over by {over}",
@@ -65,6 +77,8 @@ def _head(plan: Plan) -> RenderableType:
     grid.add_column()
     grid.add_row("recipe", plan.recipe_path)
     grid.add_row("data", _data(plan))
+    if plan.data is not None:
+        grid.add_row("sizes", _sizes(plan.data))
     parameters = base.transformer.parameters()
     count = f"{parameters / 1e9:.2f} G" if parameters > 1e8 else f"{parameters / 1e6:.1f} M"
     grid.add_row("base", f"{base.name}   {count} parameters, stored as {base.storage}")
@@ -81,7 +95,31 @@ def _data(plan: Plan) -> str:
     data = plan.data
     warned = f", {data.warnings} warning{'s' if data.warnings != 1 else ''}" if data.warnings else ""
     sizes = f"{len(data.buckets)} size{'s' if len(data.buckets) != 1 else ''}"
-    return f"{data.pictures} pictures with captions, {sizes}{warned}"
+    crops = f", {data.crops:,} crops" if data.crops != data.pictures else ""
+    return f"{data.pictures:,} pictures with captions{crops}, {sizes}{warned}"
+
+
+def _sizes(data: DataSummary) -> RenderableType:
+    """How many crops there are of each size, and what it costs them; the commonest sizes first."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column()
+    buckets = sorted(data.buckets, key=lambda b: (-b.count, b.width, b.height))
+    for b in buckets[:_SIZES]:
+        grid.add_row(f"{b.width} x {b.height}", f"{b.count:,}", Text(_crop_words([b]), style="dim"))
+    if rest := buckets[_SIZES:]:
+        count = f"{sum(b.count for b in rest):,}"
+        grid.add_row(f"{len(rest)} more sizes", count, Text(_crop_words(rest), style="dim"))
+    return grid
+
+
+def _crop_words(buckets: Sequence[Bucket]) -> str:
+    count = sum(b.count for b in buckets)
+    cut = sum(b.cut_away * b.count for b in buckets) / count
+    enlarged = sum(b.enlarged for b in buckets)
+    words = "nothing cut away" if cut < 5e-5 else f"{cut:.1%} of the area cut away"
+    return words + (f", {enlarged:,} enlarged" if enlarged else "")
 
 
 def _decisions(plan: Plan) -> RenderableType:

@@ -82,7 +82,7 @@ class Problem:
         validate, side = self.tables.validate, self.tables.data.resolution
         sampled = (validate.width or side) * (validate.height or side) if self.prompts else 0
         per_token = PIXELS_PER_TOKEN**2
-        captions = (self.data.pictures if self.data else 1) + self.prompts
+        captions = (self.data.crops if self.data else 1) + self.prompts
         return Shapes(
             largest // per_token,
             self.text_tokens[2],
@@ -280,7 +280,7 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     eager = _speed(problem, plain)
     rank, base = tables.adapter.rank, problem.base
     parts = step_parts(base.transformer, problem.targets, rank, problem.load, choice, speed)
-    pictures = problem.data.pictures if problem.data else 0
+    crops = problem.data.crops if problem.data else 0
     pixels = float(sum(b.width * b.height * b.count for b in problem.buckets)) if problem.data else 0.0
     prompts = problem.prompts
     samplings = 2 + (tables.train.steps - 1) // tables.validate.every if prompts else 0
@@ -299,7 +299,7 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     return TimeEstimate(
         tuple(replace(p, ms=round(p.ms * factors.time, 3)) for p in parts),
         best.compile_seconds,
-        round(encoding_seconds(base, pictures + prompts, problem.text_tokens[1], pixels, eager), 3),
+        round(encoding_seconds(base, crops + prompts, problem.text_tokens[1], pixels, eager), 3),
         round(best.step_ms * tables.train.steps / 1e3, 3),
         round(samplings * prompts * per_picture * factors.time, 3),
         bool(factors.source),

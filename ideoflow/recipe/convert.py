@@ -34,6 +34,10 @@ def from_plain(cls: Any, data: Mapping[str, Any], report: Report, path: Path = (
             _report_unknown(key, cls, known, (*path, key), report)
     values: dict[str, Any] = {}
     complete = True
+    if (one_of := _one_of(cls)) and all(data.get(name) in (None, [], ()) for name in one_of):
+        cure = f"add {one_of[0]} = ... ({known[one_of[0]].metadata['doc']})"
+        report(MISSING_KEY, path, f"the key '{one_of[0]}' is missing", cure, f"needs {one_of[0]}")
+        complete = False
     for name, spec in known.items():
         annotation = hints[name]
         if name in data:
@@ -43,7 +47,9 @@ def from_plain(cls: Any, data: Mapping[str, Any], report: Report, path: Path = (
         elif _required(spec):
             complete = False
             if is_dataclass(annotation):
-                inner = ", ".join(f.name for f in fields(annotation) if _required(f))
+                inner = ", ".join(
+                    [f.name for f in fields(annotation) if _required(f)] + [*_one_of(annotation)[:1]]
+                )
                 report(
                     MISSING_KEY,
                     path,
@@ -55,6 +61,11 @@ def from_plain(cls: Any, data: Mapping[str, Any], report: Report, path: Path = (
                 cure = f"add {name} = ... ({spec.metadata['doc']})"
                 report(MISSING_KEY, path, f"the key '{name}' is missing", cure, f"needs {name}")
     return cls(**values) if complete else None
+
+
+def _one_of(cls: Any) -> tuple[str, ...]:
+    """Keys of which a table needs one."""
+    return getattr(cls, "ONE_OF", ())
 
 
 def _required(spec: Field[Any]) -> bool:
@@ -81,6 +92,8 @@ def _convert(annotation: Any, value: Any, spec: Field[Any], path: Path, report: 
             return _FAILED
         made = from_plain(annotation, value, report, path)
         return _FAILED if made is None else made
+    if get_origin(annotation) is tuple and is_dataclass(inner := get_args(annotation)[0]):
+        return _tables(inner, value, path, report)
     options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     if value is None and type(None) in options:
         return None  # only JSON has null
@@ -90,6 +103,16 @@ def _convert(annotation: Any, value: Any, spec: Field[Any], path: Path, report: 
             return converted if _within(converted, spec, path, report) else _FAILED
     _report_mismatch(options, value, path, report)
     return _FAILED
+
+
+def _tables(cls: Any, value: Any, path: Path, report: Report) -> Any:
+    """A list of tables, such as ``[[data.source]]``."""
+    header = f"[[{'.'.join(map(str, path))}]]"
+    if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
+        report(WRONG_TYPE, path, f"'{path[-1]}' is a list of tables", f"write each as {header}", "")
+        return _FAILED
+    made = [from_plain(cls, item, report, (*path, n)) for n, item in enumerate(value)]
+    return _FAILED if None in made else tuple(made)
 
 
 def _match(annotation: Any, value: Any) -> Any:

@@ -26,7 +26,8 @@ from ideoflow.diagnostics.codes.recipe import (
 from ideoflow.model.spec import match_targets
 from ideoflow.recipe.convert import from_plain, to_plain
 from ideoflow.recipe.places import Path, Place, find_places
-from ideoflow.recipe.settings import RecipeTables
+from ideoflow.recipe.settings import PictureSettings, RecipeTables, SourceSettings
+from ideoflow.recipe.sources import check_images, check_shares, check_source, matching_files
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,24 @@ class Recipe:
 
     def is_set(self, key: str) -> bool:
         """Whether the recipe itself has the dotted ``key``, rather than its default."""
-        return tuple(key.split(".")) in self.places
+        return _path_of(key) in self.places
 
     def span(self, key: str) -> Span:
         """The place of the value of dotted ``key``, or of its table, or the file as a whole.
 
         A number in it counts the items of a list: ``validate.prompts.0``.
         """
-        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
-        return span_of(str(self.path), self.text, self.places, path)
+        return span_of(str(self.path), self.text, self.places, _path_of(key))
+
+    def source_span(self, number: int, key: str) -> Span:
+        """The place of ``key`` of one of ``tables.data.sources``: its own, or the default in [data]."""
+        own = f"data.source.{number}"
+        inherited = not self.is_set(f"{own}.{key}") and self.is_set(f"data.{key}")
+        return self.span(f"data.{key}" if inherited or not self.is_set(own) else f"{own}.{key}")
+
+
+def _path_of(key: str) -> Path:
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def span_of(file: str, text: str, places: Mapping[Path, Place], path: Path, *, key: bool = False) -> Span:
@@ -134,6 +144,8 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
     problems = Collector()
 
     def report(code: Code, at: Path, message: str, cure: str, label: str) -> None:
+        if at[:2] == ("data", "source") and at not in places and code is not MISSING_KEY:
+            return  # a default of [data], reported there
         span = span_of(str(file), text, places, at, key=code is UNKNOWN_KEY)
         if code is UNKNOWN_KEY and (homes := _tables_with(at[-1])):
             cure = f"'{at[-1]}' belongs in {' or '.join(homes)}"
@@ -141,7 +153,7 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
             span = Span(str(file))
         problems.add(code, message, span, cure=cure, label=label)
 
-    tables = from_plain(RecipeTables, data, report)
+    tables = from_plain(RecipeTables, _with_defaults(data), report)
     if tables is not None:
         recipe = Recipe(file, tables, text, places)
         _check_pairs(recipe, problems)
@@ -150,10 +162,29 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
     return recipe
 
 
+def _with_defaults(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The recipe's data with the keys of [data] filled in where a [[data.source]] leaves them out."""
+    table = data.get("data")
+    if not isinstance(table, Mapping):
+        return data
+    sources = table.get("source")
+    if not isinstance(sources, list) or not all(isinstance(s, Mapping) for s in sources):
+        return data
+    known = {f.name for f in fields(PictureSettings)}
+    shared = {key: value for key, value in table.items() if key in known}
+    filled = {**table, "source": [{**shared, **source} for source in sources]}
+    sizes = [s["resolution"] for s in filled["source"] if isinstance(s.get("resolution"), int)]
+    if sizes and "resolution" not in table:
+        filled["resolution"] = max(sizes)  # what plans and validation pictures go by
+    return {**data, "data": filled}
+
+
 def _tables_with(key: str | int) -> list[str]:
     """Headers of the tables that know ``key``."""
-    tables = get_type_hints(RecipeTables)
-    return [f"[{name}]" for name, table in tables.items() if key in {f.name for f in fields(table)}]
+    tables = {f"[{name}]": table for name, table in get_type_hints(RecipeTables).items()}
+    tables["[[data.source]]"] = SourceSettings
+    homes = [header for header, table in tables.items() if key in {f.name for f in fields(table)}]
+    return [home for home in homes if home != "[[data.source]]" or "[data]" not in homes]
 
 
 def _check_pairs(recipe: Recipe, problems: Collector) -> None:
@@ -162,18 +193,9 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
     def contradiction(key: str, message: str, cure: str) -> None:
         problems.add(IMPOSSIBLE_PAIR, message, recipe.span(key), cure=cure)
 
-    if t.data.caption == "instance" and not t.data.instance_prompt:
-        contradiction(
-            "data.caption",
-            "caption = 'instance' needs an instance_prompt",
-            "add instance_prompt = ..., or use caption = 'sidecar'",
-        )
-    if t.data.caption != "instance" and t.data.instance_prompt is not None:
-        contradiction(
-            "data.instance_prompt",
-            f"instance_prompt is set, but caption = '{t.data.caption}' takes captions from elsewhere",
-            "set caption = 'instance', or remove it",
-        )
+    for number, source in enumerate(t.data.sources):
+        check_source(recipe, number, source, problems)
+    check_shares(recipe, problems)
     if t.train.warmup >= t.train.steps and t.train.warmup:
         contradiction(
             "train.warmup",
@@ -194,12 +216,6 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
             f"output.name is the name of a file, and '{name}' is none",
             recipe.span("output.name"),
             cure="leave out folders, or put them in output.folder",
-        )
-    if t.data.caption == "filename" and not t.captions.wrap:
-        contradiction(
-            "captions.wrap",
-            "names of files are plain text, which wrap = false makes an error",
-            "set wrap = true, or data.caption = 'sidecar'",
         )
     if t.captions.variants is not None and t.captions.most_variants == 1:
         contradiction(
@@ -240,15 +256,8 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
 
 def _check_paths(recipe: Recipe) -> None:
     problems = Collector()
-    images = recipe.folder / recipe.tables.data.images
-    if not images.is_dir():
-        what = "is a file, not a folder" if images.exists() else "does not exist"
-        problems.add(
-            NO_SUCH_PATH,
-            f"the folder of pictures {images} {what}",
-            recipe.span("data.images"),
-            cure="paths in a recipe are relative to the recipe's own folder",
-        )
+    for number, source in enumerate(recipe.tables.data.sources):
+        check_images(recipe, number, source, problems)
     for index, pattern in enumerate(recipe.tables.validate.prompts):
         if not matching_files(recipe.folder, pattern):
             problems.add(
@@ -258,18 +267,6 @@ def _check_paths(recipe: Recipe) -> None:
                 cure="name a caption file or a glob, relative to the recipe's folder",
             )
     problems.raise_if_errors()
-
-
-def matching_files(folder: FilePath, pattern: str) -> list[FilePath]:
-    """Files that ``pattern``, a path or a glob relative to ``folder``, names; sorted."""
-    if (folder / pattern).is_file():  # also a name with brackets, which a glob would read as a set
-        return [folder / pattern]
-    root = FilePath(pattern).anchor
-    base, rest = (FilePath(root), pattern[len(root) :]) if root else (folder, pattern)
-    try:
-        return sorted(p for p in base.glob(rest) if p.is_file())
-    except ValueError:  # no pattern at all, or ** inside a name
-        return []
 
 
 def load_tables(data: Mapping[str, Any], report: Any) -> RecipeTables | None:

@@ -35,7 +35,7 @@ def recipe_schema() -> dict[str, Any]:
     return head | _table(RecipeTables)
 
 
-def _table(cls: type) -> dict[str, Any]:
+def _table(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     schema: dict[str, Any] = {
@@ -44,12 +44,13 @@ def _table(cls: type) -> dict[str, Any]:
         "properties": {f.name: _key(hints[f.name], f) for f in fields(cls)},
         "additionalProperties": False,
     }
+    if one_of := getattr(cls, "ONE_OF", ()):
+        schema["anyOf"] = [{"required": [name]} for name in one_of]
     return schema | ({"required": required} if required else {})
 
 
 def _key(annotation: Any, spec: Field[Any]) -> dict[str, Any]:
     if is_dataclass(annotation):
-        assert isinstance(annotation, type)
         return _table(annotation)
     schema = {"description": spec.metadata["doc"]} | _type(annotation)
     schema |= {_KEYWORDS[k]: v for k, v in spec.metadata.items() if k in _KEYWORDS}
@@ -65,7 +66,8 @@ def _type(annotation: Any) -> dict[str, Any]:
     if origin is Literal:
         return {"enum": list(get_args(annotation))}
     if origin is tuple:
-        return {"type": "array", "items": _type(get_args(annotation)[0])}
+        item: Any = get_args(annotation)[0]
+        return {"type": "array", "items": _table(item) if is_dataclass(item) else _type(item)}
     if origin is not None and issubclass(origin, Mapping):
         return {"type": "object", "additionalProperties": {"type": "string"}}
     return {"type": _SCALARS[annotation]}

@@ -8,8 +8,8 @@ the recipe's own folder; those that are written, ``output.folder`` and ``cache.f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 
 def setting(
@@ -51,33 +51,123 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class DataSettings:
-    """The pictures and where their captions are."""
+class PictureSettings:
+    """Which pictures, which captions, and how each picture is cut to the size it is trained at."""
 
-    images: str = setting(doc="Folder of pictures, searched with its sub-folders.")
-    caption: Literal["sidecar", "instance", "filename"] = setting(
-        "sidecar",
-        doc="sidecar: PICTURE.icap, .json or .txt beside each picture. instance: one caption for all "
-        "(instance_prompt). filename: the picture's name, as prose.",
+    images: str | None = setting(
+        None,
+        doc="Where the pictures are: a folder, searched with its sub-folders; a list of pictures (.jsonl, "
+        ".csv or .parquet); .tar shards (WebDataset); or hf://datasets/OWNER/NAME. Globs such as "
+        "'shards/*.tar' name several files.",
+    )
+    caption: Literal["auto", "sidecar", "instance", "filename", "column"] = setting(
+        "auto",
+        doc="sidecar: PICTURE.icap, .json or .txt beside each picture. column: the column of a list or "
+        "table. instance: one caption for all (instance_prompt). filename: the picture's name, as prose. "
+        "auto: the column of a list or table, else sidecar.",
     )
     instance_prompt: str | None = setting(
         None, doc="The caption of every picture when caption = 'instance': .icap text, JSON or prose."
     )
+    caption_column: str | None = setting(
+        None,
+        doc="Column of a list or table, or key of a .json beside a picture, that holds the caption, or a "
+        "list of several. Default: caption, text or prompt.",
+    )
+    image_column: str | None = setting(
+        None,
+        doc="Column of a list or table with the picture's path or its bytes. Default: image, file_name and "
+        "other usual names.",
+    )
     resolution: int = setting(
         1024,
-        doc="Side in pixels of a square of the area that pictures are resized to.",
+        doc="Side in pixels of a square of the area that pictures are resized to; see resolution_type.",
         minimum=64,
         maximum=2048,
         multiple_of=16,
     )
-    aspect: Literal["preserve", "square"] = setting(
+    resolution_type: Literal["pixel_area", "pixel"] = setting(
+        "pixel_area",
+        doc="pixel_area: every picture gets the area of resolution squared. pixel: its shorter side is "
+        "resolution, so that long pictures become larger.",
+    )
+    aspect: Literal["preserve", "square", "closest", "random"] = setting(
         "preserve",
-        doc="preserve: the nearest size on the model's 16-pixel grid with the picture's own aspect; "
-        "square: crop the middle.",
+        doc="preserve: the nearest size on the model's 16-pixel grid to the picture's own aspect. square: "
+        "a square crop. closest: the nearest of aspects. random: one of aspects, drawn for each crop.",
+    )
+    aspects: tuple[float, ...] = setting(
+        (1.0, 0.75, 1.333, 0.667, 1.5, 0.5625, 1.778),
+        doc="Width by height of the crops that aspect = 'closest' and 'random' choose from.",
+    )
+    crop: Literal["center", "random", "corner", "off"] = setting(
+        "center",
+        doc="Which part is kept where the picture does not have the aspect of its size: the middle, a random "
+        "part, or the lower right corner. off: all of it, stretched to the grid.",
+    )
+    crop_variants: int = setting(
+        1,
+        doc="Crops of each picture, for crop = 'random' or aspect = 'random'; each is encoded once, with "
+        "boxes of its own, and each visit of the picture trains one of them.",
+        minimum=1,
+        maximum=64,
+    )
+    flip: bool = setting(
+        False,
+        doc="Train half of the visits on the picture mirrored left to right. Pictures whose captions hold "
+        "text, or speak of left and right, are never mirrored.",
+    )
+    minimum_image_size: int = setting(
+        0, doc="Pictures below this size, measured as resolution is, are left out and counted.", minimum=0
+    )
+    maximum_image_size: int | None = setting(
+        None,
+        doc="Pictures above this size, measured as resolution is, are first scaled down to "
+        "target_downsample_size; smaller ones are cut at their own scale.",
+        minimum=64,
+    )
+    target_downsample_size: int | None = setting(
+        None,
+        doc="Size that pictures above maximum_image_size are scaled to before a part of resolution is cut "
+        "out. Default: as much of every picture as its size on the grid can hold.",
+        minimum=64,
     )
     upscale_limit: float = setting(
         1.5, doc="Pictures that would be enlarged by more than this factor are reported.", minimum=1.0
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSettings(PictureSettings):
+    """One source of several. What it does not say is as [data] says."""
+
+    images: str = setting("", doc="Where the pictures are, as in [data]. Default: the same.")
+    name: str | None = setting(None, doc="What to call it in plans and messages. Default: images.")
+    repeats: int = setting(1, doc="Visits of each of its pictures in an epoch.", minimum=1)
+    weight: float | None = setting(
+        None,
+        doc="Its part in training against the weights of the other sources. Default: as many visits as it "
+        "has pictures, times repeats.",
+        above=0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings(PictureSettings):
+    """The pictures and where their captions are: one source here, or several as [[data.source]]."""
+
+    ONE_OF: ClassVar[tuple[str, ...]] = ("images", "source")
+
+    source: tuple[SourceSettings, ...] = setting(
+        (), doc="Several sources, each a table [[data.source]]; keys of [data] are the defaults of all."
+    )
+
+    @property
+    def sources(self) -> tuple[SourceSettings, ...]:
+        """Every source; the short form is one."""
+        if self.source:
+            return self.source
+        return (SourceSettings(**{f.name: getattr(self, f.name) for f in fields(PictureSettings)}),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,7 +228,7 @@ CASES = {
         "instance_prompt = 'a cat'",
         codes.IMPOSSIBLE_PAIR,
         "'a cat'",
-        "instance_prompt is set, but caption = 'sidecar'",
+        "instance_prompt is set, but caption = 'auto'",
         "set caption = 'instance'",
     ),
     "names that are not wrapped": (
@@ -329,7 +329,7 @@ def test_several_mistakes_are_told_at_once_in_the_order_of_the_file():
         "  |\n"
         "8 | resolution = 100\n"
         "  |              ^^^ must be a multiple of 16; the nearest are 96 and 112\n"
-        "  = help: Side in pixels of a square of the area that pictures are resized to."
+        "  = help: Side in pixels of a square of the area that pictures are resized to; see resolution_type."
     )
 
 

@@ -72,3 +72,42 @@ CACHE_LOST = define(
     written. Run again: what is missing is encoded anew. `ideoflow cache verify` checks everything.
     """,
 )
+BAD_LIST = define(
+    "ID020",
+    "a list or shard of pictures cannot be used",
+    """
+    `data.images` names a list (`.jsonl`, `.csv`, `.parquet`) or a WebDataset shard (`.tar`), and the file, a
+    row of it or a column is not as expected. A list needs a column of paths (relative to the list itself) or,
+    in parquet, of the pictures' bytes, and one of captions: `data.image_column` and `data.caption_column` are
+    for those that are not called as usual (`image`, `file_name`, `image_path`; `caption`, `text`, `prompt`).
+    Shards are plain, uncompressed tar files, so that each picture can be read without those before it.
+    """,
+)
+NO_HUB_DATASET = define(
+    "ID021",
+    "no such data set on the hub",
+    """
+    `data.images = "hf://datasets/OWNER/NAME"` is downloaded once into Hugging Face's cache and read from
+    there. `OWNER/NAME@REVISION` pins a version, and `OWNER/NAME/data/train-*.parquet` takes only those files.
+    Private data sets need `hf auth login`.
+    """,
+)
+LEFT_OUT = define(
+    "ID022",
+    "pictures were left out for their size",
+    """
+    Pictures below `data.minimum_image_size` are not trained. The size is measured as `data.resolution_type`
+    says: with `pixel_area` as the side of a square of the picture's area, with `pixel` as its shorter side.
+    """,
+    "warning",
+)
+NOT_MIRRORED = define(
+    "ID023",
+    "pictures are not mirrored",
+    """
+    With `data.flip = true`, half of the visits of a picture train its mirror image. That is never right where
+    the caption holds text, which would be read backwards, or words such as "left", which would be untrue.
+    Those pictures are trained as they are.
+    """,
+    "note",
+)
