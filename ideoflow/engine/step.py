@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ideoflow.data.order import Draw
 from ideoflow.engine.fused import FusedTransformer
+from ideoflow.engine.fused.graphs import GraphedSteps
 from ideoflow.engine.packed import PackedLayout
 from ideoflow.engine.schedule import training_time
 from ideoflow.model.spec import PIXELS_PER_TOKEN
@@ -109,8 +110,11 @@ def predict_packed(
     return fused(noisy.to(fused.device), time.to(fused.device), text.to(fused.device), layout)
 
 
-def accumulate_packed(fused: FusedTransformer, batch: list[TrainingSample], parts: int) -> Tensor:
-    """:func:`accumulate` through the fused engine: the whole batch in one pass."""
+def accumulate_packed(
+    fused: FusedTransformer, batch: list[TrainingSample], parts: int, graphs: GraphedSteps | None = None
+) -> Tensor:
+    """:func:`accumulate` through the fused engine: the whole batch in one pass, by a graph where there are
+    graphs."""
     layout = PackedLayout(
         tuple(s.text.shape[0] for s in batch), tuple(s.grid for s in batch), PACKED_MULTIPLE
     )
@@ -118,6 +122,6 @@ def accumulate_packed(fused: FusedTransformer, batch: list[TrainingSample], part
         torch.cat([getattr(s, name).to(fused.device, non_blocking=True) for s in batch])
         for name in ("noisy", "target", "time", "text")
     )
-    loss = torch.nn.functional.mse_loss(fused(noisy, time, text, layout).float(), target)
-    (loss / parts).backward()
-    return loss.detach()
+    if graphs:
+        return graphs(noisy, target, time, text.to(fused.dtype), layout, parts)
+    return fused.add_gradients(noisy, target, time, text, layout, parts)

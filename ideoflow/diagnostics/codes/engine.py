@@ -77,6 +77,15 @@ TRITON_MISSING = define(
     Linux; on other systems install it by itself or use the reference engine.
     """,
 )
+GRAPH_FAILED = define(
+    "IE505",
+    "a training step cannot be recorded as a CUDA graph",
+    """
+    With `graphs = "on"` the fused engine records each shape of batch once and then launches the whole step at
+    once, which spares the host 2,900 launches. Something in the step refused to be recorded: an attention
+    package or a driver of another version, most likely. `memory.graphs = "off"` launches one by one.
+    """,
+)
 DOES_NOT_FIT = define(
     "IE004",
     "the run does not fit",

@@ -92,7 +92,8 @@ def _runs(layout: PackedLayout) -> list[tuple[int, int, int]]:
     """(start, samples, length) of each call: all samples at once where they are equal, else one by one."""
     if layout.equal:
         return [(0, layout.samples, layout.lengths[0])]
-    return [(start, 1, length) for start, length in zip(layout.starts, layout.lengths, strict=False)]
+    lengths = zip(layout.starts, layout.lengths, strict=False)
+    return [(start, 1, length) for start, length in lengths if length]
 
 
 def _heads_first(qkv: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:

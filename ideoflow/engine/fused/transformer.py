@@ -89,7 +89,8 @@ class FusedTransformer:
         self._copies = [copy for block in self.blocks for part in block.linears for copy in part.copies()]
         self._tables: OrderedDict[PackedLayout, tuple[Tensor, Tensor]] = OrderedDict()
 
-    def __call__(self, latents: Tensor, timestep: Tensor, text: Tensor, layout: PackedLayout) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: Tensor, text: Tensor, layout: PackedLayout,
+                 tables: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
         """Velocities x0 - noise of every image token.
 
         Args:
@@ -97,6 +98,7 @@ class FusedTransformer:
             timestep: float32 [B], 0 noise to 1 data.
             text: [text tokens, hidden], *projected* text features, packed over samples.
             layout: what the tokens are.
+            tables: :meth:`rotary` of the layout, where it is at hand.
 
         Returns:
             [image tokens, 128] in the activations' type, in the order of ``latents``.
@@ -106,7 +108,7 @@ class FusedTransformer:
             index = layout.tensors(self.device)
             h = self._embed(latents, text, layout)
             conditioning = self._conditioning(timestep)
-            batch = Batch(layout, index.sample_index, *self._rotary(layout))
+            batch = Batch(layout, index.sample_index, *(tables or self.rotary(layout)))
             modulations = self._modulations(conditioning)
         if not torch.is_grad_enabled():
             for block, modulation in zip(self.blocks, modulations, strict=True):
@@ -117,6 +119,16 @@ class FusedTransformer:
             ):
                 h = BlockFunction.apply(h, block, batch, modulation, keeping, *block.parameters)
         return self._project(h, conditioning, index.image_index, index.sample_index)
+
+    def add_gradients(self, noisy: Tensor, target: Tensor, time: Tensor, text: Tensor, layout: PackedLayout,
+                      parts: int, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+        """Adds the gradients of the mean squared error, divided by ``parts``; returns it whole, detached.
+
+        ``target`` is float32 and shaped as the velocities; the rest as :meth:`__call__` takes it.
+        """
+        loss = functional.mse_loss(self(noisy, time, text, layout, tables).float(), target)
+        (loss / parts).backward()
+        return loss.detach()
 
     def _refresh_adapters(self) -> None:
         """Working copies of all adapters, in a few launches rather than a few a layer."""
@@ -146,7 +158,10 @@ class FusedTransformer:
         time = embed.mlp_out(functional.silu(embed.mlp_in(sinusoid)))
         return functional.silu(self.model.adaln_proj(time))
 
-    def _rotary(self, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    @torch.no_grad()
+    def rotary(self, layout: PackedLayout) -> tuple[Tensor, Tensor]:
         """cos and sin [T, E / 2]; diffusers' tables repeat each half. Float32 inside: autocast is off."""
         if layout not in self._tables:
             cos, sin = self.model.rotary_emb(layout.tensors(self.device).position_ids[None])
