@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ideoflow.diagnostics import closest
 from ideoflow.diagnostics.codes import Code
-from ideoflow.diagnostics.codes.recipe import BAD_VALUE, MISSING_KEY, UNKNOWN_KEY, WRONG_TYPE
+from ideoflow.diagnostics.codes.recipe import BAD_VALUE, MISSING_KEY, OTHER_TRAINER, UNKNOWN_KEY, WRONG_TYPE
 from ideoflow.recipe.places import Path
 
 # report(code, path, message, cure, label)
@@ -101,7 +101,7 @@ def _convert(annotation: Any, value: Any, spec: Field[Any], path: Path, report: 
         converted = _match(option, value)
         if converted is not _FAILED:
             return converted if _within(converted, spec, path, report) else _FAILED
-    _report_mismatch(options, value, path, report)
+    _report_mismatch(options, value, spec, path, report)
     return _FAILED
 
 
@@ -175,8 +175,18 @@ def _texts(value: Any) -> list[str]:
     return [item for item in items if isinstance(item, str)]
 
 
-def _report_mismatch(options: tuple[Any, ...], value: Any, path: Path, report: Report) -> None:
+def _report_mismatch(
+    options: tuple[Any, ...], value: Any, spec: Field[Any], path: Path, report: Report
+) -> None:
     choices = [c for o in options if get_origin(o) is Literal for c in get_args(o)]
+    if isinstance(value, str | bool):
+        word = str(value).lower()
+        if found := spec.metadata.get("elsewhere", {}).get(word):
+            why, cure = found
+            shown = word if isinstance(value, bool) else f"'{value}'"
+            message = f"'{path[-1]}' cannot be {shown}: it {why}"
+            report(OTHER_TRAINER, path, message, cure, "one of: " + ", ".join(choices))
+            return
     if choices and isinstance(value, str):
         near = closest(value, choices)
         cure = f"did you mean '{near}'?" if near else "one of: " + ", ".join(choices)

@@ -20,18 +20,40 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     multiple_of: int | None = None,
+    elsewhere: Mapping[str, tuple[str, str]] | None = None,
 ) -> Any:
     """A dataclass field with its documentation and bounds; no default means that the key is required.
 
-    ``above`` is an exclusive lower bound.
+    ``above`` is an exclusive lower bound. ``elsewhere`` are values that other trainers take and this one does
+    not: what is wrong with each here, and what to write instead.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple_of": multiple_of}
-    metadata = {"doc": doc} | {k: v for k, v in bounds.items() if v is not None}
+    metadata: dict[str, Any] = {"doc": doc} | {k: v for k, v in bounds.items() if v is not None}
+    if elsewhere:
+        metadata["elsewhere"] = elsewhere
     if default is ...:
         return field(metadata=metadata)
     if isinstance(default, Mapping):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+# Ways to ask for torch.compile elsewhere (Accelerate's dynamo_backend and dynamo_mode among them): what is
+# wrong with each here, and what to write.
+_REGIONAL = "write 'regional', or 'auto' for what pays on this card"
+_WHOLE = ("compiles all blocks as one graph, for minutes, and again for other shapes", _REGIONAL)
+_GRAPHS = ("replays CUDA graphs, which overwrite outputs that PEFT's layers still read", _REGIONAL)
+_TUNING = ("times many kernels for each product and shape, for minutes", _REGIONAL)
+COMPILE_ELSEWHERE = {
+    "reduce-overhead": _GRAPHS,
+    "cudagraphs": _GRAPHS,
+    "max-autotune": _TUNING,
+    "max-autotune-no-cudagraphs": _TUNING,
+    "fullgraph": ("makes errors of what torch.compile cannot follow, and nothing faster", _REGIONAL),
+    **dict.fromkeys(("whole", "full", "default", "inductor"), _WHOLE),
+    **dict.fromkeys(("true", "on", "yes"), ("does not say what to compile", _REGIONAL)),
+    **dict.fromkeys(("false", "no", "none", "eager"), ("is how other trainers say it", "write 'off'")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +321,7 @@ class MemorySettings:
         "auto",
         doc="torch.compile, in the reference engine: regional compiles the repeated block once; off runs "
         "eagerly.",
+        elsewhere=COMPILE_ELSEWHERE,
     )
     optimizer_state: Literal["float32"] = setting("float32", doc="Type of AdamW's moments.")
 

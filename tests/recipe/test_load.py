@@ -11,6 +11,7 @@ from ideoflow.diagnostics import IdeoflowError, render_text
 from ideoflow.diagnostics.codes import recipe as codes
 from ideoflow.recipe import RecipeTables, load_recipe, parse_recipe
 from ideoflow.recipe.load import matching_files
+from ideoflow.recipe.settings import COMPILE_ELSEWHERE
 
 HEAD = '[model]\nbase = "nano"\n[data]\nimages = "pictures"\n'
 
@@ -118,6 +119,20 @@ CASES = {
         "did you mean 'learning_rate'?",
     ),
     "misspelt table": ("[trian]", codes.UNKNOWN_KEY, "trian", "unknown key 'trian'", "did you mean 'train'?"),
+    "a trap known from elsewhere": (
+        "[memory]\ncompile = 'reduce-overhead'",
+        codes.OTHER_TRAINER,
+        "'reduce-overhead'",
+        "'compile' cannot be 'reduce-overhead': it replays CUDA graphs",
+        "write 'regional', or 'auto' for what pays on this card",
+    ),
+    "off as others say it": (
+        "[memory]\ncompile = false",
+        codes.OTHER_TRAINER,
+        "false",
+        "'compile' cannot be false: it is how other trainers say it",
+        "write 'off'",
+    ),
     "key of another table": (
         "steps = 5",
         codes.UNKNOWN_KEY,
@@ -275,6 +290,14 @@ CASES = {
     ),
     "no targets": ("[adapter]\ntargets = []", codes.NO_TARGETS, "[]", "targets is an empty list", ""),
 }
+
+
+@pytest.mark.parametrize("value", COMPILE_ELSEWHERE)
+def test_every_way_to_ask_for_compiling_elsewhere_is_told_what_to_write_here(value):
+    (found,) = refused(f"{HEAD}[memory]\ncompile = '{value.upper()}'")
+    assert found.code is codes.OTHER_TRAINER
+    written = found.cure.split("'")[1]
+    assert parse_recipe(f"{HEAD}[memory]\ncompile = '{written}'").tables.memory.compile == written
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -76,3 +76,23 @@ NO_TARGETS = define(
     `layers.5.adaln_modulation`; `*` stands for any run of characters.
     """,
 )
+OTHER_TRAINER = define(
+    "IR010",
+    "a value that other trainers take",
+    """
+    The value is known from another trainer's configuration, and here it would be a trap or mean nothing. The
+    message says what it would do and what to write.
+
+    Where it is `memory.compile`, the choices are these. `regional` compiles one transformer block and uses it
+    for all of them, for any length of caption and picture: seconds, once. `off` compiles nothing. `auto`
+    takes what pays. The fused engine has kernels of its own and needs no torch.compile. Not offered:
+
+    - The whole model as one graph (`true`, `whole`, `inductor`): the same kernels, after a first step of
+      minutes.
+    - `reduce-overhead` and `max-autotune` record CUDA graphs. A graph writes its outputs to the same memory
+      each time, while PEFT's layers still hold the outputs of the call before: PyTorch stops with "accessing
+      tensor output of CUDAGraphs that has been overwritten by a subsequent run".
+    - `fullgraph` makes an error of every place that torch.compile cannot follow, where it would otherwise go
+      on uncompiled. It makes nothing faster.
+    """,
+)
