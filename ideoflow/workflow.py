@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ideoflow import __version__
 from ideoflow.data.survey import Dataset, Prompt, read_dataset, read_prompts
@@ -26,6 +26,9 @@ from ideoflow.plan.record import RunMeter
 from ideoflow.recipe import Recipe, load_recipe
 from ideoflow.report.html import write_report
 from ideoflow.report.record import Recorder
+
+if TYPE_CHECKING:
+    from ideoflow.engine.caches import Built
 
 # Names of the engine's events in metrics.jsonl.
 _KINDS = {
@@ -83,6 +86,17 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
     if changed := check_digests(planned, recipe, base, summary):
         raise IdeoflowError(changed)
     return Prepared(recipe, dataset, prompts, replace(planned, base=base))
+
+
+def build_cache(prepared: Prepared, *, on_event: Callable[[Any], None] = lambda _: None) -> Built:
+    """Encodes all that a prepared run needs, and trains nothing; ``torchrun`` shares it among processes.
+
+    Raises:
+        IdeoflowError: with what cannot be encoded; everything else is cached by then.
+    """
+    from ideoflow.engine.caches import build_caches
+
+    return build_caches(prepared.plan, prepared.dataset, prepared.prompts, on_event)
 
 
 def run(

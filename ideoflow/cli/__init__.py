@@ -19,6 +19,7 @@ from ideoflow.diagnostics import IdeoflowError, render_github, render_json, rend
 COMMANDS = {
     "run": "train what a recipe (or a plan.json) says",
     "plan": "say beforehand what fits, how long it takes and why",
+    "cache": "encode beforehand, check and prune what is encoded",
     "captions": "compile, check and convert captions",
     "model": "say what a checkpoint holds, without loading it",
     "explain": "the page behind a diagnostic code",

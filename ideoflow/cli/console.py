@@ -19,6 +19,8 @@ STAGES = {
     "load": "loading the base",
     "train": "training",
     "samples": "sampling",
+    "verify": "reading shards",
+    "prune": "writing shards anew",
 }
 _PLAIN_SECONDS = 5.0  # between two lines of one stage, without a terminal
 
@@ -61,6 +63,10 @@ class Console:
         peak, free = plan.ledger.peak_bytes / 2**30, plan.hardware.free_bytes / 2**30
         decided = ", ".join(f"{d} {plan.value(d)}" for d in ("precision", "checkpointing", "compile"))
         self.say(f"plan: {plan.hardware.name}, {decided}; about {peak:.1f} of {free:.1f} GiB")
+
+    def progress_of(self, stage: str, done: int, total: int) -> None:
+        """Shows how far a stage is, of work that has no events."""
+        self._progress(stage, done, total)
 
     def event(self, event: Any) -> None:
         """Shows one event of the engine."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from ideoflow.data.shards import (
     Index,
     Place,
     Shard,
-    join_keys,
+    mark_used,
     new_shard_name,
+    places,
+    read_bytes,
     read_shard,
     shard_metadata,
 )
@@ -55,9 +57,10 @@ class TensorCache:
         self._writing: Future[tuple[Shard, Arrays]] | None = None
 
     def missing(self, keys: Sequence[str]) -> list[bool]:
-        """Which keys are not there, after a look at the folder."""
+        """Which keys are not there, after a look at the folder; what is there counts as used today."""
         self.flush()
         self.index.refresh()
+        mark_used(self.folder, self.index.used(keys))
         return [not found for found in self.index.has(keys)]
 
     def __contains__(self, key: str) -> bool:
@@ -160,15 +163,10 @@ def read_entry(folder: Path, place: Place) -> Tensor | None:
     Raises:
         OSError: its file is gone or cannot be read.
     """
-    shard = place.shard
     content = torch.empty(place.length, dtype=torch.uint8)
-    with (folder / shard.name).open("rb", buffering=0) as stream:
-        stream.seek(place.begin)
-        # Not mapped: a file that something else cuts while it is mapped stops the process (SIGBUS).
-        read = stream.readinto(memoryview(content.numpy()))
-    if read != place.length or zlib.crc32(content.numpy()) != place.crc:
+    if not read_bytes(folder, place, content.numpy()):
         return None
-    return content.view(_DTYPES[shard.dtype]).view(-1, shard.columns)
+    return content.view(_DTYPES[place.shard.dtype]).view(-1, place.shard.columns)
 
 
 def rewrite_shard(folder: Path, shard: Shard, keep: Container[str] | None = None) -> tuple[int, int]:
@@ -199,13 +197,6 @@ def rewrite_shard(folder: Path, shard: Shard, keep: Container[str] | None = None
         write_shard(folder, shard.kind, shard.base, kept)
     (folder / shard.name).unlink(missing_ok=True)
     return len(kept), damaged
-
-
-def places(shard: Shard, rows: Arrays) -> Iterator[tuple[str, Place]]:
-    """Key and place of each entry of one shard."""
-    columns = (rows[name].tolist() for name in ("begin", "length", "crc"))
-    for key, *place in zip(join_keys(rows), *columns, strict=True):
-        yield key, Place(shard, *place)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ideoflow.data.cache import TensorCache, dtype_name
 from ideoflow.data.captions import caption_variants
-from ideoflow.data.keys import Keys, PictureDigests, share_of
+from ideoflow.data.keys import DIGESTS, Keys, PictureDigests, share_of
 from ideoflow.data.pixels import load_pixels
 from ideoflow.data.survey import Sample
 from ideoflow.diagnostics import Diagnostic, IdeoflowError
@@ -85,7 +85,7 @@ class Encoder:
         self.dtype, self.device = dtype, device
         self.progress, self.rank, self.ranks = progress, rank, ranks
         self.keys = Keys(base_digest, dtype_name(dtype), captions.max_tokens)
-        self.digests = PictureDigests(cache.folder / "pictures.sqlite")
+        self.digests = PictureDigests(cache.folder / DIGESTS)
 
     def texts(self, sample: Sample) -> tuple[str, ...]:
         """The captions (canonical JSON) that a sample is trained with."""

@@ -11,9 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ideoflow.data.captions import caption_variants
 from ideoflow.data.pictures import ParquetCell, Stored, TarMember, picture_digest
 from ideoflow.data.shards import cache_key
-from ideoflow.data.survey import Sample
+from ideoflow.data.survey import Dataset, Prompt, Sample
+from ideoflow.recipe import CaptionSettings
+
+# Types that anything is encoded in: the arithmetic's, whatever the precision of the weights.
+DTYPES = ("float32", "bfloat16")
+# Where a cache keeps the digests of the pictures that it has met.
+DIGESTS = "pictures.sqlite"
 
 # A file that was written so shortly before may be written again without its times showing it.
 _RACY_NS = 2_000_000_000
@@ -51,6 +58,19 @@ class Keys:
 def share_of(key: str, rank: int, ranks: int) -> bool:
     """Whether encoding this is the part of process ``rank`` of ``ranks``: even shares, without any talk."""
     return int(key[-8:], 16) % ranks == rank
+
+
+def needed_keys(
+    keys: Keys, dataset: Dataset, prompts: Sequence[Prompt], captions: CaptionSettings, digests: Sequence[str]
+) -> tuple[set[str], set[str]]:
+    """Keys of every caption, in all its variants, and of every picture that a run reads.
+
+    ``digests`` are those of the samples' pictures; an empty one is of a picture that is not known yet.
+    """
+    texts = {keys.text(c) for s in dataset.samples for c in caption_variants(s.captions, captions)}
+    texts |= {keys.text(p.caption) for p in prompts}
+    latents = {keys.latents(s, digest) for s, digest in zip(dataset.samples, digests, strict=True)}
+    return texts, latents
 
 
 class PictureDigests:

@@ -34,7 +34,8 @@ import os
 import secrets
 import time
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,13 @@ def new_shard_name(kind: str) -> str:
     return f"{kind}-{time.time_ns():016x}-{secrets.token_hex(4)}{SUFFIX}"
 
 
+def mark_used(folder: Path, shards: Iterable[Shard]) -> None:
+    """Sets the time of shards' files, so that pruning knows when they were last of use."""
+    for shard in shards:
+        with contextlib.suppress(OSError):  # somebody else's files, or gone
+            os.utime(folder / shard.name)
+
+
 def read_shard(file: Path) -> tuple[Shard, Arrays]:
     """A shard and where its entries are, from its header alone; ``shard`` numbers are left 0.
 
@@ -115,7 +123,8 @@ def read_shard(file: Path) -> tuple[Shard, Arrays]:
         names = sorted(tensors)
         if metadata["format"] != str(FORMAT) or not names:
             raise ValueError(f"not a shard of format {FORMAT}")
-        size = file.stat().st_size
+        if (size := file.stat().st_size) >= 1 << 32:
+            raise ValueError("a shard ends before 4 GiB")
         offsets = np.array([tensors[n]["data_offsets"] for n in names], dtype=np.int64)
         sums = [int(word, 16) for word in metadata["crc32"].split()]
         first = tensors[names[0]]
@@ -124,7 +133,7 @@ def read_shard(file: Path) -> tuple[Shard, Arrays]:
         start = size - int(offsets.max())
         rows = _empty(len(names))
         rows["high"], rows["low"] = split_keys(names)
-        rows["begin"], rows["length"] = start + offsets[:, 0], offsets[:, 1] - offsets[:, 0]
+        rows["begin"][:], rows["length"][:] = start + offsets[:, 0], offsets[:, 1] - offsets[:, 0]
         rows["crc"][:] = sums
     except (LookupError, TypeError, OverflowError) as error:
         raise ValueError(f"not a shard: {error}") from None
@@ -141,6 +150,26 @@ def split_keys(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """High and low 64 bits of keys."""
     pairs = np.frombuffer(bytes.fromhex("".join(keys)), ">u8").reshape(-1, 2)
     return pairs[:, 0].astype("<u8"), pairs[:, 1].astype("<u8")
+
+
+def places(shard: Shard, rows: Arrays) -> Iterator[tuple[str, Place]]:
+    """Key and place of each entry of one shard."""
+    columns = (rows[name].tolist() for name in ("begin", "length", "crc"))
+    for key, *place in zip(join_keys(rows), *columns, strict=True):
+        yield key, Place(shard, *place)
+
+
+def read_bytes(folder: Path, place: Place, into: np.ndarray) -> bool:
+    """Reads an entry into an array of ``place.length`` bytes; whether they are those that were written.
+
+    Raises:
+        OSError: its file is gone or cannot be read.
+    """
+    # Not mapped: a file that something else cuts while it is mapped stops the process (SIGBUS).
+    with (folder / place.shard.name).open("rb", buffering=0) as stream:
+        stream.seek(place.begin)
+        read = stream.readinto(memoryview(into))
+    return read == place.length and zlib.crc32(into) == place.crc
 
 
 def join_keys(rows: Arrays) -> list[str]:
@@ -235,6 +264,16 @@ class Index:
         for i in np.flatnonzero((self._rows["high"][at] == high) & ~found):
             found[i] = self.find(keys[i]) is not None
         return found
+
+    def used(self, keys: Sequence[str]) -> list[Shard]:
+        """The shards in which any of these keys is."""
+        self._merge_fresh()
+        if not keys or not len(self._rows["high"]):
+            return []
+        high, _ = split_keys(keys)
+        at = np.searchsorted(self._rows["high"], high).clip(max=len(self._rows["high"]) - 1)
+        there = at[self._rows["high"][at] == high]
+        return [self.shards[n] for n in np.unique(self._rows["shard"][there]).tolist()]
 
     def add(self, shard: Shard, rows: Arrays) -> None:
         """Takes in a shard that this process has written."""

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of each stage of a run."""
+"""Seconds and peak memory of each stage of a run; running out of memory as a diagnostic."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from contextlib import contextmanager
 
 import psutil
 import torch
+
+from ideoflow.data.encode import release
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.engine import OUT_OF_MEMORY
+from ideoflow.plan.document import Plan
 
 _INTERVAL = 0.05  # seconds between looks at the process's memory
 
@@ -33,6 +38,31 @@ class Meter:
         finally:
             bytes_ = peak.stop()
             self.report(name, time.perf_counter() - started, bytes_)
+
+
+@contextmanager
+def memory_errors_told(plan: Plan) -> Iterator[None]:
+    """Turns running out of memory into a diagnostic."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _out_of_memory(plan, str(error))
+    except RuntimeError as error:
+        # The CPU's allocator has no exception type of its own.
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        _out_of_memory(plan, str(error))
+
+
+def _out_of_memory(plan: Plan, reason: str) -> None:
+    release(torch.device(str(plan.value("device"))))
+    fail(
+        OUT_OF_MEMORY,
+        f"out of memory on {plan.hardware.name}",
+        cure="`ideoflow plan RECIPE` lists changes that save memory; the next run goes on from the last "
+        "checkpoint",
+        notes=reason.strip().splitlines()[:1],
+    )
 
 
 class _GpuPeak:

@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 
 import torch
 
 from ideoflow.artifacts import Checkpoints, lora_factors, write_adapter
-from ideoflow.data.cache import TensorCache
-from ideoflow.data.encode import Encoder, release
-from ideoflow.data.shards import cache_folder
 from ideoflow.data.survey import Dataset, Prompt
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
-from ideoflow.diagnostics.codes.engine import OUT_OF_MEMORY
+from ideoflow.engine.caches import fill_caches, make_encoder
 from ideoflow.engine.events import Emit, Note, Progress, RunStarted, SampleMade, StageDone
 from ideoflow.engine.loop import Stop, Trainer, run_identity
-from ideoflow.engine.meter import Meter
+from ideoflow.engine.meter import Meter, memory_errors_told
 from ideoflow.engine.sampling import Sampler, write_picture
-from ideoflow.engine.setup import Trainable, build, plan_device, plan_dtype
+from ideoflow.engine.setup import Trainable, build, plan_device
 from ideoflow.model.load import PRECISIONS
 from ideoflow.plan.document import Plan
 
@@ -44,26 +40,8 @@ def carry_out(
     Raises:
         IdeoflowError: with what went wrong. Caches, checkpoints and samples made until then are kept.
     """
-    try:
+    with memory_errors_told(plan):
         return _Session(plan, folder, emit, stop).run(dataset, prompts)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        _out_of_memory(plan, str(error))
-    except RuntimeError as error:
-        # The CPU's allocator has no exception type of its own.
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
-            raise
-        _out_of_memory(plan, str(error))
-
-
-def _out_of_memory(plan: Plan, reason: str) -> None:
-    release(torch.device(str(plan.value("device"))))
-    fail(
-        OUT_OF_MEMORY,
-        f"out of memory on {plan.hardware.name}",
-        cure="`ideoflow plan RECIPE` lists changes that save memory; the next run goes on from the last "
-        "checkpoint",
-        notes=reason.strip().splitlines()[:1],
-    )
 
 
 class _Session:
@@ -72,31 +50,17 @@ class _Session:
         self.plan, self.folder, self.emit, self.stop = plan, folder, emit, stop
         self.device = plan_device(plan)
         self.meter = Meter(self.device, lambda *news: emit(StageDone(*news)))
-        self.encoder = Encoder(
-            plan.base.folder,
-            plan.base.digest,
-            TensorCache(cache_folder(plan.tables.cache.folder)),
-            dtype=plan_dtype(plan),
-            device=self.device,
-            captions=plan.tables.captions,
-            transformer=plan.base.files.get("transformer"),
-            progress=lambda *news: emit(Progress(*news)),
-        )
+        self.encoder = make_encoder(plan, emit)
         settings = plan.tables.train
         self.checkpoints = Checkpoints(folder / "checkpoints", run_identity(plan), settings.keep_checkpoints)
 
     def run(self, dataset: Dataset, prompts: Sequence[Prompt]) -> Outcome:
-        samples = dataset.samples
         checkpoint, warnings = self.checkpoints.newest()
         self._tell(warnings)
         from_step = checkpoint.step if checkpoint else 0
         self.emit(RunStarted(from_step, str(self.device), torch.__version__))
-        with self.meter.stage("captions"):
-            trained = (caption for s in samples for caption in self.encoder.texts(s))
-            self.encoder.encode_captions(chain(trained, (p.caption for p in prompts)))
-        with self.meter.stage("pictures"):
-            self.encoder.encode_pictures(samples)
-            data = self.encoder.encoded(samples)
+        fill_caches(self.encoder, dataset, prompts, self.meter)
+        data = self.encoder.encoded(dataset.samples)
         self.emit(Progress("load", 0, 1))
         with self.meter.stage("load"):
             model = build(self.plan)

@@ -1,17 +1,26 @@
 """What is cached is what the encoders give, bit for bit; what goes wrong loses nothing that was cached."""
 
+import multiprocessing
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ideoflow.captions import to_json
+from ideoflow.data import cache as cache_module
 from ideoflow.data import encode
 from ideoflow.data.cache import TensorCache
 from ideoflow.data.encode import Encoder
 from ideoflow.data.pixels import load_pixels
 from ideoflow.data.shards import Index, join_keys
 from ideoflow.data.survey import read_dataset
+from ideoflow.data.upkeep import verify
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import data as codes
 from ideoflow.diagnostics.codes import model as model_codes
@@ -58,6 +67,10 @@ def pictures(encoder, samples):
     """Encodes them; says where they are."""
     encoder.encode_pictures(samples)
     return encoder.encoded(samples)
+
+
+def wrapped(elements):
+    return to_json({"compositional_deconstruction": {"background": "sea", "elements": elements}})
 
 
 def tensors(encoder, where):
@@ -197,3 +210,93 @@ def test_a_full_disk_loses_nothing(encoder_for, samples, small_disk, monkeypatch
     assert encoder.encode_pictures(samples) == 4 - len(kept) and kept < entries(encoder)
     no_loading(monkeypatch)
     encoder.encode_pictures(samples)
+
+
+def test_each_sample_has_its_captions_variants(encoder_for, samples):
+    caption = wrapped([{"type": "obj", "desc": f"object {n}"} for n in range(5)])
+    several = replace(samples[0], caption=caption, alternatives=(wrapped([]),))
+    encoder = encoder_for(captions={"shuffle": True, "variants": 6})
+    texts = encoder.texts(several)
+    assert len(texts) == 6 and texts[:2] == (caption, wrapped([]))
+    assert encoder.encode_captions(texts) == 6
+    (where,) = encoder.encoded([several])
+    assert len(set(where.texts)) == 6 and not any(encoder.cache.missing(where.texts))
+    plain = encoder_for()
+    assert plain.encode_captions(plain.texts(several)) == 0, "captions as they are were among them"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_share_the_work(encoder_for, samples, ranks, monkeypatch):
+    captions = [f"caption {n}" for n in range(7)]
+    parts = [encoder_for(rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert sum(p.encode_captions(captions) for p in parts) == 7
+    assert sum(p.encode_pictures(samples) for p in parts) == 4
+    no_loading(monkeypatch)
+    alone = encoder_for()
+    assert alone.encode_captions(captions) == 0 and alone.encode_pictures(samples) == 0
+    held = join_keys(index_of(alone).rows)
+    assert len(held) == len(set(held)) == 11, "nothing twice"
+
+
+def _encode_until_killed(folder, base, cache, samples, log):
+    """In a process of its own: fills a cache in shards of four pictures and notes each encoding."""
+    torch.set_num_threads(1)
+    cache_module.SHARD_BYTES = 4 * 16 * 128 * 4
+    plain = encode.encode_pixels
+
+    def noting(vae, pixels):
+        os.write(log, b".")
+        return plain(vae, pixels)
+
+    encode.encode_pixels = noting
+    made = Encoder(folder, base, TensorCache(cache), dtype=torch.float32, device=CPU,
+                   captions=CaptionSettings())  # fmt: skip
+    made.encode_pictures(samples)
+    os._exit(0)
+
+
+def test_kills_at_any_moment_cost_at_most_a_shard(nano_base, folder, picture, recipe, tmp_path):
+    """Killed twenty times while it fills the cache: nothing is lost or damaged, and little is made twice."""
+    for n in range(60):
+        picture(64, 64, seed=n).save(folder / f"{n:02}.png")
+        (folder / f"{n:02}.txt").write_text("a picture")
+    samples = read_dataset(recipe()).samples
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    context = multiprocessing.get_context("fork")
+    chance = random.Random(0)
+    kills, kept = 0, set()
+    with log.open("ab", buffering=0) as stream:
+        while True:
+            process = context.Process(
+                target=_encode_until_killed,
+                args=(nano_base.folder, nano_base.digest, cache, samples, stream.fileno()),
+            )
+            before = log.stat().st_size
+            process.start()
+            if kills < 20:
+                # Somewhere within the next few encodings, and between two of them.
+                goal = before + chance.randrange(0, 8)
+                while log.stat().st_size < goal and process.is_alive():
+                    time.sleep(0.0005)
+                time.sleep(chance.uniform(0, 0.01))
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            index = Index(cache)
+            index.refresh()
+            now = set(join_keys(index.rows))
+            assert index.damaged == [] and kept <= now, "what was there stays, and is whole"
+            kept = now
+            if process.exitcode == 0:
+                break
+            kills += 1
+    assert kills == 20 and len(kept) == 60
+    # At a kill, one shard of four may be filling, one being written, and one encoding under way.
+    assert 60 <= log.stat().st_size <= 60 + 20 * (4 + 4 + 1)
+    assert verify(cache).good and verify(cache).entries == 60
+
+    truth = TensorCache(cache)
+    vae = load_vae(nano_base.folder, dtype=torch.float32, device=CPU)
+    made = Encoder(nano_base.folder, nano_base.digest, truth, dtype=torch.float32, device=CPU,
+                   captions=CaptionSettings())  # fmt: skip
+    for sample, where in list(zip(samples, made.encoded(samples), strict=True))[::7]:
+        assert torch.equal(truth.get(where.latents), encode_pixels(vae, load_pixels(sample)[None])[0])

@@ -1,0 +1,133 @@
+"""Fills the caches that training reads: on one process, or on several that each do their share.
+
+Started by ``torchrun``, every process takes the entries whose keys fall to its rank. There is nothing to
+agree on meanwhile: shares are a function of the keys, and each process writes shards of its own. Only at the
+end they tell each other how it went, so that one bad picture does not stop the others.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+
+from ideoflow.data.cache import TensorCache
+from ideoflow.data.encode import Encoder
+from ideoflow.data.keys import needed_keys
+from ideoflow.data.shards import cache_folder
+from ideoflow.data.survey import Dataset, Prompt
+from ideoflow.diagnostics import Diagnostic, IdeoflowError
+from ideoflow.engine.events import Emit, Progress, StageDone
+from ideoflow.engine.meter import Meter, memory_errors_told
+from ideoflow.engine.setup import plan_device, plan_dtype
+from ideoflow.plan.document import Plan
+
+
+@dataclass(frozen=True)
+class Filled:
+    """How many captions and pictures were encoded; the others were there."""
+
+    captions: int
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """What filling the caches came to, over all processes.
+
+    ``captions`` and ``pictures`` are how many different ones the recipe needs, ``encoded`` how many of them
+    were made now.
+    """
+
+    captions: int
+    pictures: int
+    encoded: Filled
+    processes: int
+    seconds: float
+
+
+def make_encoder(plan: Plan, emit: Emit, rank: int = 0, ranks: int = 1) -> Encoder:
+    """The encoder that the plan asks for, with its cache."""
+    assert plan.base.folder is not None, "the base is fetched before the engine starts"
+    return Encoder(
+        plan.base.folder,
+        plan.base.digest,
+        TensorCache(cache_folder(plan.tables.cache.folder)),
+        dtype=plan_dtype(plan),
+        device=plan_device(plan),
+        captions=plan.tables.captions,
+        transformer=plan.base.files.get("transformer"),
+        progress=lambda *news: emit(Progress(*news)),
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+def fill_caches(encoder: Encoder, dataset: Dataset, prompts: Sequence[Prompt], meter: Meter) -> Filled:
+    """Encodes every caption and picture that is not cached yet, of this encoder's share.
+
+    Raises:
+        IdeoflowError: with what cannot be encoded; everything else is cached by then.
+    """
+    with meter.stage("captions"):
+        trained = (caption for s in dataset.samples for caption in encoder.texts(s))
+        captions = encoder.encode_captions(chain(trained, (p.caption for p in prompts)))
+    with meter.stage("pictures"):
+        pictures = encoder.encode_pictures(dataset.samples)
+    return Filled(captions, pictures)
+
+
+def build_caches(plan: Plan, dataset: Dataset, prompts: Sequence[Prompt], emit: Emit) -> Built:
+    """Fills the caches without training: alone, or as one of torchrun's processes.
+
+    Raises:
+        IdeoflowError: with what could not be encoded by any of them.
+    """
+    started = time.perf_counter()
+    with memory_errors_told(plan), _processes() as (rank, ranks):
+        encoder = make_encoder(plan, emit, rank, ranks)
+        meter = Meter(encoder.device, lambda *news: emit(StageDone(*news)))
+        filled, problems = Filled(0, 0), ()
+        try:
+            filled = fill_caches(encoder, dataset, prompts, meter)
+        except IdeoflowError as error:
+            problems = tuple(error.diagnostics)
+        every = _gather((filled, problems), ranks)
+        found: list[Diagnostic] = [d for _, ds in every for d in ds]
+        if found:
+            raise IdeoflowError(found[:20])
+        digests = encoder.digests.of([s.picture for s in dataset.samples])
+    texts, latents = needed_keys(encoder.keys, dataset, prompts, encoder.captions, digests)
+    total = Filled(sum(f.captions for f, _ in every), sum(f.pictures for f, _ in every))
+    return Built(len(texts), len(latents), total, ranks, time.perf_counter() - started)
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """This process's rank and how many there are, as torchrun says."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        yield 0, 1
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("gloo")  # only words are exchanged, no tensors
+    try:
+        yield dist.get_rank(), ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def _gather(value: object, ranks: int) -> list:  # type: ignore[type-arg]
+    """Everybody's value, in order of rank."""
+    if ranks == 1:
+        return [value]
+    gathered: list[object] = [None] * ranks
+    dist.all_gather_object(gathered, value)
+    return gathered
