@@ -41,7 +41,11 @@ CHANGES = {
     "captions.shuffle": "true",
     "captions.element_dropout": "0.5",
     "captions.placeholders": '{ token = "a very tall rocket" }',
+    "adapter.kind": '"loha"',
     "adapter.rank": "3",
+    "adapter.rslora": "true",
+    "adapter.rank_pattern": '{ "*.w2" = 1 }',
+    "adapter.alpha_pattern": '{ "*.w2" = 1 }',
     "adapter.alpha": "1.0",
     "adapter.targets": '"attention"',
     "adapter.init": '"gaussian"',
@@ -59,14 +63,17 @@ CHANGES = {
     "train.schedule.std": "0.3",
     "memory.precision": '"bf16"',
     "output.dtype": '"bf16"',
+    "output.format": '"diffusers"',
 }
 CAPTION = "A photograph of <token>, a {}.\nobj: A table.\nobj: A window.\nobj: A lamp.\n"
+# The same for a LoKr.
+LOKR = {"adapter.factor": "8", "adapter.decompose_both": "true", "adapter.full_matrix": "true"}
 # What these do is tested where they act: on files, on reports, on where things go.
 ELSEWHERE = {
     "data.images", "data.source", "data.instance_prompt", "data.caption_column", "data.image_column",
     "data.aspects", "data.crop_variants", "data.minimum_image_size", "data.maximum_image_size",
     "data.upscale_limit", "captions.wrap", "captions.variants",
-    "captions.max_tokens", "cache.folder", "adapter.kind", "train.checkpoint_every",
+    "captions.max_tokens", "cache.folder", "train.checkpoint_every",
     "train.keep_checkpoints", "train.schedule", "output.folder", "output.name",
 }  # fmt: skip
 
@@ -82,13 +89,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def adapter(project: Path, name: str, key: str | None = None) -> dict[str, Tensor]:
-    """The adapter of a run with one setting changed."""
+def adapter(project: Path, name: str, changes: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """The adapter of a run with these settings changed."""
     tables = {table: dict(keys) for table, keys in BASE.items()}
     tables["output"]["folder"] = f'"{project / name}"'
-    if key:
+    for key, value in (changes or {}).items():
         table, _, leaf = key.rpartition(".")
-        tables.setdefault(table, {})[leaf] = CHANGES[key]
+        tables.setdefault(table, {})[leaf] = value
+    if "full_matrix" in tables["adapter"]:
+        del tables["adapter"]["rank"]
     recipe = project / f"{name}.toml"
     recipe.write_text("\n".join(
         f"[{table}]\n" + "\n".join(f"{k} = {v}" for k, v in keys.items()) for table, keys in tables.items()
@@ -105,11 +114,21 @@ def plain(project: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_it_changes_what_is_learnt(project: Path, plain: dict[str, Tensor], key: str) -> None:
-    changed = adapter(project, key.replace(".", "-"), key)
-    same = changed.keys() == plain.keys() and all(
-        changed[k].dtype == plain[k].dtype and torch.equal(changed[k], plain[k]) for k in plain
+    changed = adapter(project, key.replace(".", "-"), {key: CHANGES[key]})
+    assert not same(changed, plain)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
     )
-    assert not same
+
+
+def test_settings_of_a_lokr_change_it(project: Path) -> None:
+    lokr = {"adapter.kind": '"lokr"'}
+    plain = adapter(project, "lokr", lokr)
+    for key, value in LOKR.items():
+        assert not same(adapter(project, key.replace(".", "-"), lokr | {key: value}), plain)
 
 
 def test_the_same_settings_learn_the_same(project: Path, plain: dict[str, Tensor]) -> None:
@@ -122,4 +141,4 @@ def test_no_setting_of_training_is_left_out() -> None:
               "adapter": AdapterSettings, "train": TrainSettings,
               "train.schedule": ScheduleSettings, "output": OutputSettings}  # fmt: skip
     known = {f"{table}.{f.name}" for table, cls in tables.items() for f in fields(cls)}
-    assert known <= set(CHANGES) | ELSEWHERE
+    assert known <= set(CHANGES) | set(LOKR) | ELSEWHERE

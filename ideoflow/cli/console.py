@@ -108,7 +108,5 @@ class Console:
             out.print(f"stopped after step {result.step}; go on with: ideoflow run {recipe}", markup=False)
         else:
             size = Path(result.adapter).stat().st_size / 1e6
-            out.print(
-                f"adapter  {result.adapter}  ({size:.1f} MB; loads in diffusers and ComfyUI)", markup=False
-            )
+            out.print(f"adapter  {result.adapter}  ({size:.1f} MB)", markup=False)
         out.print(f"report   {result.report}", markup=False)

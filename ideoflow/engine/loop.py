@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,9 @@ class Stop:
 
 def run_identity(plan: Plan) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
-    adapter = plan.tables.adapter
-    return {
-        "base": plan.digests.base,
-        "targets": list(plan.targets),
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "kind": adapter.kind,
-    }
+    adapter = asdict(plan.tables.adapter)
+    del adapter["init"]  # a checkpoint has what became of it
+    return {"base": plan.digests.base, **adapter, "targets": list(plan.targets)}
 
 
 class Trainer:

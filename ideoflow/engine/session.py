@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from ideoflow.artifacts import Checkpoints, lora_factors, write_adapter
+from ideoflow.artifacts import Checkpoints
+from ideoflow.artifacts.adapter_file import for_form, write_adapter
+from ideoflow.artifacts.names import Form
 from ideoflow.data.survey import Dataset, Prompt
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
+from ideoflow.engine.adapt import base_weight, trained_updates
 from ideoflow.engine.caches import fill_caches, make_encoder
 from ideoflow.engine.events import Emit, Note, Progress, RunStarted, SampleMade, StageDone
 from ideoflow.engine.loop import Stop, Trainer, run_identity
@@ -20,6 +24,7 @@ from ideoflow.engine.meter import Meter, memory_errors_told
 from ideoflow.engine.sampling import Sampler, write_picture
 from ideoflow.engine.setup import Trainable, build, plan_device
 from ideoflow.model.load import PRECISIONS
+from ideoflow.plan.adapters import forms_of, rank_words, readers
 from ideoflow.plan.document import Plan
 
 
@@ -116,11 +121,11 @@ class _Session:
             self.emit(Progress("samples", done, len(prompts)))
 
     def _write_adapter(self, model: Trainable, step: int) -> Path:
+        """The adapter in the form, or both forms, that the recipe asks for; returns the first file."""
         plan, adapter = self.plan, self.plan.tables.adapter
-        scale = (adapter.alpha or adapter.rank) / adapter.rank
         metadata = {
             "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": "ideogram-4/lora",
+            "modelspec.architecture": f"ideogram-4/{adapter.kind}",
             "modelspec.title": plan.name,
             "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "modelspec.license": f"subject to the licence of the base model, {plan.base.name}",
@@ -128,12 +133,23 @@ class _Session:
             "ideoflow.base_digest": plan.digests.base,
             "ideoflow.recipe_digest": plan.digests.recipe,
             "ideoflow.steps": str(step),
-            "ideoflow.rank": str(adapter.rank),
+            "ideoflow.kind": adapter.kind,
+            "ideoflow.rank": rank_words(adapter).removeprefix("rank "),
         }
-        dtype = PRECISIONS[plan.tables.output.dtype]
-        return write_adapter(
-            self.folder / f"{plan.name}.safetensors", lora_factors(model.parameters), scale, dtype, metadata
-        )
+
+        def weight(module: str) -> torch.Tensor:
+            return base_weight(model.transformer.get_submodule(module))
+
+        # Scales are multiplied in, so a reader needs to know of no alpha.
+        updates = {name: update.folded() for name, update in trained_updates(model.transformer).items()}
+        files: list[Path] = []
+        for form in forms_of(plan.tables.output.format):
+            file = self.folder / f"{plan.name}{'.diffusers' if files else ''}.safetensors"
+            arranged = for_form(updates, cast(Form, form), weight)
+            write_adapter(file, arranged, cast(Form, form), PRECISIONS[plan.tables.output.dtype], metadata)
+            files.append(file)
+            self.emit(Note(f"{file.name} loads in {readers(adapter.kind, form)}"))
+        return files[0]
 
     def _tell(self, warnings: Sequence[Diagnostic]) -> None:
         for warning in warnings:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import Ideogram4Transformer2DModel
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import NO_DEVICE
+from ideoflow.engine.adapt import add_adapter
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.attention import Kernel
 from ideoflow.engine.step import (
@@ -68,7 +68,7 @@ class Trainable:
     """The model with its adapter, and how the plan's engine computes with it.
 
     Args:
-        transformer: frozen base with PEFT's LoRA layers; names and files are theirs on every path.
+        transformer: frozen base with PEFT's layers; names and files are theirs on every path.
         parameters: the trained tensors by name, float32.
         predict: velocity of one sample, as :func:`ideoflow.engine.step.predict_velocity` gives it.
         gradients: adds a batch's gradients, as :func:`ideoflow.engine.step.accumulate` does.
@@ -110,29 +110,3 @@ def build(plan: Plan) -> Trainable:
     return Trainable(
         transformer, parameters, partial(predict_velocity, transformer), partial(accumulate, transformer)
     )
-
-
-def add_adapter(transformer: Ideogram4Transformer2DModel, plan: Plan) -> dict[str, nn.Parameter]:
-    """Puts PEFT's LoRA layers on the plan's targets; returns the trained tensors, float32.
-
-    The adapter learns in float32 whatever the base's type: at a learning rate of 1e-4, most updates of a
-    bf16 weight round away.
-    """
-    adapter = plan.tables.adapter
-    settings: dict[str, Any] = {"init_lora_weights": "gaussian"} if adapter.init == "gaussian" else {}
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.rank if adapter.alpha is None else adapter.alpha,
-        target_modules=list(plan.targets),
-        **settings,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(plan.tables.train.seed)
-        transformer.add_adapter(config)
-    trained = {}
-    for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            trained[name] = parameter
-    return trained

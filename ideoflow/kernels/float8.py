@@ -56,6 +56,17 @@ class ScaledLinear(nn.Linear):
 
     storage: torch.dtype
     weight_scale: Tensor
+    # PEFT makes adapters in this type (it asks bitsandbytes' layers for it), and not in the weight's e4m3.
+    compute_dtype = torch.float32
+
+    @property
+    def W_q(self) -> Tensor:
+        """PEFT takes a module with this name for quantised, and asks :meth:`dequantize` for its weight."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weight [N, K], float32."""
+        return _dense(self.weight.detach(), self.weight_scale, torch.float32)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False,
                  device: torch.device | str | None = None,

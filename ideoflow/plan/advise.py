@@ -201,12 +201,13 @@ def _about_device(plan: Plan, found: Collector) -> None:
 
 def _about_storage(plan: Plan, problem: Problem, best: Evaluation, found: Collector, recipe: Recipe) -> None:
     sizes, hardware = plan.sizes, plan.hardware
+    full = plan.tables.adapter.full_matrix
     if sizes.adapter > _LARGE_FILE:
         found.add(
             LARGE_ADAPTER,
             f"the adapter's file will be {sizes.adapter / GB:.1f} GB",
-            recipe.span("adapter.rank"),
-            cure="lower adapter.rank",
+            recipe.span("adapter.full_matrix" if full else "adapter.rank"),
+            cure="remove full_matrix, or set another factor" if full else "lower adapter.rank",
         )
     kept = min(
         plan.tables.train.keep_checkpoints, 1 + plan.tables.train.steps // plan.tables.train.checkpoint_every

@@ -42,8 +42,8 @@ def fixed_decisions(tables: RecipeTables) -> dict[str, str | float]:
     return fixed
 
 
-def no_fused_engine(hardware: Hardware, device: str, targets: Iterable[str]) -> str:
-    """Why the fused engine cannot train adapters on these modules, or nothing where it can."""
+def no_fused_engine(hardware: Hardware, device: str, targets: Iterable[str], kind: str = "lora") -> str:
+    """Why the fused engine cannot train such an adapter on these modules, or nothing where it can."""
     if device != "cuda":
         return "the fused engine needs an NVIDIA GPU"
     if hardware.kind == "rocm":
@@ -55,6 +55,8 @@ def no_fused_engine(hardware: Hardware, device: str, targets: Iterable[str]) -> 
     # It computes all blocks' modulations before the first block, outside what it differentiates.
     if any(target.endswith(".adaln_modulation") for target in targets):
         return "the fused engine has no adapters on adaln_modulation"
+    if kind != "lora":
+        return f"the fused engine computes plain LoRA; {kind} is left to PEFT"
     return ""
 
 
@@ -80,10 +82,14 @@ def attention_kernel(hardware: Hardware, engine: str) -> tuple[str, str, str]:
 
 
 def combinations(
-    hardware: Hardware, device: str, targets: Iterable[str], budgets: tuple[float, ...] = ()
+    hardware: Hardware,
+    device: str,
+    targets: Iterable[str],
+    budgets: tuple[float, ...] = (),
+    kind: str = "lora",
 ) -> Iterator[Choice]:
     """Everything that the engines can do on a machine, guidance apart (``loaded`` throughout)."""
-    fused = not no_fused_engine(hardware, device, targets)
+    fused = not no_fused_engine(hardware, device, targets, kind)
     if fused:
         pairs = [("bf16", "bf16"), ("fp8", "bf16")]
         if has_fp8_units(hardware):
@@ -127,7 +133,7 @@ def refusals(tables: RecipeTables, hardware: Hardware, device: str, targets: Ite
             refuse(key, message, f"remove {key}, or set engine = 'fused'")
     elif m.engine == "fused" or fused_only:
         key = "engine" if m.engine == "fused" else fused_only[0]
-        if missing := no_fused_engine(hardware, device, targets):
+        if missing := no_fused_engine(hardware, device, targets, tables.adapter.kind):
             refuse(key, missing, f"set engine = 'auto', and leave {key} out")
         if m.precision == "float32":
             refuse("precision", "the fused engine computes in bf16, and precision is 'float32'",

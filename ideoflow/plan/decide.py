@@ -8,6 +8,7 @@ from dataclasses import replace
 from ideoflow.diagnostics import Collector, fail
 from ideoflow.diagnostics.codes.plan import CANNOT_BE_DONE, DEVICE_MISMATCH, NO_GPU, NO_TARGETS_IN_BASE
 from ideoflow.model.base import BaseFacts
+from ideoflow.plan.adapters import file_numbers
 from ideoflow.plan.advise import advise, cheapest_changes
 from ideoflow.plan.calibration import Calibration, shipped
 from ideoflow.plan.choices import (
@@ -30,7 +31,7 @@ from ideoflow.plan.document import (
     Value,
 )
 from ideoflow.plan.search import Evaluation, Problem, alternatives, estimate_time, solve, times_known
-from ideoflow.plan.sizes import ADAPTER_BYTES, ELEMENT_BYTES, adapter_parameters
+from ideoflow.plan.sizes import ADAPTER_BYTES, ELEMENT_BYTES
 from ideoflow.recipe import Recipe, RecipeTables
 
 GIB = 1 << 30
@@ -108,20 +109,9 @@ def _check(problem: Problem, recipe: Recipe) -> None:
 def disk_sizes(
     tables: RecipeTables, base: BaseFacts, data: DataSummary | None, problem: Problem
 ) -> DiskSizes:
-    """Bytes that a run writes.
-
-    The adapter's file holds q, k and v as one fused adapter: its A factors stacked, its B factors on the
-    block diagonal, whose zeros are stored too. A checkpoint holds float32 factors and both moments.
-    """
-    spec, rank = base.transformer, tables.adapter.rank
-    numbers = adapter_parameters(spec, problem.targets, rank)
-    fused: dict[str, int] = {}
-    for name in problem.targets:
-        if name.endswith((".to_q", ".to_k", ".to_v")):
-            block = name.rpartition(".")[0]
-            fused[block] = fused.get(block, 0) + 1
-    # With k of three projections adapted, B is (3 x hidden, k x rank) instead of k times (hidden, rank).
-    zeros = sum((3 * k - k) * rank * spec.hidden for k in fused.values())
+    """Bytes that a run writes; a checkpoint holds float32 factors and both moments."""
+    spec = base.transformer
+    in_file = file_numbers(tables.adapter, problem.modules, tables.output.format)
     element = ELEMENT_BYTES.get(tables.output.dtype, 4)
     latents = text = None
     if data is not None:
@@ -129,8 +119,8 @@ def disk_sizes(
         # float32 latents: in_channels numbers for each 16 x 16 pixels.
         latents = area * spec.in_channels * 4 // 256
         text = data.crops * data.text_tokens[1] * spec.hidden * 2
-    checkpoint = 3 * numbers * ADAPTER_BYTES
-    return DiskSizes((numbers + zeros) * element, checkpoint, latents, text)
+    checkpoint = 3 * problem.adapter.parameters * ADAPTER_BYTES
+    return DiskSizes(in_file * element, checkpoint, latents, text)
 
 
 def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
@@ -278,7 +268,9 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
     if name == "activation_budget":
         return _budget_reason(best, over)
     if name == "engine" and not fused:
-        if missing := no_fused_engine(problem.hardware, problem.device, problem.targets):
+        if missing := no_fused_engine(
+            problem.hardware, problem.device, problem.targets, problem.tables.adapter.kind
+        ):
             return "only-choice", missing
         return "fastest-that-fits", "plain diffusers and PEFT are as fast here"
     if name == "matmul" and value != "fp8":

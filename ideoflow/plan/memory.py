@@ -42,6 +42,7 @@ from typing import Protocol
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TAPPED_LAYERS, TransformerSpec, VaeSpec
 from ideoflow.plan import fused
+from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.document import Ledger, LedgerLine, Phase
 from ideoflow.plan.sizes import (
     ADAPTER_BYTES,
@@ -171,14 +172,17 @@ def build_ledger(
     accumulation: int = 1,
     memory_factor: float = 1.0,
     calibrated_by: str = "",
+    adapter: AdapterSize | None = None,
 ) -> Ledger:
     """Every phase's lines for one choice.
 
     The ``batch`` samples of a forward pass are packed together by the fused engine, and run one after the
     other by the reference engine; the ``accumulation`` passes of an optimiser step follow one another in
     both. ``memory_factor`` scales what comes and goes (activations and workspaces), as measured by the runs
-    that ``calibrated_by`` names.
+    that ``calibrated_by`` names. ``rank`` is the adapter's greatest; ``adapter`` what it is made of, by
+    default a plain LoRA of this rank.
     """
+    size = adapter or AdapterSize("lora", adapter_parameters(base.transformer, targets, rank))
     lines: list[LedgerLine] = []
 
     def add(phase: Phase, name: str, size: float, evidence: str, *, transient: bool = False) -> None:
@@ -202,7 +206,7 @@ def build_ledger(
     _latents(add, base.vae, shapes, choice)
     finish("latents")
     train = _train_fused if choice.engine == "fused" else _train_reference
-    train(add, base.transformer, targets, rank, shapes, choice, batch, accumulation)
+    train(add, base.transformer, targets, rank, size, shapes, choice, batch, accumulation)
     if choice.device == "cpu" and shapes.sample_tokens:
         # On a GPU these wait in the host's memory; on a CPU that is the same memory.
         waiting = base.vae.parameters() * choice.element
@@ -210,7 +214,7 @@ def build_ledger(
         add("train", "waiting models", waiting, "what samples are made with")
     finish("train")
     if shapes.sample_tokens:
-        _sample(add, base, targets, rank, shapes, choice)
+        _sample(add, base, targets, rank, size, shapes, choice)
         finish("sample")
     return Ledger(tuple(lines))
 
@@ -231,6 +235,8 @@ TRANSIENT = frozenset(
         "block at work",
         "dequantised weight",
         "saved activations",
+        "adapter's own",
+        "adapter workspace",
         "backward workspace",
         "attention mask",
         "inputs and loss",
@@ -279,13 +285,14 @@ def _train_reference(
     spec: TransformerSpec,
     targets: tuple[str, ...],
     rank: int,
+    size: AdapterSize,
     shapes: Shapes,
     choice: Choice,
     batch: int,
     accumulation: int,
 ) -> None:
     e = choice.element
-    adapter = adapter_parameters(spec, targets, rank)
+    adapter = size.parameters
     on = choice.checkpointing == "on"
     a = activations(spec, targets, rank, shapes.tokens, e, checkpointing=on, compiled=choice.compiled)
     kept = a.checkpoints + (0 if on else a.kept)
@@ -308,10 +315,14 @@ def _train_reference(
     add(
         "train", "dequantised weight", dense, "the largest one, in float32 on its way to bf16", transient=True
     )
+    own = size.kept(shapes.tokens, e, block=on)
+    add("train", "adapter's own", own, f"what PEFT's {size.kind} keeps beyond a LoRA", transient=True)
+    words = f"matrices of a weight's size that PEFT's {size.kind} makes"
+    add("train", "adapter workspace", size.workspace, words, transient=True)
     add("train", "backward workspace", a.backward, "gradients alive at once in a block", transient=True)
     add("train", "attention mask", a.mask, "kept by the checkpoints", transient=True)
     add("train", "inputs and loss", a.ends, "last hidden state, rotary tables, velocity", transient=True)
-    _optimizer_step(add, gradients, held + a.total + dense)
+    _optimizer_step(add, gradients, held + a.total + dense + own + size.workspace)
 
 
 def _train_fused(
@@ -319,13 +330,14 @@ def _train_fused(
     spec: TransformerSpec,
     targets: tuple[str, ...],
     rank: int,
+    size: AdapterSize,
     shapes: Shapes,
     choice: Choice,
     batch: int,
     accumulation: int,
 ) -> None:
     e, budget, tokens = choice.element, choice.activation_budget, batch * shapes.tokens
-    adapter, fp8 = adapter_parameters(spec, targets, rank), choice.matmul == "fp8"
+    adapter, fp8 = size.parameters, choice.matmul == "fp8"
     gradients = adapter * ADAPTER_BYTES
     p = fused.peak(spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=accumulation == 1)
     _weights(add, "train", spec, choice)
@@ -368,17 +380,23 @@ def _weights(add: _Add, phase: Phase, spec: TransformerSpec, choice: Choice) -> 
 
 
 def _sample(
-    add: _Add, base: BaseFacts, targets: tuple[str, ...], rank: int, shapes: Shapes, choice: Choice
+    add: _Add,
+    base: BaseFacts,
+    targets: tuple[str, ...],
+    rank: int,
+    size: AdapterSize,
+    shapes: Shapes,
+    choice: Choice,
 ) -> None:
     """Denoising needs both transformers, decoding one and the autoencoder: whichever is more."""
     spec, e = base.transformer, choice.element
     h, f = spec.hidden, spec.intermediate_size
     _weights(add, "sample", spec, choice)
-    _adapter(add, "sample", adapter_parameters(spec, targets, rank))
+    _adapter(add, "sample", size.parameters)
     other = _unconditional_bytes(base, choice)
     cast = ADAPTER_BYTES if targets else 0
     denoise = shapes.sample_tokens * (e * (6 * h + 2 * f) + 2 * 4 * h + 3 * cast * f)
-    denoise += dequantised_bytes(spec, choice)
+    denoise += dequantised_bytes(spec, choice) + size.workspace
     if choice.engine == "fused":
         options = {"precision": choice.precision, "fp8": choice.matmul == "fp8"}
         copies = fused.copies_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ideoflow.plan.adapters import adapted_modules, learnt_numbers, rank_words
 from ideoflow.plan.document import (
     PHASES,
     Bucket,
@@ -84,7 +85,9 @@ def _head(plan: Plan) -> RenderableType:
     grid.add_row("base", f"{base.name}   {count} parameters, stored as {base.storage}")
     adapter = plan.tables.adapter
     what = adapter.targets if isinstance(adapter.targets, str) else f"{len(plan.targets)} modules"
-    grid.add_row("adapter", f"{adapter.kind}, {what}, rank {adapter.rank}")
+    learnt = learnt_numbers(adapter, adapted_modules(adapter, base.transformer, plan.targets))
+    numbers = f"{learnt / 1e6:.1f} M parameters, a file of {disk(plan.sizes.adapter)}"
+    grid.add_row("adapter", f"{adapter.kind}, {what}, {rank_words(adapter)}; {numbers}")
     grid.add_row("machine", f"{hardware.name}   {', '.join(facts)}")
     return grid
 

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import PIXELS_PER_TOKEN, target_modules
+from ideoflow.plan.adapters import AdaptedModule, AdapterSize, adapted_modules, adapter_size
 from ideoflow.plan.calibration import Calibration, Factors
 from ideoflow.plan.choices import combinations, fixed_decisions
 from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, TimeEstimate
@@ -59,6 +60,21 @@ class Problem:
     @cached_property
     def targets(self) -> tuple[str, ...]:
         return target_modules(self.tables.adapter.targets, self.base.transformer)
+
+    @cached_property
+    def modules(self) -> tuple[AdaptedModule, ...]:
+        """What is adapted, each with its rank."""
+        return adapted_modules(self.tables.adapter, self.base.transformer, self.targets)
+
+    @cached_property
+    def adapter(self) -> AdapterSize:
+        return adapter_size(self.tables.adapter, self.modules)
+
+    @property
+    def rank(self) -> int:
+        """The greatest rank of a low-rank product that tokens go through."""
+        low_rank = self.tables.adapter.kind in ("lora", "dora")
+        return max((m.rank for m in self.modules), default=0) if low_rank else 0
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -107,7 +123,8 @@ class Problem:
         """All that the machine could do, the recipe's word apart."""
         asked = fixed_decisions(self.tables).get("activation_budget")
         budgets = (float(asked),) if asked is not None else ()
-        every = combinations(self.hardware, self.device, self.targets, budgets)
+        kind = self.tables.adapter.kind
+        every = combinations(self.hardware, self.device, self.targets, budgets, kind)
         guidance = ("loaded", "proxy") if self.base.has_unconditional and self.prompts else ("proxy",)
         return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
@@ -180,17 +197,18 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
     ledger = build_ledger(
         problem.base,
         problem.targets,
-        problem.tables.adapter.rank,
+        problem.rank,
         problem.shapes,
         choice,
         batch=problem.tables.train.batch,
         accumulation=problem.tables.train.accumulation,
         memory_factor=factors.memory,
         calibrated_by=factors.source,
+        adapter=problem.adapter,
     )
     speed = _speed(problem, choice)
-    rank = problem.tables.adapter.rank
-    parts = step_parts(problem.base.transformer, problem.targets, rank, problem.load, choice, speed)
+    spec, rank, load = problem.base.transformer, problem.rank, problem.load
+    parts = step_parts(spec, problem.targets, rank, load, choice, speed, problem.adapter)
     step_ms = sum(part.ms for part in parts) * factors.time
     compiling = starting_seconds(choice, _shapes(problem))
     run = compiling + step_ms / 1e3 * problem.tables.train.steps
@@ -278,8 +296,8 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     # Captions are encoded and samples made by plain modules, whichever engine trains.
     plain = replace(choice, engine="reference", matmul="float32" if choice.precision == "float32" else "bf16")
     eager = _speed(problem, plain)
-    rank, base = tables.adapter.rank, problem.base
-    parts = step_parts(base.transformer, problem.targets, rank, problem.load, choice, speed)
+    base, targets, size = problem.base, problem.targets, problem.adapter
+    parts = step_parts(base.transformer, targets, problem.rank, problem.load, choice, speed, size)
     crops = problem.data.crops if problem.data else 0
     pixels = float(sum(b.width * b.height * b.count for b in problem.buckets)) if problem.data else 0.0
     prompts = problem.prompts

@@ -23,6 +23,7 @@ from ideoflow.kernels.budget import choose_kept
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TransformerSpec, VaeSpec
 from ideoflow.plan import fused
+from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.calibration import Shares
 from ideoflow.plan.document import Hardware, Rates, TimePart
 from ideoflow.plan.sizes import ADAPTER_BYTES, Choice, adapter_parameters, block_weights, targets_by_block
@@ -151,17 +152,23 @@ def pointwise_bytes(
 
 
 def step_parts(
-    spec: TransformerSpec, targets: tuple[str, ...], rank: int, load: Load, choice: Choice, speed: Speed
+    spec: TransformerSpec,
+    targets: tuple[str, ...],
+    rank: int,
+    load: Load,
+    choice: Choice,
+    speed: Speed,
+    adapter: AdapterSize | None = None,
 ) -> tuple[TimePart, ...]:
-    """Milliseconds of one optimiser step by kind of work."""
+    """Milliseconds of one optimiser step by kind of work; ``adapter`` is by default a LoRA of this rank."""
+    size = adapter or AdapterSize("lora", adapter_parameters(spec, targets, rank))
     if choice.engine == "fused":
-        return _fused_parts(spec, targets, rank, load, choice, speed)
+        return _fused_parts(spec, targets, rank, size, load, choice, speed)
     blocks, e = targets_by_block(targets), choice.element
     # Blocks in front of the first adapted one run forward only.
     live = 1 - min(blocks, default=spec.num_layers) / spec.num_layers
     again = live if choice.checkpointing == "on" else 0.0
     forwards, backwards = 1 + again, live
-    adapter = adapter_parameters(spec, targets, rank)
     moved = sum(
         pointwise_bytes(spec, blocks.get(i, frozenset()), e, compiled=choice.compiled, adapter=load.adapter)
         for i in range(spec.num_layers)
@@ -172,10 +179,12 @@ def step_parts(
 
     dense = 2 * tokens * linear_parameters(spec)
     attention = 4 * squares * spec.hidden * spec.num_layers
-    own = 2 * tokens * adapter
+    own = 2 * tokens * size.multiplied
+    # Dense matrices of float32 are written and read about six times a pass, and again going backward.
+    built = 4 * 6 * size.built * (1 + (again > 0) + 1)
     seconds = {
         "matmul": dense * (forwards + backwards) / speed.matmul,
-        "adapter": own * (1 + (again > 0) + 2) / speed.adapter,
+        "adapter": own * (1 + (again > 0) + 2) / speed.adapter + built / speed.memory,
         "attention": attention * forwards / speed.attention_forward
         + 2.5 * attention * backwards / speed.attention_backward,
         "pointwise": tokens * moved * (forwards + 2 * backwards) / speed.pointwise,
@@ -184,7 +193,7 @@ def step_parts(
     }
     evidence = {
         "matmul": f"{dense * (forwards + backwards) / 1e12:.0f} TFLOP a sample",
-        "adapter": f"{adapter / 1e6:.0f} M numbers, {'float32' if load.adapter == 4 else 'bf16'}",
+        "adapter": f"{size.multiplied / 1e6:.0f} M numbers, {'float32' if load.adapter == 4 else 'bf16'}",
         "attention": f"{attention * (forwards + 2.5 * backwards) / 1e12:.0f} TFLOP a sample",
         "pointwise": f"{tokens * moved * (forwards + 2 * backwards) / 1e9:.0f} GB moved a sample",
         "launch": "kernels of each block, as measured",
@@ -194,7 +203,7 @@ def step_parts(
         TimePart(name, round(1e3 * load.samples * value, 3), evidence[name])
         for name, value in seconds.items()
     ]
-    return (*parts, _optimizer_part(adapter, speed))
+    return (*parts, _optimizer_part(size.parameters, speed))
 
 
 def _optimizer_part(adapter: int, speed: Speed) -> TimePart:
@@ -203,7 +212,13 @@ def _optimizer_part(adapter: int, speed: Speed) -> TimePart:
 
 
 def _fused_parts(
-    spec: TransformerSpec, targets: tuple[str, ...], rank: int, load: Load, choice: Choice, speed: Speed
+    spec: TransformerSpec,
+    targets: tuple[str, ...],
+    rank: int,
+    size: AdapterSize,
+    load: Load,
+    choice: Choice,
+    speed: Speed,
 ) -> tuple[TimePart, ...]:
     """The fused engine's step: all samples of a pass at once, and only what was not kept computed again."""
     h, f, layers = spec.hidden, spec.intermediate_size, spec.num_layers
@@ -228,7 +243,7 @@ def _fused_parts(
     share_again = recomputed / sum(widths.values())
     forward = 4 * squares * h * layers * (1 + again("attention"))
     backward = 10 * squares * h * layers * live
-    adapter = adapter_parameters(spec, targets, rank)
+    adapter = size.parameters
     own = 2 * tokens * adapter * (3 + 0.5 * share_again)
     # Reads and writes: norms, attention's operand, rotary, gated residuals, SwiGLU; adapters add to results.
     ends = 2 * e * (5 * h + 2 * f) if adapter else 0
@@ -260,7 +275,7 @@ def _fused_parts(
         ("transfer", load.samples * sent / speed.host, f"{sent / 1e6:.0f} MB a sample"),
     )
     parts = [TimePart(name, round(1e3 * seconds, 3), evidence) for name, seconds, evidence in rows if seconds]
-    return (*parts, _optimizer_part(adapter, speed))
+    return (*parts, _optimizer_part(size.parameters, speed))
 
 
 def sampling_seconds(

@@ -23,6 +23,7 @@ Report = Callable[[Code, Path, str, str, str], None]
 _FAILED = object()
 _MOST = 2**63 - 1  # TOML's whole numbers have 64 bits; tomli reads longer ones too
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+_MANY = {str: "texts", int: "whole numbers", float: "numbers"}
 
 
 def from_plain(cls: Any, data: Mapping[str, Any], report: Report, path: Path = ()) -> Any:
@@ -124,9 +125,11 @@ def _match(annotation: Any, value: Any) -> Any:
             return _FAILED
         items = [_match(get_args(annotation)[0], item) for item in value]
         return _FAILED if _FAILED in items else tuple(items)
-    if origin is not None:  # Mapping[str, str]
-        ok = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
-        return dict(value) if ok else _FAILED
+    if origin is not None:  # Mapping[str, ...]
+        if not isinstance(value, Mapping):
+            return _FAILED
+        table = {k: _match(get_args(annotation)[1], v) for k, v in value.items()}
+        return _FAILED if _FAILED in table.values() else table
     if annotation is float:
         if isinstance(value, int) and not isinstance(value, bool):
             return float(value) if abs(value) <= _MOST else math.inf
@@ -143,6 +146,9 @@ def _within(value: Any, spec: Field[Any], path: Path, report: Report) -> bool:
         message = f"'{path[-1]}' must not hold a NUL character"
         report(BAD_VALUE, path, message, "remove \\u0000 from it", "")
         return False
+    if isinstance(value, Mapping):  # the bounds are those of each value
+        within = [_within(v, spec, (*path, k), report) for k, v in value.items()]  # reports every one
+        return all(within)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return True
     m = spec.metadata
@@ -170,7 +176,7 @@ def _within(value: Any, spec: Field[Any], path: Path, report: Report) -> bool:
 def _texts(value: Any) -> list[str]:
     """The texts in a value: itself, or those of a list or a table."""
     if isinstance(value, Mapping):
-        return [text for pair in value.items() for text in pair]
+        return [text for pair in value.items() for text in pair if isinstance(text, str)]
     items = value if isinstance(value, tuple) else (value,)
     return [item for item in items if isinstance(item, str)]
 
@@ -202,8 +208,8 @@ def _report_mismatch(
 def _odd_item(options: tuple[Any, ...], value: Any) -> Any:
     """The first item that makes a list or table the wrong one for every option of its kind, or ``None``."""
     if isinstance(value, Mapping):
-        tables = any(get_origin(o) is Mapping for o in options)
-        return next((v for v in value.values() if not isinstance(v, str)), None) if tables else None
+        kinds = [get_args(o)[1] for o in options if get_origin(o) is Mapping]
+        return next((v for v in value.values() if kinds and _match(kinds[0], v) is _FAILED), None)
     kinds = [get_args(o)[0] for o in options if get_origin(o) is tuple]
     if not kinds or not isinstance(value, list):
         return None
@@ -215,8 +221,8 @@ def _wanted(annotation: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(get_args(annotation))
     if origin is tuple:
-        return "a list of " + {str: "texts", float: "numbers"}[get_args(annotation)[0]]
-    return "a table of texts" if origin is not None else _WORDS[annotation]
+        return "a list of " + _MANY[get_args(annotation)[0]]
+    return "a table of " + _MANY[get_args(annotation)[1]] if origin is not None else _WORDS[annotation]
 
 
 def _kind(value: Any) -> str:

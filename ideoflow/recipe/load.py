@@ -24,6 +24,7 @@ from ideoflow.diagnostics.codes.recipe import (
     UNKNOWN_KEY,
 )
 from ideoflow.model.spec import match_targets
+from ideoflow.recipe.adapters import check_adapter
 from ideoflow.recipe.convert import from_plain, to_plain
 from ideoflow.recipe.places import Path, Place, find_places
 from ideoflow.recipe.settings import PictureSettings, RecipeTables, SourceSettings
@@ -237,6 +238,7 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
             "compile = 'regional' is for GPUs; device is 'cpu'",
             "use compile = 'auto' or 'off'",
         )
+    check_adapter(t.adapter, t.output.format, recipe.is_set, contradiction)
     unmatched = [glob for glob, modules in match_targets(t.adapter.targets).items() if not modules]
     for glob in unmatched:
         problems.add(

@@ -89,7 +89,7 @@ def _kind(annotation: Any) -> str:
         return "list of tables"
     if origin is tuple:
         return f"list of {_kind(get_args(annotation)[0])}s"
-    return "table of texts" if origin is not None else _WORDS[annotation]
+    return f"table of {_kind(get_args(annotation)[1])}s" if origin is not None else _WORDS[annotation]
 
 
 def _default(spec: Field[Any]) -> str:

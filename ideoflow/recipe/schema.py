@@ -53,7 +53,8 @@ def _key(annotation: Any, spec: Field[Any]) -> dict[str, Any]:
     if is_dataclass(annotation):
         return _table(annotation)
     schema = {"description": spec.metadata["doc"]} | _type(annotation)
-    schema |= {_KEYWORDS[k]: v for k, v in spec.metadata.items() if k in _KEYWORDS}
+    bounded = schema.get("additionalProperties", schema)  # of a table, each value
+    bounded |= {_KEYWORDS[k]: v for k, v in spec.metadata.items() if k in _KEYWORDS}
     default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
     return schema if default in (MISSING, None) else schema | {"default": to_plain(default)}
 
@@ -69,7 +70,7 @@ def _type(annotation: Any) -> dict[str, Any]:
         item: Any = get_args(annotation)[0]
         return {"type": "array", "items": _table(item) if is_dataclass(item) else _type(item)}
     if origin is not None and issubclass(origin, Mapping):
-        return {"type": "object", "additionalProperties": {"type": "string"}}
+        return {"type": "object", "additionalProperties": _type(get_args(annotation)[1])}
     return {"type": _SCALARS[annotation]}
 
 

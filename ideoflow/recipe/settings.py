@@ -234,21 +234,50 @@ class CaptionSettings:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """What is trained."""
+    """What is trained; docs/adapters.md tells the kinds apart, and who reads their files."""
 
-    kind: Literal["lora"] = setting("lora", doc="The kind of adapter.")
+    kind: Literal["lora", "dora", "lokr", "loha"] = setting(
+        "lora",
+        doc="lora: a product of two thin matrices. dora: the same with a learnt length for each row. lokr: a "
+        "Kronecker product. loha: an elementwise product of two low-rank ones.",
+    )
     rank: int = setting(32, doc="Rank of the low-rank update.", minimum=1, maximum=1024)
     alpha: float | None = setting(
         None, doc="Scale numerator: the update is multiplied by alpha / rank. Default: the rank.", above=0.0
+    )
+    rslora: bool = setting(
+        False, doc="Divide alpha by the square root of the rank (rank-stabilised LoRA); lora and dora only."
     )
     targets: Literal["attention", "mlp", "all"] | tuple[str, ...] = setting(
         "all",
         doc="attention (to_q, to_k, to_v, to_out), mlp (w1, w2, w3), all (both), or a list of globs over "
         "module names such as 'layers.1?.attention.*'.",
     )
+    rank_pattern: Mapping[str, int] = setting(
+        {},
+        doc="Other ranks for some of the targets: glob = rank; of several that match, the last counts.",
+        minimum=1,
+        maximum=1024,
+    )
+    alpha_pattern: Mapping[str, float] = setting(
+        {},
+        doc="Other alphas for some of the targets: glob = alpha; of several that match, the last counts.",
+        above=0.0,
+    )
     init: Literal["default", "gaussian"] = setting(
         "default",
-        doc="How the first factor starts: PEFT's Kaiming-uniform, or a Gaussian; the second is zero.",
+        doc="How the first factor of a lora or dora starts: PEFT's Kaiming-uniform, or a Gaussian; the "
+        "second is zero.",
+    )
+    factor: int | None = setting(
+        None,
+        doc="lokr: size of the first Kronecker factor, where it divides a side. Default: near the root.",
+        minimum=2,
+        maximum=1024,
+    )
+    decompose_both: bool = setting(False, doc="lokr: the first Kronecker factor is low-rank as well.")
+    full_matrix: bool = setting(
+        False, doc="lokr: both Kronecker factors are full matrices; rank and alpha have no meaning then."
     )
 
 
@@ -369,6 +398,11 @@ class OutputSettings:
     """Where results go."""
 
     folder: str | None = setting(None, doc="Folder of the run. Default: outputs/NAME-OF-THE-RECIPE.")
+    format: Literal["comfyui", "diffusers", "both"] = setting(
+        "comfyui",
+        doc="Names in the adapter file. comfyui: one qkv; for lora, diffusers loads it as well. diffusers: "
+        "to_q, to_k, to_v apart, not for loha. both: two files.",
+    )
     dtype: Literal["bf16", "float32"] = setting(
         "bf16", doc="Type of the numbers in the adapter file; checkpoints are always float32."
     )

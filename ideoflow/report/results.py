@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ideoflow.model.spec import TransformerSpec
+from ideoflow.plan.adapters import rank_words
 from ideoflow.plan.document import Plan
 from ideoflow.report.history import History, Sample
 from ideoflow.report.markup import Child, Html, tag
@@ -65,9 +66,7 @@ def headline(folder: Path, plan: Plan, history: History) -> Html:
         device = "process memory" if plan.hardware.kind == "cpu" else "device memory"
         tiles.append(("peak", size(max(peaks)), device))
     if file and file.is_file():
-        tiles.append(
-            ("adapter", size(file.stat().st_size), f"rank {adapter.rank}, {plan.tables.output.dtype}")
-        )
+        tiles.append(("adapter", size(file.stat().st_size), f"{adapter.kind}, {rank_words(adapter)}"))
     if plan.data:
         tiles.append(("pictures", f"{plan.data.pictures:,}", plural(len(plan.data.buckets), "size")))
     return masthead("Ideogram 4 LoRA, training report", plan, sentence, style, tiles)
@@ -83,6 +82,8 @@ def use_it(folder: Path, plan: Plan, history: History) -> Html | None:
             "use", "The adapter", remark(f"The adapter file {file.name} is no longer where it was written.")
         )
     shown = without_home(file.as_posix())
+    written = size(file.stat().st_size)
+    kind, form = plan.tables.adapter.kind, plan.tables.output.format
     comfy: list[Child] = [
         tag(
             "p",
@@ -100,7 +101,16 @@ def use_it(folder: Path, plan: Plan, history: History) -> Html | None:
                 "that ComfyUI loads has other sizes, so this adapter fits only its own base."
             )
         )
+    if form == "diffusers":
+        comfy = [remark("ComfyUI has no q, k and v apart: set output.format = 'comfyui', or convert the file "
+                        "with ideoflow adapter convert.")]  # fmt: skip
+    if form == "both" and kind != "lora":
+        file = file.with_suffix(".diffusers.safetensors")
     python = tag("pre", tag("code", snippet(plan, file)), class_="code", tabindex="0")
+    if form == "comfyui" and kind != "lora":
+        python = remark(
+            f"diffusers does not read a {kind} from this file; docs/adapters.md says what reads it."
+        )
     how = tag(
         "div",
         tag("div", tag("h3", "diffusers"), python),
@@ -110,7 +120,7 @@ def use_it(folder: Path, plan: Plan, history: History) -> Html | None:
     return section(
         "use",
         "The adapter",
-        tag("p", tag("code", shown, class_="path"), f" ({size(file.stat().st_size)})"),
+        tag("p", tag("code", shown, class_="path"), f" ({written})"),
         _disclosed("How to load it in diffusers and ComfyUI", how),
     )
 
@@ -120,6 +130,7 @@ def snippet(plan: Plan, file: Path) -> str:
     validate, resolution, kind = plan.tables.validate, plan.tables.data.resolution, plan.hardware.kind
     # torch calls AMD's cards cuda as well.
     device = "" if kind == "cpu" else f'.to("{"cuda" if kind == "rocm" else kind}")'
+    load = "transformer.load_lora_adapter" if plan.tables.adapter.kind == "lokr" else "load_lora_weights"
     lines = (
         "from pathlib import Path",
         "",
@@ -130,7 +141,7 @@ def snippet(plan: Plan, file: Path) -> str:
         f"    {_base(plan)},",
         f"    dtype=torch.{'bfloat16' if plan.base.storage == 'bf16' else 'float32'},",
         f"){device}",
-        "pipeline.load_lora_weights(",
+        f"pipeline.{load}(",
         f"    {_path(file.parent)},",
         f"    weight_name={file.name!r},",
         ")",

@@ -415,23 +415,6 @@ def test_warnings(given, code, full_base, processor, write_recipe, summarize):
     assert usual.warnings == ()
 
 
-def test_adapter_file_size_is_that_of_the_file_that_is_written(nano_base, write_recipe, summarize, processor):
-    """Against artifacts' own fused form."""
-    import torch
-
-    from ideoflow.artifacts import fused_state
-    from ideoflow.plan.document import Plan as PlanClass
-
-    for targets in ('"all"', '"mlp"', '["layers.?.attention.to_q", "layers.?.attention.to_v"]'):
-        recipe = write_recipe(f"[adapter]\nrank = 8\ntargets = {targets}\n", "nano")
-        plan: PlanClass = make_plan(recipe, nano_base, summarize(), processor)
-        sizes = nano_base.transformer.linears()
-        factors = {n: (torch.zeros(8, sizes[n][1]), torch.zeros(sizes[n][0], 8)) for n in plan.targets}
-        dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[plan.tables.output.dtype]
-        state = fused_state(factors, 1.0, dtype)
-        assert plan.sizes.adapter == sum(t.numel() * t.element_size() for t in state.values())
-
-
 def test_without_a_data_set_the_recipes_resolution_is_planned(full_base, write_recipe):
     plan = make_plan(write_recipe(), full_base, None, named_hardware("rtx-4090"))
     assert plan.data is None and plan.digests.captions is None and plan.sizes.latents is None

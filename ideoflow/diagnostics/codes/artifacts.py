@@ -28,3 +28,61 @@ DAMAGED_CHECKPOINT = define(
     """,
     "warning",
 )
+NOT_AN_ADAPTER = define(
+    "IA004",
+    "not an adapter file",
+    """
+    What was named is not there, holds nothing, or is a pickle (`.pt`, `.bin`, `.ckpt`). Pickles run whatever
+    their maker put in them, so ideoflow never opens one: save the adapter as safetensors with the program
+    that it comes from. A folder is read as PEFT saves it, `adapter_config.json` beside
+    `adapter_model.safetensors`.
+    """,
+)
+DAMAGED_ADAPTER = define(
+    "IA005",
+    "a damaged or foreign adapter file",
+    """
+    An adapter file does not hold together: it is cut short, a tensor has no partner (`lora_A` without
+    `lora_B`), shapes do not fit, numbers are integers or not finite, or keys do not belong to the blocks of
+    Ideogram 4. The message names the file and the key.
+
+    Get the file again from where it came from. Where the keys are those of another model, the adapter was
+    trained for that model and cannot be used here; adapters that also change modules outside the blocks
+    (`input_proj`, `llm_cond_proj`) are not supported.
+    """,
+)
+CANNOT_CONVERT = define(
+    "IA006",
+    "an adapter has no exact form there",
+    """
+    The form that was asked for cannot hold this adapter exactly, so nothing was written:
+
+    - A LoKr whose q, k and v were trained apart has three Kronecker products that share no factor; ComfyUI
+      reads one for each matrix, and there q, k and v are one matrix. LoKr adapters that ideoflow trains share
+      the second factor, so they do convert.
+    - A DoRA stores the length of each row. ComfyUI takes it relative to the base's rows, PEFT relative to the
+      changed ones; converting needs the base: `--base`.
+    - diffusers has no reader for a LoHa.
+
+    `ideoflow adapter resize` makes a LoRA of any kind, which every form holds; `ideoflow adapter merge` needs
+    no adapter file at all.
+    """,
+)
+WRONG_BASE = define(
+    "IA007",
+    "an adapter and a base do not belong together",
+    """
+    A module of the adapter is not in the base, or has another size there. Adapters fit the model that they
+    were trained on: one for `nano` does not fit the released Ideogram 4, nor the other way round.
+    """,
+)
+CANNOT_MERGE = define(
+    "IA008",
+    "this base cannot be merged into",
+    """
+    Merging writes new weights in the base's own form: bf16, float16 or float32, or FP8 (e4m3 with scales),
+    in diffusers' names or the original ones, in one file or several. Weights in other forms (bitsandbytes'
+    NF4, int8) would be rounded again from an already rounded weight with nothing gained: merge into the bf16
+    or FP8 release instead, and quantise that.
+    """,
+)

@@ -1,94 +1,22 @@
-"""What a run leaves behind: the adapter file, and checkpoints from which training goes on.
-
-The adapter is written in the one form that both diffusers and ComfyUI load: ``diffusion_model.`` names, with
-q, k and v as one fused matrix. Checkpoints hold the exact float32 state and are for ideoflow alone.
-"""
+"""What a run leaves behind to go on from: checkpoints with the exact float32 state, for ideoflow alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ideoflow import __version__
 from ideoflow.diagnostics import Diagnostic, Span, fail
 from ideoflow.diagnostics.codes.artifacts import DAMAGED_CHECKPOINT, OTHER_RUN, UNWRITABLE
 from ideoflow.resources import write_whole
-
-_QKV = ("to_q", "to_k", "to_v")
-_PEFT_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.default\.weight")
-
-# module name -> (A [rank, in], B [out, rank])
-Factors = dict[str, tuple[Tensor, Tensor]]
-
-
-def lora_factors(parameters: Mapping[str, Tensor]) -> Factors:
-    """PEFT's parameters by diffusers' module name: ``layers.0.attention.to_q`` -> (A, B)."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for name, value in parameters.items():
-        match = _PEFT_NAME.fullmatch(name)
-        assert match, f"not a LoRA parameter: {name}"
-        halves.setdefault(match["module"], {})[match["factor"]] = value.detach()
-    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
-
-
-def fused_state(factors: Factors, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of an adapter file that diffusers and ComfyUI both read.
-
-    Adapters on split q, k and v become one on the fused matrix, exactly: the A's are stacked, the B's lie on
-    the block diagonal, and rows of a projection without an adapter are zero. ``scale`` (alpha / rank) is
-    multiplied into B, so no ``.alpha`` is needed.
-    """
-    state: dict[str, Tensor] = {}
-
-    def keep(module: str, a: Tensor, b: Tensor) -> None:
-        state[f"diffusion_model.{module}.lora_A.weight"] = a.to(dtype).cpu().contiguous()
-        state[f"diffusion_model.{module}.lora_B.weight"] = (b * scale).to(dtype).cpu().contiguous()
-
-    attentions: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    for module, (a, b) in factors.items():
-        parent, _, leaf = module.rpartition(".")
-        if leaf in _QKV:
-            attentions.setdefault(parent, {})[leaf] = (a, b)
-        else:
-            keep(module.replace("attention.to_out.0", "attention.o"), a, b)
-    for parent, parts in attentions.items():
-        out = next(iter(parts.values()))[1].shape[0]
-        blocks = [parts[leaf][1] if leaf in parts else _nothing(parts, out) for leaf in _QKV]
-        keep(
-            f"{parent}.qkv",
-            torch.cat([parts[leaf][0] for leaf in _QKV if leaf in parts]),
-            torch.block_diag(*blocks),
-        )
-    return dict(sorted(state.items()))
-
-
-def _nothing(parts: Mapping[str, tuple[Tensor, Tensor]], out: int) -> Tensor:
-    """(out, 0): rows without a column, for a projection that has no adapter."""
-    return next(iter(parts.values()))[1].new_zeros(out, 0)
-
-
-def write_adapter(
-    file: Path, factors: Factors, scale: float, dtype: torch.dtype, metadata: Mapping[str, str]
-) -> Path:
-    """Writes the adapter file, whole or not at all.
-
-    Raises:
-        IdeoflowError: when it cannot be written.
-    """
-    facts = {"format": "pt", "ideoflow.version": __version__, **metadata}
-    _write(file, save(fused_state(factors, scale, dtype), facts))
-    return file
 
 
 def _write(file: Path, content: bytes) -> None:
