@@ -1,7 +1,8 @@
-"""Models with adapters of every kind, as training leaves them, on the nano base."""
+"""Models with adapters of every kind, as training leaves them, on the nano base; finds ``adapter_readers``."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from ideoflow.plan import make_plan
 from ideoflow.plan.document import Hardware, Plan
 from ideoflow.recipe import parse_recipe
 
+sys.path.insert(0, str(Path(__file__).parent))
 HARDWARE = Hardware("CPU", "cpu", 16 << 30, 12 << 30, fast_bf16=False)
-
-Adapted = Callable[..., Ideogram4Transformer2DModel]
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def plan_of(nano: BaseFacts) -> Callable[[str], Plan]:
 
 
 @pytest.fixture
-def adapted(nano: BaseFacts, plan_of: Any) -> Adapted:
+def adapted(nano: BaseFacts, plan_of: Any) -> Callable[..., Ideogram4Transformer2DModel]:
     """adapted('kind = "dora"') -> a model with that adapter, its numbers random."""
 
     def make(adapter: str, seed: int = 0) -> Ideogram4Transformer2DModel:

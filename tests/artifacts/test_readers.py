@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_readers import comfyui, original_layout, velocities
 from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
 from peft import PeftModel
 from safetensors import safe_open
@@ -16,8 +17,6 @@ from torch import Tensor
 from ideoflow.artifacts.adapter_file import for_form, read_adapter, write_adapter
 from ideoflow.engine.adapt import base_weight, trained_updates
 from ideoflow.model.base import BaseFacts
-from tests.artifacts.conftest import Adapted
-from tests.artifacts.readers import comfyui, original_layout, velocities
 
 PARTLY = 'targets = ["layers.*.attention.to_q", "layers.*.attention.to_v", "layers.0.feed_forward.w2"]'
 SOME = 'targets = ["layers.*.attention.*", "layers.[12].feed_forward.*", "layers.0.adaln_modulation"]'
@@ -61,7 +60,7 @@ def dense(model: torch.nn.Module) -> dict[str, Tensor]:
     [(k, f) for k in KINDS for f in ("comfyui", "kohya") if not (f == "kohya" and k.startswith("dora"))],
 )
 def test_comfyui_finds_every_key_and_computes_the_same_weights(
-    base: Ideogram4Transformer2DModel, adapted: Adapted, tmp_path: Path, kind: str, form: str
+    base: Ideogram4Transformer2DModel, adapted: Any, tmp_path: Path, kind: str, form: str
 ) -> None:
     model = adapted(KINDS[kind])
     file = written(model, tmp_path / "a.safetensors", form)
@@ -83,7 +82,7 @@ def load_in_diffusers(nano: BaseFacts, file: Path, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.startswith(("lora", "rslora"))])
 def test_the_one_file_that_both_read_gives_the_same_velocities(
-    nano: BaseFacts, base: Ideogram4Transformer2DModel, adapted: Adapted, tmp_path: Path, kind: str
+    nano: BaseFacts, base: Ideogram4Transformer2DModel, adapted: Any, tmp_path: Path, kind: str
 ) -> None:
     model = adapted(KINDS[kind])
     file = written(model, tmp_path / "a.safetensors", "comfyui")
@@ -96,7 +95,7 @@ def test_the_one_file_that_both_read_gives_the_same_velocities(
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.startswith("loha")])
 def test_diffusers_own_form_gives_the_same_velocities(
-    nano: BaseFacts, adapted: Adapted, tmp_path: Path, kind: str
+    nano: BaseFacts, adapted: Any, tmp_path: Path, kind: str
 ) -> None:
     model = adapted(KINDS[kind])
     file = written(model, tmp_path / "a.safetensors", "diffusers")
@@ -105,7 +104,7 @@ def test_diffusers_own_form_gives_the_same_velocities(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_loads_its_own_form(nano: BaseFacts, adapted: Adapted, tmp_path: Path, kind: str) -> None:
+def test_peft_loads_its_own_form(nano: BaseFacts, adapted: Any, tmp_path: Path, kind: str) -> None:
     model = adapted(KINDS[kind])
     folder = written(model, tmp_path / "a", "peft")
     plain = Ideogram4Transformer2DModel.from_pretrained(nano.folder, subfolder="transformer")
@@ -115,7 +114,7 @@ def test_peft_loads_its_own_form(nano: BaseFacts, adapted: Adapted, tmp_path: Pa
     assert again.form == "peft" and again.kinds == sorted({u.kind for u in trained_updates(model).values()})
 
 
-def test_the_file_can_be_bf16(adapted: Adapted, tmp_path: Path) -> None:
+def test_the_file_can_be_bf16(adapted: Any, tmp_path: Path) -> None:
     updates = trained_updates(adapted("rank = 2\ntargets = 'mlp'"))
     file = write_adapter(tmp_path / "a.safetensors", updates, "comfyui", torch.bfloat16)
     assert {t.dtype for t in load_file(file).values()} == {torch.bfloat16}

@@ -15,7 +15,8 @@ from ideoflow.engine.adapt import add_adapter, base_weight, trained_updates
 from ideoflow.model.load import load_transformer
 from ideoflow.resources import recipes
 from ideoflow.workflow import prepare, run
-from tests.engine.conftest import CPU
+
+CPU = torch.device("cpu")
 
 KINDS = {
     "lora": {"adapter.rank": 4, "adapter.init": "gaussian"},
