@@ -1,4 +1,4 @@
-"""Models with adapters of every kind, as training leaves them, on the nano base; finds ``adapter_readers``."""
+"""Models with adapters of every kind, as training leaves them, on the nano base; finds its helper."""
 
 from __future__ import annotations
 
