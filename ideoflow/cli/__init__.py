@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "say beforehand what fits, how long it takes and why",
     "cache": "encode beforehand, check and prune what is encoded",
     "captions": "compile, check and convert captions",
+    "recipe": "make a recipe from another trainer's settings",
     "model": "say what a checkpoint holds, without loading it",
     "explain": "the page behind a diagnostic code",
 }

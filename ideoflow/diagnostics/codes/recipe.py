@@ -96,3 +96,35 @@ OTHER_TRAINER = define(
       on uncompiled. It makes nothing faster.
     """,
 )
+NOT_CARRIED = define(
+    "IR020",
+    "a setting was not carried over",
+    """
+    `ideoflow recipe import` found a setting of another trainer that a recipe has no place for, or that means
+    something else here. The message and a comment at the top of the recipe say which, and what to do instead;
+    `docs/from-simpletuner.md` is the whole table.
+    """,
+    "warning",
+)
+NOT_A_CONFIG = define(
+    "IR021",
+    "not a configuration that can be imported",
+    """
+    `ideoflow recipe import` reads SimpleTuner's config.json and data loader (JSON), ai-toolkit's YAML and
+    musubi-tuner's TOML. The file cannot be read, or is none of them.
+    """,
+)
+RECIPE_EXISTS = define(
+    "IR022",
+    "the recipe exists already",
+    """
+    `ideoflow recipe import` replaces no file without your word: name another with `-o`, or add `--force`.
+    """,
+)
+RECIPE_UNWRITABLE = define(
+    "IR023",
+    "the recipe cannot be written",
+    """
+    The folder of the recipe may not be written, or the disk is full.
+    """,
+)
