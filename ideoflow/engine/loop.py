@@ -36,6 +36,26 @@ class Stop:
     listening: bool = False
 
 
+class _Reading:
+    """A step's loss and gradient norm, on their way from the device."""
+
+    def __init__(self, step: int, rate: float, values: Tensor) -> None:
+        self.step, self.rate, self._values = step, rate, values
+        self._ready: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def values(self) -> list[float]:
+        """Both, as soon as the device has come so far."""
+        if self._ready:
+            self._ready.synchronize()
+        result: list[float] = self._values.tolist()
+        return result
+
+
 def run_identity(plan: Plan) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
     adapter = asdict(plan.tables.adapter)
@@ -71,6 +91,12 @@ class Trainer:
             weight_decay=self.settings.weight_decay,
             fused=model.transformer.device.type == "cuda",
         )
+        # Whether a step that is not finite can be skipped on the device, so that nobody has to wait and see.
+        self.guarded = model.transformer.device.type == "cuda" and getattr(
+            self.optimizer, "_step_supports_amp_scaling", False
+        )
+        self._unreported: _Reading | None = None
+        self._told_at = 0.0
         # The next step's samples are read and drawn while the device works on this one.
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self.upcoming: tuple[int, Future[list[list[TrainingSample]]]] | None = None
@@ -94,14 +120,21 @@ class Trainer:
         self.model.transformer.train()
         total = self.settings.steps
         self.emit(Progress("train", self.step, total))
+        self._told_at = time.perf_counter()
         while self.step < until and not self.stop.requested:
             self._one_step()
             self.emit(Progress("train", self.step, total))
             if self.step == total or self.step % self.settings.checkpoint_every == 0 or self.stop.requested:
                 self.save()
+        self._report()
 
     def _one_step(self) -> None:
-        started = time.perf_counter()
+        """Queues a step on the device, and reads what the one before it came to.
+
+        Waiting for a step's loss before the next is queued would leave a GPU idle in between. So the
+        optimiser is told on the device to skip a step that is not finite, and the host learns of it while
+        the next step's gradients are computed, before they are applied.
+        """
         factor = learning_rate_factor(
             self.step, self.settings.steps, self.settings.warmup, self.settings.decay
         )
@@ -109,30 +142,56 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = self.settings.accumulation
-        loss = sum(float(self.model.gradients(batch, parts)) for batch in self._batches()) / parts
-        norm = self._gradient_norm()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            kept = (
-                f"the last checkpoint is of step {self.saved_at}"
-                if self.saved_at
-                else "there is no checkpoint yet"
-            )
-            fail(
-                LOSS_EXPLODED,
-                f"at step {self.step + 1} the loss is {loss} and the gradient norm {norm}",
-                cure="lower train.learning_rate, or add a train.warmup",
-                notes=[kept],
-            )
+        losses = [self.model.gradients(batch, parts) for batch in self._batches()]
+        loss, norm = torch.stack(losses).mean(), self._gradient_norm()
+        outcome = _Reading(self.step + 1, rate, torch.stack((loss, norm.to(loss.dtype))))
+        if self.guarded:
+            self._report()
+            self.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # type: ignore[attr-defined]
+        else:
+            self._check(outcome)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.emit(StepDone(self.step, loss, rate, norm, time.perf_counter() - started))
+        self._unreported = outcome
+        if not self.guarded:
+            self._report()
 
-    def _gradient_norm(self) -> float:
+    def _report(self) -> None:
+        """Tells of the last step that was queued, if it was not told yet.
+
+        Raises:
+            IdeoflowError: if its loss or gradient is not a number.
+        """
+        if self._unreported is None:
+            return
+        outcome, self._unreported = self._unreported, None
+        loss, norm = self._check(outcome)
+        now = time.perf_counter()
+        self.emit(StepDone(outcome.step, loss, outcome.rate, norm, now - self._told_at))
+        self._told_at = now
+
+    def _check(self, outcome: _Reading) -> list[float]:
+        """Loss and gradient norm of a step that went well."""
+        loss, norm = outcome.values()
+        if math.isfinite(loss) and math.isfinite(norm):
+            return [loss, norm]
+        kept = (
+            f"the last checkpoint is of step {self.saved_at}"
+            if self.saved_at
+            else "there is no checkpoint yet"
+        )
+        fail(
+            LOSS_EXPLODED,
+            f"at step {outcome.step} the loss is {loss} and the gradient norm {norm}",
+            cure="lower train.learning_rate, or add a train.warmup",
+            notes=[kept],
+        )
+
+    def _gradient_norm(self) -> Tensor:
         """The global norm before clipping; clips if the plan asks for it."""
         limit = self.settings.max_grad_norm or math.inf
-        norm: Tensor = torch.nn.utils.clip_grad_norm_(list(self.model.parameters.values()), limit)
-        return float(norm)
+        return torch.nn.utils.clip_grad_norm_(list(self.model.parameters.values()), limit)
 
     def _batches(self) -> list[list[TrainingSample]]:
         """The batches of this step; starts on those of the next one."""
@@ -159,6 +218,7 @@ class Trainer:
 
     def save(self) -> Path | None:
         """Writes a checkpoint of the present step, unless there is one."""
+        self._report()  # a step that went wrong must not be saved
         if self.saved_at == self.step:
             return None
         moments = {
