@@ -23,12 +23,13 @@ from ideoflow.artifacts.updates import CannotJoin, Loha, Lokr, Lora, Update, joi
 from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes.artifacts import CANNOT_CONVERT, DAMAGED_ADAPTER, NOT_AN_ADAPTER, UNWRITABLE
 from ideoflow.model.base import read_safetensors_header
+from ideoflow.model.forms import unread_file
 from ideoflow.resources import write_whole
 
 # Says that a file's row lengths are relative to the base's norms, as ComfyUI takes them.
 BASE_NORM = "ideoflow.dora_lengths"
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
-_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _REQUIRED = {"lora": {"down", "up"}, "loha": {"w1_a", "w1_b", "w2_a", "w2_b"}}
 
 
@@ -62,7 +63,8 @@ def read_adapter(path: Path) -> Adapter:
     """
     file, config = path, None
     if path.is_dir():
-        file, config = path / _PEFT_WEIGHTS, _read_config(path / _PEFT_CONFIG)
+        config_file, file = (path / name for name in PEFT_FILES)
+        config = _read_config(config_file)
     tensors, metadata = _read_tensors(file)
     problems = Collector()
     grouped: dict[str, dict[str, Tensor]] = {}
@@ -121,11 +123,9 @@ def _damaged(problems: Collector, file: Path, message: str) -> None:
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     span = Span(str(file))
     try:
-        with file.open("rb") as stream:
-            head = stream.read(8)
-        if head[:2] == b"PK" or head[:1] == b"\x80":
-            cure = "convert it to safetensors with the program that it comes from"
-            fail(NOT_AN_ADAPTER, f"{file} is a pickle, which ideoflow never opens", span, cure=cure)
+        if unread := unread_file(file):
+            cure = "save it as .safetensors with the program that it comes from"
+            fail(NOT_AN_ADAPTER, f"{file} is {unread[0]}, which is not opened", span, cure=cure)
         read_safetensors_header(file)
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -316,6 +316,9 @@ def write_adapter(
     Raises:
         IdeoflowError: when the form cannot hold it, or it cannot be written.
     """
+    if form == "diffusers" and any(isinstance(u, Loha) for u in updates.values()):
+        cure = "use the comfyui, peft or kohya form, or make a LoRA of it with ideoflow adapter resize"
+        fail(CANNOT_CONVERT, "diffusers has no reader for a LoHa", Span(str(path)), cure=cure)
     arranged = arrange(updates, form, str(path))
     relative = {u.base_norm for u in arranged.values() if isinstance(u, Lora) and u.lengths is not None}
     if relative and (len(relative) > 1 or relative != {form == "comfyui"}):
@@ -329,8 +332,9 @@ def write_adapter(
     if form == "peft":
         from ideoflow.artifacts.peft_config import config_of
 
-        _write(path / _PEFT_CONFIG, json.dumps(config_of(arranged), indent=2, sort_keys=True).encode())
-        _write(path / _PEFT_WEIGHTS, save(state, facts))
+        config = json.dumps(config_of(arranged), indent=2, sort_keys=True).encode()
+        for name, content in zip(PEFT_FILES, (config, save(state, facts)), strict=True):
+            _write(path / name, content)
     else:
         _write(path, save(state, facts))
     return path

@@ -61,6 +61,8 @@ _KEY = re.compile(
     + r")(?:\.default)?(?:\.weight)?"
 )  # fmt: skip
 
+_ATTENTION = re.compile(r"(layers\.\d+\.)(?:" + "|".join(map(re.escape, (*PARTS, QKV))) + ")")
+
 
 @dataclass(frozen=True)
 class Key:
@@ -121,5 +123,5 @@ def write_key(form: Form, module: str, tensor: str, kind: str) -> str:
 
 def attention_of(module: str) -> str | None:
     """``layers.N.`` where the module is one of q, k, v (or all of them), else None."""
-    block, number, leaf = module.split(".", 2)
-    return f"{block}.{number}." if leaf in (*PARTS, QKV) else None
+    match = _ATTENTION.fullmatch(module)
+    return match[1] if match else None

@@ -23,6 +23,7 @@ COMMANDS = {
     "captions": "compile, check and convert captions",
     "recipe": "make a recipe from another trainer's settings",
     "model": "say what a checkpoint holds, without loading it",
+    "adapter": "look into adapter files; convert, merge and resize them",
     "explain": "the page behind a diagnostic code",
 }
 

@@ -83,8 +83,10 @@ def unread_file(file: Path) -> tuple[str, str] | None:
     Only the first bytes are looked at; nothing is unpickled.
     """
     with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic == b"GGUF" or file.suffix == ".gguf":
+        magic = stream.read(9)
+    if magic[8:] == b"{" and file.suffix in (".safetensors", ".sft"):
+        return None  # the length before the brace may begin like a pickle
+    if magic[:4] == b"GGUF" or file.suffix == ".gguf":
         return "GGUF", instead("GGUF")
     if file.suffix in _PICKLES or magic[:2] == b"PK" or magic[:1] == b"\x80":
         return ("a pickle", "use the .safetensors of the same model: unpickling runs any code in a file")

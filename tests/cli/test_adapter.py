@@ -1,0 +1,70 @@
+"""``ideoflow adapter``: commands, exit codes, what is printed; the examples of docs/adapters.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ideoflow.cli import main
+
+KEY = "diffusion_model.layers.{}.attention.qkv"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A LoRA for nano, in ComfyUI's form."""
+    g = torch.Generator().manual_seed(0)
+    state = {}
+    for n in range(2):
+        state[f"{KEY.format(n)}.lora_A.weight"] = torch.randn(4, 192, generator=g)
+        state[f"{KEY.format(n)}.lora_B.weight"] = torch.randn(576, 4, generator=g)
+        state[f"{KEY.format(n)}.alpha"] = torch.tensor(2.0)
+    monkeypatch.chdir(tmp_path)
+    save_file(state, "sailboats.safetensors", {"modelspec.title": "sailboats"})
+    return tmp_path / "sailboats.safetensors"
+
+
+def test_info_as_text_and_json(file: Path, capsys: Any) -> None:
+    assert main(["adapter", "info", "sailboats.safetensors"]) == 0
+    text = capsys.readouterr().out
+    assert "lora in the form of comfyui; loads in ComfyUI and diffusers" in text
+    assert "2 modules in 2 blocks: attention.qkv" in text and "modelspec.title: sailboats" in text
+    assert main(["adapter", "info", "sailboats.safetensors", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ranks"] == {"4": 2} and found["scales"] == {"0.5": 2} and found["dtype"] == "float32"
+    assert found["parameters"] == 2 * 4 * (192 + 576) and found["bytes"] == file.stat().st_size
+    assert found["digest"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_the_examples_of_the_docs_work_as_they_stand(file: Path, capsys: Any) -> None:
+    blocks = re.findall(r"^```console\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.S | re.M)
+    commands = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    assert {shlex.split(c)[2] for c in commands} == {"info", "convert", "merge", "resize"}
+    for command in commands:
+        program, *argv = shlex.split(command)
+        assert program == "ideoflow" and main(argv) == 0, command
+    out = capsys.readouterr().out
+    assert "kept" in out and "weights changed" in out
+    assert main(["adapter", "info", "smaller.safetensors"]) == 0
+    assert "ranks 2x2" in capsys.readouterr().out
+
+
+def test_mistakes_are_diagnostics(file: Path, capsys: Any) -> None:
+    assert main(["adapter", "info", "nothing.safetensors"]) == 1
+    assert "IA004" in capsys.readouterr().err
+    file.write_bytes(file.read_bytes()[:-4])
+    assert main(["adapter", "convert", "sailboats.safetensors", "b.safetensors", "--to", "kohya"]) == 1
+    assert "IA005" in capsys.readouterr().err and not Path("b.safetensors").exists()
+    for wrong in (["--rank", "0"], ["--energy", "1.5"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(["adapter", "resize", "a", "b", *wrong])
+        assert caught.value.code == 2
