@@ -104,6 +104,7 @@ def run(
     *,
     fresh: bool = False,
     force: bool = False,
+    profile: bool = False,
     on_event: Callable[[Any], None] = lambda _: None,
     stop: Any = None,
 ) -> Result:
@@ -112,6 +113,7 @@ def run(
     Args:
         fresh: sets an earlier run's folder aside instead of continuing it.
         force: tries a plan that does not fit.
+        profile: traces a few steps and tells where their time goes.
         on_event: gets every event of :mod:`ideoflow.engine.events`.
         stop: an :class:`ideoflow.engine.loop.Stop`; when requested, the run saves and ends.
 
@@ -141,7 +143,9 @@ def run(
 
     outcome = None
     try:
-        outcome = carry_out(plan, prepared.dataset, prepared.prompts, folder, emit=emit, stop=stop or Stop())
+        outcome = carry_out(
+            plan, prepared.dataset, prepared.prompts, folder, emit=emit, stop=stop or Stop(), profile=profile
+        )
         if outcome.finished and (measured := meter.measured()):
             try:
                 append_runs([measured])

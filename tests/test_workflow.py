@@ -101,6 +101,23 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(project: Path) ->
     assert losses(third) != losses(first)
 
 
+def test_a_profile_is_told_everywhere_and_changes_nothing(
+    project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plain: list[Any] = []
+    train(plain)
+    assert not Path("outputs/try/profile").exists()
+    assert main(["run", "try.toml", "--fresh", "--profile"]) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "steps 2 to 4 on CPU" in shown and "products with frozen weights" in shown
+    recorded = [json.loads(line) for line in Path("outputs/try/metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in recorded if line["kind"] == "step"] == losses(plain)
+    found = json.loads(Path("outputs/try/profile/profile.json").read_text())
+    assert found["numbers"] == [2, 3, 4] and Path("outputs/try/profile", found["trace"]).exists()
+    page = Path("outputs/try/report.html").read_text(encoding="utf-8")
+    assert 'href="#profile"' in page and "attention, backward" in page
+
+
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(project: Path) -> None:
     whole: list[Any] = []
     train(whole)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ideoflow.plan.document import Plan
+from ideoflow.report.profile import heading, terminal_table
 
 STAGES = {
     "captions": "encoding captions",
@@ -79,6 +80,9 @@ class Console:
             self.say(f"sample of '{event.prompt}' at step {event.step}: {event.file}")
         elif kind == "Note":
             self.say(event.text)
+        elif kind == "Profiled" and not self.quiet:
+            self.say(f"{heading(event.table)}; more in {event.folder}")
+            self.rich.print(terminal_table(event.table))
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         name = STAGES.get(stage, stage)

@@ -13,6 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe (.toml), or a plan.json to run exactly as planned")
     parser.add_argument("--fresh", action="store_true", help="set an earlier run of this recipe aside")
     parser.add_argument("--force", action="store_true", help="run even if the plan does not fit")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="trace 3 steps, the 11th to 13th of this start (or the last ones, if fewer are to be done), and "
+        "tell where a step's time goes: profile/ in the run's folder, and a section of its report",
+    )
     parser.add_argument("--quiet", action="store_true", help="only warnings, errors and the result")
 
 
@@ -27,7 +33,14 @@ def execute(args: argparse.Namespace) -> int:
         console.plan(prepared.plan)
         console.say("loading torch, diffusers and peft")
         stop = _stop_on_interrupt(console)
-        result = run(prepared, fresh=args.fresh, force=args.force, on_event=console.event, stop=stop)
+        result = run(
+            prepared,
+            fresh=args.fresh,
+            force=args.force,
+            profile=args.profile,
+            on_event=console.event,
+            stop=stop,
+        )
         console.result(result, args.recipe)
     return 0 if result.finished else 130
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,13 @@ class Note:
     text: str
 
 
-Event = Progress | RunStarted | StageDone | StepDone | CheckpointSaved | SampleMade | Note
+@dataclass(frozen=True)
+class Profiled:
+    """Steps were profiled; ``table`` is what ``profile.json`` in ``folder`` holds."""
+
+    folder: Path
+    table: dict[str, Any]
+
+
+Event = Progress | RunStarted | StageDone | StepDone | CheckpointSaved | SampleMade | Note | Profiled
 Emit = Callable[[Event], None]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def run_identity(plan: Plan) -> dict[str, Any]:
 
 
 class Trainer:
-    """Trains a :class:`Trainable` as the plan says."""
+    """Trains a :class:`Trainable` as the plan says; ``around`` gives what each step, by number, runs in."""
+
+    around: Callable[[int], AbstractContextManager[None]] = staticmethod(nullcontext)
 
     def __init__(
         self,
@@ -122,8 +125,9 @@ class Trainer:
         self.emit(Progress("train", self.step, total))
         self._told_at = time.perf_counter()
         while self.step < until and not self.stop.requested:
-            self._one_step()
-            self.emit(Progress("train", self.step, total))
+            with self.around(self.step + 1):
+                self._one_step()
+                self.emit(Progress("train", self.step, total))
             if self.step == total or self.step % self.settings.checkpoint_every == 0 or self.stop.requested:
                 self.save()
         self._report()

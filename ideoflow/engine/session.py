@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -21,8 +23,10 @@ from ideoflow.engine.caches import fill_caches, make_encoder
 from ideoflow.engine.events import Emit, Note, Progress, RunStarted, SampleMade, StageDone
 from ideoflow.engine.loop import Stop, Trainer, run_identity
 from ideoflow.engine.meter import Meter, memory_errors_told
+from ideoflow.engine.profile import RunProfile, capture_training
 from ideoflow.engine.sampling import Sampler, write_picture
 from ideoflow.engine.setup import Trainable, build, plan_device
+from ideoflow.engine.warm import keep_compiled
 from ideoflow.model.load import PRECISIONS
 from ideoflow.plan.adapters import forms_of, rank_words, readers
 from ideoflow.plan.document import Plan
@@ -38,21 +42,32 @@ class Outcome:
 
 
 def carry_out(
-    plan: Plan, dataset: Dataset, prompts: Sequence[Prompt], folder: Path, *, emit: Emit, stop: Stop
+    plan: Plan,
+    dataset: Dataset,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    emit: Emit,
+    stop: Stop,
+    profile: bool = False,
 ) -> Outcome:
     """Trains what the plan says on ``dataset``; goes on where an earlier run in ``folder`` stopped.
+
+    With ``profile``, some steps are profiled (:class:`ideoflow.engine.profile.RunProfile`).
 
     Raises:
         IdeoflowError: with what went wrong. Caches, checkpoints and samples made until then are kept.
     """
+    keep_compiled()
     with memory_errors_told(plan):
-        return _Session(plan, folder, emit, stop).run(dataset, prompts)
+        return _Session(plan, folder, emit, stop, profile).run(dataset, prompts)
 
 
 class _Session:
-    def __init__(self, plan: Plan, folder: Path, emit: Emit, stop: Stop) -> None:
+    def __init__(self, plan: Plan, folder: Path, emit: Emit, stop: Stop, profile: bool) -> None:
         assert plan.base.folder is not None, "the base is fetched before the engine starts"
         self.plan, self.folder, self.emit, self.stop = plan, folder, emit, stop
+        self.profile = profile
         self.device = plan_device(plan)
         self.meter = Meter(self.device, lambda *news: emit(StageDone(*news)))
         self.encoder = make_encoder(plan, emit)
@@ -74,10 +89,17 @@ class _Session:
         trainer = Trainer(
             self.plan, model, data, dataset.shares, self.encoder.cache, self.checkpoints, self.emit, self.stop
         )
+        total = self.plan.tables.train.steps
         if checkpoint:
             trainer.resume(checkpoint)
-            self.emit(Note(f"going on from step {checkpoint.step} of {self.plan.tables.train.steps}"))
-        self._train(trainer, sampler, prompts)
+            self.emit(Note(f"going on from step {checkpoint.step} of {total}"))
+        with ExitStack() as stack:
+            if self.profile:
+                capture = partial(capture_training, self.plan, model)
+                profile = RunProfile(self.folder, trainer.step + 1, total, capture, self.emit)
+                stack.callback(profile.close)
+                trainer.around = profile.around
+            self._train(trainer, sampler, prompts)
         finished = trainer.step >= self.plan.tables.train.steps
         adapter = self._write_adapter(model, trainer.step) if finished else None
         return Outcome(trainer.step, finished, adapter)

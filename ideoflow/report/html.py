@@ -21,6 +21,7 @@ from ideoflow.plan.document import Plan
 from ideoflow.report import account, results, training
 from ideoflow.report.history import History, read_history
 from ideoflow.report.markup import Child, Html, join, json_script, tag
+from ideoflow.report.profile import profile
 
 REPORT = "report.html"
 
@@ -49,18 +50,21 @@ def write_report(folder: Path, plan: Plan) -> Path:
 
 def render(folder: Path, plan: Plan, history: History) -> str:
     """The page as text."""
+    profiled = profile(folder)
     parts = [
         results.use_it(folder, plan, history),
         results.pictures(folder, plan, history),
         training.training(plan, history),
         account.memory(plan, history),
         account.times(plan, history),
+        profiled,
         account.decisions(plan),
         account.warnings(plan, history),
         account.settings(plan),
         account.versions(plan, history),
     ]
-    sections = ("pictures", "training", "memory", "time", "plan", "warnings", "settings")
+    shown = ("profile",) if profiled else ()
+    sections = ("pictures", "training", "memory", "time", *shown, "plan", "warnings", "settings")
     links = {id: id.capitalize() for id in sections}
     title = f"{plan.name}: training report"
     return page(title, results.headline(folder, plan, history), links, parts, training.readout(history))
