@@ -12,17 +12,20 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ideoflow.captions import to_json
 from ideoflow.captions.boxes import Geometry, obstacles, transform_caption
+from ideoflow.captions.pool import ordered_map
 from ideoflow.data.buckets import crop, enlargement, measure, share_cut_away
 from ideoflow.data.headers import Size, read_sizes
 from ideoflow.data.pictures import Stored, container
 from ideoflow.data.sources import find_entries
 from ideoflow.data.texts import CaptionFinder, Entry, read_caption_file
-from ideoflow.diagnostics import Collector, Diagnostic, Span
+from ideoflow.diagnostics import Collector, Diagnostic, IdeoflowError, Span
+from ideoflow.diagnostics.codes.caption_tools import WORKER_DIED
 from ideoflow.diagnostics.codes.data import EMPTY_DATASET, LEFT_OUT, NOT_MIRRORED, UPSCALED
 from ideoflow.plan.document import Bucket, DataSummary
 from ideoflow.recipe import Recipe
@@ -31,8 +34,9 @@ from ideoflow.recipe.load import matching_files
 # Characters of canonical caption JSON per token of Qwen's tokenizer, and tokens of the chat template; only
 # used where the tokenizer itself is not at hand.
 _CHARACTERS_PER_TOKEN, _TEMPLATE_TOKENS = 3.4, 8
-# Pictures whose headers are read together: enough for all readers, and no more than a second's work.
+# Pictures that one process looks at before it tells what it found; sets that are no larger need one process.
 _PART = 4096
+_PROCESSES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +168,20 @@ def read_dataset(recipe: Recipe, say: Callable[[str], None] = lambda _: None) ->
     for number, source in enumerate(recipe.tables.data.sources):
         found = find_entries(recipe, number, problems, say)
         problems.raise_if_errors()
-        reader = _SourceReader(recipe, number, problems)
-        first = len(samples)
-        for part in _parts(found.entries):
-            for entry, size in zip(part, read_sizes([e.picture for e in part]), strict=True):
-                samples += reader.samples(entry, size)
+        first, told = len(samples), set[Diagnostic]()
+        left_out = not_mirrored = 0
+        for part in _read_parts(recipe, number, found.entries):
+            samples += part.samples
+            left_out, not_mirrored = left_out + part.left_out, not_mirrored + part.not_mirrored
+            # What is shared by several pictures may have been found by each process.
+            problems.extend(d for d in part.problems if d not in told)
+            told.update(part.problems)
+            if len(problems.errors) >= problems.limit:
+                problems.raise_if_errors()
         if source.caption in ("auto", "sidecar"):
-            reader.captions.report_orphans(found.entries)
+            CaptionFinder(recipe, number, problems).report_orphans(found.entries)
         problems.raise_if_errors()
-        reader.report(len(found.entries))
+        _report_counts(recipe, number, len(found.entries), left_out, not_mirrored, problems)
         variants = source.crop_variants * (2 if source.flip else 1)
         pictures = (len(samples) - first) // variants
         name = source.name or source.images
@@ -182,8 +191,65 @@ def read_dataset(recipe: Recipe, say: Callable[[str], None] = lambda _: None) ->
     return Dataset(tuple(samples), tuple(problems.items), tuple(shares))
 
 
-def _parts(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
-    return (entries[start : start + _PART] for start in range(0, len(entries), _PART))
+@dataclass(frozen=True)
+class _Part:
+    """What became of some pictures of a source."""
+
+    samples: list[Sample]
+    problems: list[Diagnostic]
+    left_out: int
+    not_mirrored: int
+
+
+def _read_parts(recipe: Recipe, number: int, entries: Sequence[Entry]) -> Iterator[_Part]:
+    """Every part in order; in several processes where there are several."""
+    work, done = partial(_read_part, recipe, number), 0
+    try:
+        for (part,) in ordered_map(work, entries, jobs=min(_PROCESSES, os.cpu_count() or 1), chunk=_PART):
+            done += 1
+            yield part
+    except IdeoflowError as error:
+        if error.diagnostics[0].code is not WORKER_DIED:
+            raise
+        # Out of memory, or a script without a main guard: one process can do it as well.
+        for (part,) in ordered_map(work, entries[done * _PART :], jobs=1, chunk=_PART):
+            yield part
+
+
+def _read_part(recipe: Recipe, number: int, entries: Sequence[Entry]) -> list[_Part]:
+    """Samples of pictures of one source; runs in a process of its own where there are many."""
+    problems = Collector()
+    reader = _SourceReader(recipe, number, problems)
+    samples: list[Sample] = []
+    try:
+        for entry, size in zip(entries, read_sizes([e.picture for e in entries]), strict=True):
+            samples += reader.samples(entry, size)
+    except IdeoflowError as error:  # enough of them
+        return [_Part([], list(error.diagnostics), 0, 0)]
+    return [_Part(samples, problems.items, reader.left_out, reader.not_mirrored)]
+
+
+def _report_counts(
+    recipe: Recipe, number: int, pictures: int, left_out: int, not_mirrored: int, problems: Collector
+) -> None:
+    """Tells of what was done to many pictures of a source."""
+    source = recipe.tables.data.sources[number]
+    if left_out:
+        what = "area of a square of" if source.resolution_type == "pixel_area" else "shorter side of"
+        problems.add(
+            EMPTY_DATASET if left_out == pictures else LEFT_OUT,
+            f"{left_out:,} of {pictures:,} pictures are left out, below the {what} "
+            f"{source.minimum_image_size} pixels",
+            recipe.source_span(number, "minimum_image_size"),
+            cure="use larger originals, or lower minimum_image_size",
+        )
+    if not_mirrored:
+        problems.add(
+            NOT_MIRRORED,
+            f"{not_mirrored:,} of {pictures:,} pictures are not mirrored: their captions hold text, or say "
+            "left or right",
+            recipe.source_span(number, "flip"),
+        )
 
 
 class _SourceReader:
@@ -240,26 +306,6 @@ class _SourceReader:
             texts.append(to_json(followed.caption))
         first, *others = dict.fromkeys(texts)
         return Sample(entry.picture, bucket, geometry, first, tuple(others))
-
-    def report(self, pictures: int) -> None:
-        """Tells of everything that was counted."""
-        source = self.source
-        if self.left_out:
-            what = "area of a square of" if source.resolution_type == "pixel_area" else "shorter side of"
-            self.problems.add(
-                EMPTY_DATASET if self.left_out == pictures else LEFT_OUT,
-                f"{self.left_out:,} of {pictures:,} pictures are left out, below the {what} "
-                f"{source.minimum_image_size} pixels",
-                self.recipe.source_span(self.number, "minimum_image_size"),
-                cure="use larger originals, or lower minimum_image_size",
-            )
-        if self.not_mirrored:
-            self.problems.add(
-                NOT_MIRRORED,
-                f"{self.not_mirrored:,} of {pictures:,} pictures are not mirrored: their captions hold "
-                "text, or say left or right",
-                self.recipe.source_span(self.number, "flip"),
-            )
 
 
 @dataclass(frozen=True)

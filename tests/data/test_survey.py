@@ -1,13 +1,17 @@
 """Datasets: which caption belongs to which picture, and everything that can be wrong with either."""
 
 import json
+import os
 
 import pytest
 
 from ideoflow.captions import decompile_caption
+from ideoflow.data import survey as survey_module
+from ideoflow.data.headers import read_sizes
 from ideoflow.data.survey import estimate_tokens, read_dataset, read_prompts, survey
-from ideoflow.diagnostics import IdeoflowError
+from ideoflow.diagnostics import Diagnostic, IdeoflowError
 from ideoflow.diagnostics.codes import data as codes
+from ideoflow.diagnostics.codes.caption_tools import WORKER_DIED
 
 CAPTION = {
     "high_level_description": "A boat.",
@@ -258,3 +262,76 @@ def test_every_prompt_that_is_wrong_is_told(recipe, folder):
     with pytest.raises(IdeoflowError) as caught:
         read_prompts(recipe("", "[validate]\nprompts = ['prompts/*']"))
     assert {d.span.path.rpartition("/")[2] for d in caught.value.diagnostics} == {"a.json", "b.txt"}
+
+
+# Many pictures --------------------------------------------------------------------------------------------
+
+
+def test_several_processes_find_the_same_in_the_same_order(add, recipe, folder, monkeypatch):
+    for n in range(7):
+        add(f"{n}.png", width=40, height=40, txt=f"picture {n}")
+    add("7.png", width=20, height=300, json=json.dumps(CAPTION))
+    made = recipe("minimum_image_size = 10\naspect = 'square'\nflip = true")
+    alone = read_dataset(made)
+    monkeypatch.setattr(survey_module, "_PART", 3)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    together = read_dataset(made)
+    assert together == alone and len(alone.samples) == 16
+    assert {d.code for d in together.warnings} >= {codes.UPSCALED}, "codes are those of the table"
+    for n in (1, 5):
+        (folder / f"{n}.txt").write_bytes(b"\xff")
+    errors = [d for d in refused(made) if d.is_error]
+    assert told(errors) == [(codes.NO_CAPTION, "1.txt"), (codes.NO_CAPTION, "5.txt")]
+
+
+def test_a_killed_process_is_made_up_for(add, recipe, monkeypatch):
+    for n in range(4):
+        add(f"{n}.png", txt=f"picture {n}")
+    alone = read_dataset(recipe())
+
+    def dies(work, items, *, jobs, chunk):
+        for part in range(0, len(items), chunk):
+            if jobs > 1 and part:
+                raise IdeoflowError(Diagnostic(WORKER_DIED, "killed"))
+            yield work(items[part : part + chunk])
+
+    monkeypatch.setattr(survey_module, "_PART", 2)
+    monkeypatch.setattr(survey_module, "ordered_map", dies)
+    assert read_dataset(recipe()) == alone
+
+
+def test_many_warnings_alike_are_counted(add, recipe):
+    for n in range(14):
+        add(f"{n:02d}.png", width=16, height=16, txt="x")
+    warnings = read_dataset(recipe()).warnings
+    assert [d.code for d in warnings] == [codes.UPSCALED] * 11
+    assert warnings[-1].message.startswith("and 4 more like this") and warnings[-1].severity == "warning"
+
+
+def test_sizes_are_remembered_until_a_file_changes(add, folder, picture, monkeypatch):
+    file = add("a.png", width=96, height=64)
+    os.utime(file, ns=(0, 0))
+    changed = file.stat().st_ctime_ns
+    monkeypatch.setattr("time.time_ns", lambda: changed + 3_000_000_000)
+    assert read_sizes([file]) == [(96, 64)]
+    monkeypatch.setattr(
+        "ideoflow.data.headers.open_picture", lambda _: pytest.fail("read although it is known")
+    )
+    assert read_sizes([file]) == [(96, 64)]
+    monkeypatch.undo()
+    picture(64, 96).save(file)
+    os.utime(file, ns=(0, 0))
+    assert read_sizes([file]) == [(64, 96)], "same time, another size of the file"
+
+
+def test_a_memory_that_is_damaged_or_unusable_is_done_without(add, tmp_path, monkeypatch):
+    file = add("a.png")
+    for damage in (b"", b"no database at all", None):
+        cache = tmp_path / f"cache-{damage and len(damage)}"
+        monkeypatch.setenv("IDEOFLOW_CACHE", str(cache))
+        if damage is None:
+            cache.write_text("a file in the way")
+        else:
+            cache.mkdir()
+            (cache / "files.sqlite").write_bytes(damage)
+        assert read_sizes([file, file]) == [(96, 64)] * 2

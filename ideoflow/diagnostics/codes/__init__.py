@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import cleandoc
-from typing import Literal
+from typing import Any, Literal
 
 DOMAINS = {
     "IC": ("caption_language", "caption_json", "caption_tools"),
@@ -42,6 +42,9 @@ class Code:
 
     def __str__(self) -> str:
         return self.id
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return find_code, (self.id,)  # from another process it is still the one in the table
 
 
 _TABLE: dict[str, Code] = {}
