@@ -38,7 +38,8 @@ def add_adapter(transformer: Ideogram4Transformer2DModel, plan: Plan) -> dict[st
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            # PEFT puts it beside the base's weight, which may wait on the host.
+            parameter.data = parameter.data.to(transformer.device, torch.float32)
     if settings.kind == "dora":
         _measure_rows(transformer)
     if settings.kind == "lokr":

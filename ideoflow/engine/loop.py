@@ -22,6 +22,7 @@ from ideoflow.data.survey import Share
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import LOSS_EXPLODED
 from ideoflow.engine.events import CheckpointSaved, Emit, Progress, StepDone
+from ideoflow.engine.optimizer import Optimizer
 from ideoflow.engine.schedule import learning_rate_factor
 from ideoflow.engine.setup import Trainable
 from ideoflow.engine.step import TrainingSample, prepare
@@ -86,18 +87,7 @@ class Trainer:
         self.order = Order(shares, self.settings.seed)
         self.step = 0
         self.saved_at: int | None = None
-        beta1, beta2 = self.settings.betas
-        self.optimizer = torch.optim.AdamW(
-            model.parameters.values(),
-            lr=self.settings.learning_rate,
-            betas=(beta1, beta2),
-            weight_decay=self.settings.weight_decay,
-            fused=model.transformer.device.type == "cuda",
-        )
-        # Whether a step that is not finite can be skipped on the device, so that nobody has to wait and see.
-        self.guarded = model.transformer.device.type == "cuda" and getattr(
-            self.optimizer, "_step_supports_amp_scaling", False
-        )
+        self.optimizer = Optimizer(str(plan.value("optimizer_state")), model.parameters, self.settings)
         self._unreported: _Reading | None = None
         self._told_at = 0.0
         # The next step's samples are read and drawn while the device works on this one.
@@ -108,10 +98,7 @@ class Trainer:
         """Puts a checkpoint's state in place."""
         for name, parameter in self.model.parameters.items():
             parameter.data.copy_(checkpoint.adapter[name])
-            state = {k: checkpoint.optimizer[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {k: v.clone() for k, v in state.items()}
-        # Loading puts each value where this kind of AdamW wants it (the fused one: all on the device).
-        self.optimizer.load_state_dict(self.optimizer.state_dict())
+        self.optimizer.load(checkpoint.optimizer)
         self.step = self.saved_at = checkpoint.step
 
     def train(self, until: int) -> None:
@@ -143,22 +130,19 @@ class Trainer:
             self.step, self.settings.steps, self.settings.warmup, self.settings.decay
         )
         rate = self.settings.learning_rate * factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         parts = self.settings.accumulation
         losses = [self.model.gradients(batch, parts) for batch in self._batches()]
         loss, norm = torch.stack(losses).mean(), self._gradient_norm()
         outcome = _Reading(self.step + 1, rate, torch.stack((loss, norm.to(loss.dtype))))
-        if self.guarded:
+        if self.optimizer.guarded:
             self._report()
-            self.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.step(rate, skip=(~(loss + norm).isfinite()).float())
         else:
             self._check(outcome)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step(rate)
         self.step += 1
         self._unreported = outcome
-        if not self.guarded:
+        if not self.optimizer.guarded:
             self._report()
 
     def _report(self) -> None:
@@ -225,15 +209,10 @@ class Trainer:
         self._report()  # a step that went wrong must not be saved
         if self.saved_at == self.step:
             return None
-        moments = {
-            f"{name}/{k}": v
-            for name, parameter in self.model.parameters.items()
-            for k, v in self.optimizer.state[parameter].items()
-        }
         folder = self.checkpoints.save(
             self.step,
             self.model.parameters,
-            moments,
+            self.optimizer.state(),
             {"recipe": self.plan.digests.recipe, "captions": self.plan.digests.captions},
         )
         self.saved_at = self.step

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ideoflow.data.encode import release
 from ideoflow.engine.schedule import PRESETS, sampling_sigmas
-from ideoflow.engine.setup import Trainable, UnpaddedAttention, plan_device, plan_dtype
+from ideoflow.engine.setup import Trainable, UnpaddedAttention, plan_device, plan_dtype, plan_quantizer
 from ideoflow.engine.step import predict_velocity
 from ideoflow.model.latents import decode_tokens
 from ideoflow.model.load import load_transformer, load_vae
@@ -75,6 +75,7 @@ class Sampler:
                 precision=str(plan.value("precision")),
                 device=host,
                 file=plan.base.files.get("unconditional_transformer"),
+                quantize_on=plan_quantizer(plan),
             )
             self.unconditional.set_attn_processor(UnpaddedAttention())
 

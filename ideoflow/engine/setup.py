@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
@@ -13,10 +15,11 @@ from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnPro
 from torch import Tensor, nn
 
 from ideoflow.diagnostics import fail
-from ideoflow.diagnostics.codes.engine import NO_DEVICE
+from ideoflow.diagnostics.codes.engine import NO_DEVICE, NO_SCRATCH
 from ideoflow.engine.adapt import add_adapter
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.attention import Kernel
+from ideoflow.engine.offload import offload_groups, stream_blocks
 from ideoflow.engine.step import (
     TrainingSample,
     accumulate,
@@ -26,6 +29,7 @@ from ideoflow.engine.step import (
 )
 from ideoflow.model.load import PRECISIONS, load_transformer
 from ideoflow.plan.document import Plan
+from ideoflow.resources import user_cache
 
 
 def plan_device(plan: Plan) -> torch.device:
@@ -39,6 +43,11 @@ def plan_device(plan: Plan) -> torch.device:
         cure = "set memory.device = 'cpu', or install a torch build for your GPU and driver"
         fail(NO_DEVICE, "the plan is for a GPU, but torch finds none", cure=cure)
     return device
+
+
+def plan_quantizer(plan: Plan) -> torch.device:
+    """Where weights are rounded while they load."""
+    return plan_device(plan) if plan.value("quantize_via") == "gpu" else torch.device("cpu")
 
 
 def plan_dtype(plan: Plan) -> torch.dtype:
@@ -84,11 +93,14 @@ def build(plan: Plan) -> Trainable:
     """Loads the base, puts a fresh adapter on it, and sets up the engine that the plan chose."""
     device = plan_device(plan)
     assert plan.base.folder is not None, "the base is fetched before the engine starts"
+    offload = str(plan.value("offload"))
     transformer = load_transformer(
         plan.base.folder,
         precision=str(plan.value("precision")),
         device=device,
         file=plan.base.files.get("transformer"),
+        quantize_on=plan_quantizer(plan),
+        streamed=offload != "none",
     )
     transformer.set_attn_processor(UnpaddedAttention())
     parameters = add_adapter(transformer, plan)
@@ -98,11 +110,18 @@ def build(plan: Plan) -> Trainable:
             linear=str(plan.value("matmul")),
             attention=cast(Kernel, plan.value("attention")),
             activation_budget=float(plan.value("activation_budget")),
+            offload=("input",) if plan.value("activation_offload") == "inputs" else (),
             dtype=plan_dtype(plan),
         )
+        if offload == "stream":
+            fused.stream()
         return Trainable(
             transformer, parameters, partial(predict_packed, fused), partial(accumulate_packed, fused)
         )
+    if offload == "stream":
+        stream_blocks(transformer, device)
+    elif offload != "none":
+        _offload_groups(transformer, device, offload, plan)
     if plan.value("checkpointing") == "on":
         transformer.enable_gradient_checkpointing()
     if plan.value("compile") == "regional":
@@ -110,3 +129,23 @@ def build(plan: Plan) -> Trainable:
     return Trainable(
         transformer, parameters, partial(predict_velocity, transformer), partial(accumulate, transformer)
     )
+
+
+def _offload_groups(
+    transformer: Ideogram4Transformer2DModel, device: torch.device, offload: str, plan: Plan
+) -> None:
+    """diffusers' group offloading, with what the recipe says of its groups."""
+    memory, folder = plan.tables.memory, None
+    if offload == "disk":
+        parent = Path(memory.offload_folder) if memory.offload_folder else user_cache() / "offloaded"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            # Goes with the model: what an earlier run left under the same names must not be read.
+            scratch = TemporaryDirectory(prefix="weights-", dir=parent)
+        except OSError as error:
+            cure = "give another memory.offload_folder, on a disk with room for the weights"
+            fail(NO_SCRATCH, f"cannot write to {parent}: {error.strerror or error}", cure=cure)
+        transformer.offloaded_to = scratch
+        folder = Path(scratch.name)
+    level, blocks = ("leaf", 1) if offload == "leaf" else ("block", memory.offload_blocks)
+    offload_groups(transformer, device, level, blocks=blocks, streams=memory.offload_streams, folder=folder)

@@ -96,7 +96,8 @@ def load_transformer(
         host = torch.device("cpu")
         filler = _Filler(checkpoint, precision, quantize_on or device)
         for name, module in list(model.named_modules()):
-            filler.fill(name, module, host if streamed and is_streamed(name) else device)
+            waits = streamed and type(module) is nn.Linear and is_streamed(name)
+            filler.fill(name, module, host if waits else device)
             if name.startswith("layers.") and type(module) is nn.Linear and precision in _QUANTISED:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, filler.quantised(name, module, device, streamed))
@@ -111,7 +112,9 @@ def is_streamed(name: str) -> bool:
 
     The modulations of all blocks are computed before the first block, so they stay.
     """
-    return name.startswith("layers.") and name.split(".")[2] in ("attention", "feed_forward")
+    return name.startswith("layers.") and name.partition(".")[2].partition(".")[2].startswith(
+        ("attention.", "feed_forward.")
+    )
 
 
 def _transformer_config(folder: Path, part: str, place: Path) -> Any:

@@ -1,9 +1,14 @@
-"""Keeps the libraries' chatter off the terminal (torch-free)."""
+"""Keeps the libraries' chatter off the terminal, and tells which of them is missing (torch-free)."""
 
 from __future__ import annotations
 
 import logging
 import os
+from importlib import import_module
+from typing import Any
+
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.model import NO_LIBRARY
 
 # Each of these warns at import about optional parts that ideoflow does not use: torchao's CUDA extensions on
 # a CPU, bitsandbytes' optional CPU kernels, diffusers' optional torchao tensors.
@@ -27,3 +32,27 @@ def disable_progress_bars() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+def import_library(name: str, needed_for: str) -> Any:
+    """A library that only some runs need.
+
+    Raises:
+        IdeoflowError: when it is not installed, or breaks while it is imported.
+    """
+    package = name.partition(".")[0]
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            _broken(package, needed_for, error)
+        cure = f"pip install {package}"
+        fail(NO_LIBRARY, f"{needed_for} needs {package}, which is not installed", cure=cure)
+    except Exception as error:  # whatever a half-installed native library raises
+        _broken(package, needed_for, error)
+
+
+def _broken(package: str, needed_for: str, error: Exception) -> None:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    cure = f"pip install --force-reinstall {package}"
+    fail(NO_LIBRARY, f"{needed_for} needs {package}, which cannot be imported: {reason}", cure=cure)

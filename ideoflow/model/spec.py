@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 # Decoder layers of the text encoder whose outputs are the text features (diffusers'
@@ -52,7 +53,8 @@ class TransformerSpec:
         sizes |= {"feed_forward.w1": (f, h), "feed_forward.w2": (h, f), "feed_forward.w3": (f, h)}
         return sizes | {"adaln_modulation": (4 * h, self.adaln_dim)}
 
-    def linears(self) -> dict[str, tuple[int, int]]:
+    @lru_cache(maxsize=16)  # noqa: B019 - a handful of architectures
+    def linears(self) -> Mapping[str, tuple[int, int]]:
         """(out, in) of every Linear in all blocks, by diffusers' module name."""
         block = self.block_linears()
         return {f"layers.{i}.{name}": size for i in range(self.num_layers) for name, size in block.items()}
@@ -72,7 +74,9 @@ class TransformerSpec:
         biased = linears | {n: s for n, s in self.linears().items() if n.endswith("adaln_modulation")}
         norms = {"attention.norm_q": self.attention_head_dim, "attention.norm_k": self.attention_head_dim}
         norms |= dict.fromkeys(("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"), h)
-        shapes: dict[str, tuple[int, ...]] = {f"{n}.weight": s for n, s in (linears | self.linears()).items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{n}.weight": s for n, s in (linears | dict(self.linears())).items()
+        }
         shapes |= {f"{name}.bias": (size[0],) for name, size in biased.items()}
         shapes |= {
             f"layers.{i}.{name}.weight": (size,)

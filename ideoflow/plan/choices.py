@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ideoflow.plan.document import Hardware
@@ -14,14 +14,36 @@ from ideoflow.recipe import RecipeTables
 BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DOMAINS: dict[str, tuple[str | float, ...]] = {
     "engine": ("fused", "reference"),
-    "precision": ("bf16", "fp8", "float32"),
+    "precision": ("bf16", "fp8", "int8", "nf4", "float32"),
     "matmul": ("fp8", "bf16", "float32"),
     "activation_budget": BUDGETS,
     "compile": ("off", "regional"),
     "unconditional": ("loaded", "proxy"),
+    "optimizer_state": ("float32", "cpu", "8bit", "paged"),
+    "offload": ("none", "stream", "block", "leaf", "disk"),
+    "activation_offload": ("none", "inputs"),
 }
+# What is weighed where the recipe leaves it open; the other values are slower than these for the same memory.
+_OPEN = {
+    "optimizer_state": ("float32", "cpu", "8bit"),
+    "offload": ("none", "stream"),
+    "activation_offload": ("none", "inputs"),
+}
+# Budgets that are weighed together with what saves memory at the price of time.
+_LEAN_BUDGETS = (0.0, 0.1, 0.2, 0.3)
+GROUPED = ("block", "leaf", "disk")
 # Keys of [memory] that decide something.
-SETTINGS = ("engine", "precision", "matmul", "activation_budget", "checkpointing", "compile")
+SETTINGS = (
+    "engine",
+    "precision",
+    "matmul",
+    "activation_budget",
+    "checkpointing",
+    "compile",
+    "optimizer_state",
+    "offload",
+    "activation_offload",
+)
 _FP8_UNITS = (8, 9)
 # cuDNN's backward pass for heads of 256 exists for Hopper only (NVIDIA cuDNN, Attention, support matrix).
 _FLASH4 = (9, 10)  # major compute capabilities with its backward pass for heads of 256
@@ -85,27 +107,86 @@ def combinations(
     hardware: Hardware,
     device: str,
     targets: Iterable[str],
-    budgets: tuple[float, ...] = (),
+    fixed: Mapping[str, str | float],
     kind: str = "lora",
 ) -> Iterator[Choice]:
-    """Everything that the engines can do on a machine, guidance apart (``loaded`` throughout)."""
-    fused = not no_fused_engine(hardware, device, targets, kind)
-    if fused:
-        pairs = [("bf16", "bf16"), ("fp8", "bf16")]
+    """Everything that the engines can do on a machine, guidance apart (``loaded`` throughout).
+
+    ``fixed`` are the recipe's decisions: unusual values are there only if they are asked for.
+    """
+    budgets = {*BUDGETS, *(float(v) for k, v in fixed.items() if k == "activation_budget")}
+    # On a processor, host memory is the device's own.
+    open_to = {name: values if device == "cuda" else values[:1] for name, values in _OPEN.items()}
+    unusual = {name: tuple(dict.fromkeys((*values, str(fixed.get(name, values[0])))))
+               for name, values in open_to.items()}  # fmt: skip
+    if not no_fused_engine(hardware, device, targets, kind):
+        pairs = [(precision, "bf16") for precision in ("bf16", "fp8", "int8", "nf4")]
         if has_fp8_units(hardware):
             pairs.append(("fp8", "fp8"))
-        every = sorted({*BUDGETS, *budgets})
-        for (precision, matmul), budget in product(pairs, every):
-            yield Choice(device, "fused", precision, matmul, budget, "off", "loaded")
+        for (precision, matmul), budget in product(pairs, sorted(budgets)):
+            plain = Choice(device, "fused", precision, matmul, budget, "off", "loaded")
+            yield from _lean(plain, unusual, fixed)
     # torch.compile makes its GPU kernels with Triton too.
     compiled = hardware.kind == "cuda" and device == "cuda" and "triton" in hardware.packages
     for precision, budget, compile in product(
-        ("bf16", "fp8", "float32"), (0.0, 1.0), ("off", "regional") if compiled else ("off",)
+        ("bf16", "fp8", "int8", "nf4", "float32"), (0.0, 1.0), ("off", "regional") if compiled else ("off",)
     ):
         if precision == "fp8" and compile == "regional" and not has_fp8_units(hardware):
             continue  # Triton reads e4m3 only where there are such units
         matmul = "float32" if precision == "float32" else "bf16"
-        yield Choice(device, "reference", precision, matmul, budget, compile, "loaded")
+        plain = Choice(device, "reference", precision, matmul, budget, compile, "loaded")
+        yield from _lean(plain, unusual, fixed)
+
+
+def _lean(
+    plain: Choice, values: Mapping[str, tuple[str, ...]], fixed: Mapping[str, str | float]
+) -> Iterator[Choice]:
+    """A combination, and those that do the same in less memory on the device and more time."""
+    asked = {name for name in values if name in fixed}
+    for state, offload, inputs in product(*(values[name] for name in _OPEN)):
+        choice = replace(plain, optimizer_state=state, offload=offload, activation_offload=inputs)
+        if _possible(choice) and (choice == plain or asked or plain.activation_budget in _LEAN_BUDGETS):
+            yield choice
+
+
+def _possible(choice: Choice) -> bool:
+    return not any(_impossible(choice))
+
+
+def _impossible(choice: Choice) -> Iterator[tuple[str, str, str]]:
+    """(setting, why it cannot be carried out with the others, what to do)."""
+    offload, fused = choice.offload, choice.engine == "fused"
+    if fused and offload in GROUPED:
+        yield (
+            "offload",
+            f"offload = '{offload}' hangs on modules that the fused engine never calls",
+            "set offload = 'stream', or engine = 'reference'",
+        )
+    if not fused and offload != "none":
+        if choice.activation_budget > 0:
+            yield (
+                "offload",
+                f"without checkpointing, autograd keeps the weights that offload = '{offload}' sends away",
+                "set checkpointing = 'on' or 'auto', or offload = 'none'",
+            )
+        if choice.compiled:
+            yield (
+                "offload",
+                f"offload = '{offload}' moves weights from a hook, which breaks up a compiled block",
+                "set compile = 'off', or offload = 'none'",
+            )
+    if not fused and choice.activation_offload != "none":
+        yield (
+            "activation_offload",
+            "activation_offload is for the fused engine: autograd decides what the reference engine keeps",
+            "set activation_offload = 'none', or engine = 'fused'",
+        )
+    if choice.device == "cpu" and choice.optimizer_state == "paged":
+        yield (
+            "optimizer_state",
+            "paged moments are in memory that an NVIDIA driver moves, and this runs on a processor",
+            "set optimizer_state = 'auto', 'float32' or '8bit'",
+        )
 
 
 @dataclass(frozen=True)
@@ -148,12 +229,45 @@ def refusals(tables: RecipeTables, hardware: Hardware, device: str, targets: Ite
         if device == "cuda" and not has_fp8_units(hardware):
             refuse("matmul", f"{hardware.name} is not known to have FP8 units (compute capability 8.9)",
                    "set matmul = 'auto' or 'bf16'; the weights may be in FP8 all the same")  # fmt: skip
+    for key, message, cure in _contradictions(tables, hardware, device, targets):
+        refuse(key, message, cure)
     if m.matmul == "bf16" and m.precision == "float32":
         refuse("matmul", "weights in float32 are multiplied in float32", "set matmul = 'auto'")
     if m.activation_budget != "auto" and m.checkpointing != "auto":
         refuse("checkpointing", "activation_budget says the same more finely",
                "set one of the two")  # fmt: skip
-    if m.compile == "regional" and not any(c.compiled for c in combinations(hardware, device, targets)):
+    if m.compile == "regional" and not any(c.compiled for c in combinations(hardware, device, targets, {})):
         refuse("compile", f"torch.compile is for NVIDIA GPUs with Triton, not for {hardware.name}",
                "set compile = 'auto' or 'off'")  # fmt: skip
     return found
+
+
+def _contradictions(
+    tables: RecipeTables, hardware: Hardware, device: str, targets: Iterable[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Settings about what waits on the host that cannot be carried out together, or mean nothing."""
+    m, fixed = tables.memory, fixed_decisions(tables)
+    engine = m.engine
+    if engine == "auto":
+        # Only the reference engine has these, only the fused one has that, and on some machines it alone is.
+        grouped = (
+            m.offload in GROUPED
+            or m.compile == "regional"
+            or no_fused_engine(hardware, device, targets, tables.adapter.kind)
+        )
+        engine = "fused" if m.activation_offload == "inputs" or not grouped else "reference"
+    budget = float(fixed.get("activation_budget", 0.0))
+    text = {name: str(fixed.get(name, DOMAINS[name][0])) for name in _OPEN}
+    compile = str(fixed.get("compile", "off"))
+    yield from _impossible(Choice(device, engine, "bf16", "bf16", budget, compile, "proxy", **text))
+    if m.quantize_via == "gpu" and device == "cpu":
+        yield "quantize_via", "quantize_via = 'gpu', and there is none", "set quantize_via = 'auto' or 'cpu'"
+    grouping = {
+        "offload_blocks": (m.offload_blocks != 1, ("block", "disk")),
+        "offload_streams": (not m.offload_streams, GROUPED),
+        "offload_folder": (m.offload_folder is not None, ("disk",)),
+    }
+    for key, (set_here, kinds) in grouping.items():
+        if set_here and m.offload not in kinds:
+            wanted = " or ".join(f"'{kind}'" for kind in kinds)
+            yield key, f"{key} means something only with offload = {wanted}", f"remove {key}, or set offload"

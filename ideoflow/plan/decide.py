@@ -31,7 +31,7 @@ from ideoflow.plan.document import (
     Value,
 )
 from ideoflow.plan.search import Evaluation, Problem, alternatives, estimate_time, solve, times_known
-from ideoflow.plan.sizes import ADAPTER_BYTES, ELEMENT_BYTES
+from ideoflow.plan.sizes import ADAPTER_BYTES, ELEMENT_BYTES, QUANTISED, Choice
 from ideoflow.recipe import Recipe, RecipeTables
 
 GIB = 1 << 30
@@ -145,18 +145,15 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
         "checkpointing",
         "compile",
         "unconditional",
+        "optimizer_state",
+        "offload",
+        "activation_offload",
     )
     return (
         _device(problem),
         *(searched[name] for name in order),
         Decision("attention", attention, "auto", code, reason),
-        Decision(
-            "optimizer_state",
-            problem.tables.memory.optimizer_state,
-            "auto",
-            "only-choice",
-            "AdamW's moments learn in float32",
-        ),
+        _quantize_via(problem, choice),
         Decision(
             "text_phase",
             "streamed",
@@ -165,6 +162,21 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
             "captions go through the text encoder layer by layer, so it is never there as a whole",
         ),
     )
+
+
+def _quantize_via(problem: Problem, choice: Choice) -> Decision:
+    """Where weights are rounded while they load."""
+    asked = problem.tables.memory.quantize_via
+    if choice.precision not in QUANTISED or choice.precision == problem.base.storage:
+        reason = "the weights are not rounded"
+        kind = "cpu" if choice.device == "cpu" else "gpu"
+        return Decision("quantize_via", kind if asked == "auto" else asked, "auto", "not-used", reason)
+    if asked != "auto":
+        return Decision("quantize_via", asked, "recipe", "recipe", "you set this")
+    if choice.device == "cpu":
+        return Decision("quantize_via", "cpu", "auto", "only-choice", "there is no GPU")
+    words = "by pieces of rows, so that no dense copy of a weight is ever there"
+    return Decision("quantize_via", "gpu", "auto", "fastest", words, rejected=(Rejected("cpu", "slower"),))
 
 
 def _as_checkpointing(problem: Problem, budget: Decision) -> Decision:
@@ -288,6 +300,8 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
             return "unsupported", "only for NVIDIA GPUs with Triton"
         if value == "off" and over:
             return "needs-memory", "compiled blocks do not fit"
+    if name in ("optimizer_state", "offload", "activation_offload"):
+        return _waiting_reason(name, str(value))
     if name == "unconditional" and not problem.prompts:
         return "no-prompts", "no validate.prompts, nothing is sampled"
     if name == "unconditional" and value == "proxy" and not problem.base.has_unconditional:
@@ -303,6 +317,20 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
     return sentences[name, value]
 
 
+def _waiting_reason(name: str, value: str) -> tuple[str, str]:
+    return {
+        "float32": ("fastest-that-fits", "AdamW's moments fit beside the adapter, exact"),
+        "cpu": ("needs-memory", "AdamW's moments wait on the host: exact, and they leave the card free"),
+        "8bit": ("needs-memory", "AdamW's moments in a quarter of their size"),
+        "stream": ("needs-memory", "the blocks' weights wait on the host, fetched ahead of both passes"),
+        "inputs": ("needs-memory", "the blocks' inputs wait on the host for the backward pass"),
+        "none": (
+            "fastest-that-fits",
+            "the weights stay on the device" if name == "offload" else "what is kept stays on the device",
+        ),
+    }[value]
+
+
 def _budget_reason(best: Evaluation, over: bool) -> tuple[str, str]:
     if best.choice.checkpointing == "off":
         return "fastest-that-fits", "all activations fit, nothing is recomputed"
@@ -315,9 +343,11 @@ def _budget_reason(best: Evaluation, over: bool) -> tuple[str, str]:
 
 def _precision_reason(problem: Problem, best: Evaluation, over: bool, bf16: str | None) -> tuple[str, str]:
     value, storage = best.choice.precision, problem.base.storage
-    if value == "fp8":
-        if storage == "fp8":
-            return "lossless", "the weights are stored so, nothing is lost"
+    if value == storage and value in QUANTISED:
+        return "lossless", "the weights are stored so, nothing is lost"
+    if value in QUANTISED and storage == "fp8":
+        return "needs-memory", f"weights in FP8 do not fit, so they are rounded to {value}"
+    if value in QUANTISED:
         found = "leave too little room" if bf16 == "tight" else "do not fit"
         return "needs-memory", f"weights in bf16 {found}, so they are rounded"
     if value == "float32":

@@ -23,13 +23,13 @@ that its blocks keep, and to the most that is alive in a whole pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ideoflow.kernels.budget import Group, choose_kept
 from ideoflow.kernels.budget import group_bytes as budget_groups
 from ideoflow.model.spec import TransformerSpec
-from ideoflow.plan.sizes import targets_by_block
+from ideoflow.plan.sizes import QUANTISED, targets_by_block
 
 GROUPS = {
     "attention": ("attended",),
@@ -231,10 +231,12 @@ def peak(
     *,
     fp8: bool,
     first_pass: bool = True,
+    inputs_away: bool = False,
 ) -> Peak:
     """The most that a forward and backward pass over ``tokens`` packed tokens holds.
 
-    ``first_pass``: the adapter has no gradients yet; they come as the blocks' values go.
+    ``first_pass``: the adapter has no gradients yet; they come as the blocks' values go. ``inputs_away``: the
+    blocks' inputs wait on the host, but for those of two blocks that are on their way.
     """
     blocks, sizes = targets_by_block(targets), spec.block_linears()
     kept = choose_kept(budget, spec.num_layers, group_bytes(spec, tokens, element, fp8))
@@ -246,12 +248,17 @@ def peak(
     own = [
         4 * rank * sum(sum(sizes[name]) for name in blocks.get(i, ())) for i in range(first, spec.num_layers)
     ]
-    return max(_moments(held, own, tokens, first_pass), key=lambda p: p.total, default=Peak(0, 0, 0))
+    away = element * spec.hidden if inputs_away else 0
+    held = [replace(block, kept=block.kept - away) for block in held]
+    moments = _moments(held, own, tokens, first_pass, 2 * away)
+    return max(moments, key=lambda p: p.total, default=Peak(0, 0, 0))
 
 
-def _moments(held: list[BlockBytes], own: list[int], tokens: int, first_pass: bool) -> Iterator[Peak]:
-    """Each block's forward pass, then each one's backward pass."""
-    saved, before = 0, 0 if first_pass else sum(own)
+def _moments(
+    held: list[BlockBytes], own: list[int], tokens: int, first_pass: bool, moving: int
+) -> Iterator[Peak]:
+    """Each block's forward pass, then each one's backward pass; ``moving`` bytes a token are on their way."""
+    saved, before = moving, 0 if first_pass else sum(own)
     for block in held:
         yield Peak(tokens * saved, tokens * block.forward, before)
         saved += block.kept
@@ -262,6 +269,7 @@ def _moments(held: list[BlockBytes], own: list[int], tokens: int, first_pass: bo
         yield Peak(tokens * saved, tokens * block.backward, before + gradient if before else come)
 
 
+@lru_cache(maxsize=64)
 def copies_bytes(
     spec: TransformerSpec, targets: tuple[str, ...], rank: int, element: int, *, precision: str, fp8: bool
 ) -> int:
@@ -274,7 +282,7 @@ def copies_bytes(
         total += 4 * 4 * spec.hidden
         for p in products(spec, blocks.get(i, frozenset()), rank, fp8).values():
             down, up = p.parts * p.rank * p.inputs, p.outputs * p.rank
-            total += element * (down + up) + (4 * p.outputs if precision == "fp8" else 0)
+            total += element * (down + up) + (4 * p.outputs if precision in ("fp8", "int8") else 0)
             if fp8:
                 total += 2 * p.outputs + 2 * down + 8 * p.parts * p.rank + (4 * p.outputs if p.rank else 0)
     return total
@@ -284,7 +292,7 @@ def scratch_bytes(
     spec: TransformerSpec, targets: tuple[str, ...], rank: int, element: int, *, precision: str, fp8: bool
 ) -> int:
     """The buffer that weights are transposed (FP8 products) or dequantised (others) into, the largest use."""
-    if precision != "fp8":
+    if precision not in QUANTISED:
         return 0
     adapted = frozenset().union(*targets_by_block(targets).values())
     sizes = [4 * spec.hidden * spec.adaln_dim * element]

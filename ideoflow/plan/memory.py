@@ -46,9 +46,13 @@ from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.document import Ledger, LedgerLine, Phase
 from ideoflow.plan.sizes import (
     ADAPTER_BYTES,
+    SLOTS,
     Choice,
     Shapes,
     adapter_parameters,
+    group_blocks,
+    state_bytes,
+    streamed_bytes,
     targets_by_block,
     weight_bytes,
 )
@@ -173,6 +177,7 @@ def build_ledger(
     memory_factor: float = 1.0,
     calibrated_by: str = "",
     adapter: AdapterSize | None = None,
+    group: tuple[int, bool] = (1, True),
 ) -> Ledger:
     """Every phase's lines for one choice.
 
@@ -180,7 +185,8 @@ def build_ledger(
     other by the reference engine; the ``accumulation`` passes of an optimiser step follow one another in
     both. ``memory_factor`` scales what comes and goes (activations and workspaces), as measured by the runs
     that ``calibrated_by`` names. ``rank`` is the adapter's greatest; ``adapter`` what it is made of, by
-    default a plain LoRA of this rank.
+    default a plain LoRA of this rank. ``group`` are the blocks of an offloaded group, and whether the next
+    one is fetched meanwhile.
     """
     size = adapter or AdapterSize("lora", adapter_parameters(base.transformer, targets, rank))
     lines: list[LedgerLine] = []
@@ -206,6 +212,7 @@ def build_ledger(
     _latents(add, base.vae, shapes, choice)
     finish("latents")
     train = _train_fused if choice.engine == "fused" else _train_reference
+    _weights(add, "train", base.transformer, choice, group)
     train(add, base.transformer, targets, rank, size, shapes, choice, batch, accumulation)
     if choice.device == "cpu" and shapes.sample_tokens:
         # On a GPU these wait in the host's memory; on a CPU that is the same memory.
@@ -214,6 +221,7 @@ def build_ledger(
         add("train", "waiting models", waiting, "what samples are made with")
     finish("train")
     if shapes.sample_tokens:
+        _weights(add, "sample", base.transformer, choice, group)
         _sample(add, base, targets, rank, size, shapes, choice)
         finish("sample")
     return Ledger(tuple(lines))
@@ -301,8 +309,7 @@ def _train_reference(
     several = batch * accumulation > 1
     # Of a single sample, gradients come as the blocks' activations go; only a second one finds them all.
     held = gradients if several else max(gradients // blocks, gradients - kept * (blocks - 1) // blocks)
-    _weights(add, "train", spec, choice)
-    _adapter(add, "train", adapter)
+    _adapter(add, "train", adapter, choice)
     among = "of all samples" if several else "at the peak, of what comes while activations go"
     add("train", "gradients", held, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
     where = f"{shapes.tokens} tokens ({shapes.grid_tokens} image, {shapes.text_tokens} text)"
@@ -339,18 +346,22 @@ def _train_fused(
     e, budget, tokens = choice.element, choice.activation_budget, batch * shapes.tokens
     adapter, fp8 = size.parameters, choice.matmul == "fp8"
     gradients = adapter * ADAPTER_BYTES
-    p = fused.peak(spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=accumulation == 1)
-    _weights(add, "train", spec, choice)
-    _adapter(add, "train", adapter)
+    away = choice.activation_offload != "none"
+    p = fused.peak(
+        spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=accumulation == 1, inputs_away=away
+    )
+    _adapter(add, "train", adapter, choice)
     options = {"precision": choice.precision, "fp8": fp8}
-    copies = fused.copies_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
+    copies = fused.copies_bytes(spec, targets, rank, e, **options)
     add("train", "working copies", copies, "the adapter as products read it, scales of rows")
     scratch = fused.scratch_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
     add("train", "work buffer", scratch, f"one weight, {'transposed' if fp8 else 'dequantised'}")
     among = "of all passes" if accumulation > 1 else "at the peak, of what comes while activations go"
     add("train", "gradients", p.gradients, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
     where = f"{tokens} tokens in {batch} sample{'s' if batch > 1 else ''}"
-    add("train", "saved activations", p.saved, f"activation budget {budget:g}; {where}", transient=True)
+    waits = ", inputs on the host" if away else ""
+    words = f"activation budget {budget:g}{waits}; {where}"
+    add("train", "saved activations", p.saved, words, transient=True)
     add("train", "block at work", p.work, "one block's values and their gradients", transient=True)
     # Rotary tables, seven index tensors, the velocity with its target and gradient.
     ends = tokens * (e * spec.attention_head_dim + 60 + 14 * spec.in_channels)
@@ -365,18 +376,29 @@ def _optimizer_step(add: _Add, gradients: int, before: int) -> None:
 
 
 def dequantised_bytes(spec: TransformerSpec, choice: Choice) -> int:
-    """What the reference engine's FP8 Linears need at once: two float32 copies of the largest weight."""
-    return 8 * spec.hidden * spec.intermediate_size if choice.precision == "fp8" else 0
+    """What the reference engine's quantised Linears need at once, of the largest weight: two float32 copies
+    for those with scales, one in bf16 with the scales' own for 4-bit ones."""
+    largest = spec.hidden * spec.intermediate_size
+    return largest * {"fp8": 8, "int8": 8, "nf4": 3}.get(choice.precision, 0)
 
 
-def _weights(add: _Add, phase: Phase, spec: TransformerSpec, choice: Choice) -> None:
+def _weights(add: _Add, phase: Phase, spec: TransformerSpec, choice: Choice, group: tuple[int, bool]) -> None:
     words = {
         "fp8": "Linears of the blocks in e4m3 with a float32 scale a row, the rest in bf16",
+        "int8": "Linears of the blocks in int8 with a float32 scale a row, the rest in bf16",
+        "nf4": "Linears of the blocks in 4 bits with scales for 64, the rest in bf16",
         "bf16": "2 bytes each",
         "float32": "4 bytes each",
     }
     evidence = f"{_count(spec.parameters() - spec.text_projection_parameters())} parameters; "
-    add(phase, "weights", weight_bytes(spec, choice.precision), evidence + words[choice.precision])
+    size, away = weight_bytes(spec, choice.precision), streamed_bytes(spec, choice.precision)
+    if choice.offload == "none":
+        add(phase, "weights", size, evidence + words[choice.precision])
+        return
+    add(phase, "weights", size - away, f"{evidence}those of the blocks wait on the host or on disk")
+    held = SLOTS if choice.offload == "stream" else group_blocks(choice, *group)
+    fetched = away / spec.num_layers * min(held, spec.num_layers)
+    add(phase, "fetched weights", fetched, f"{held:g} blocks at once; {words[choice.precision]}")
 
 
 def _sample(
@@ -391,15 +413,14 @@ def _sample(
     """Denoising needs both transformers, decoding one and the autoencoder: whichever is more."""
     spec, e = base.transformer, choice.element
     h, f = spec.hidden, spec.intermediate_size
-    _weights(add, "sample", spec, choice)
-    _adapter(add, "sample", size.parameters)
+    _adapter(add, "sample", size.parameters, choice)
     other = _unconditional_bytes(base, choice)
     cast = ADAPTER_BYTES if targets else 0
     denoise = shapes.sample_tokens * (e * (6 * h + 2 * f) + 2 * 4 * h + 3 * cast * f)
     denoise += dequantised_bytes(spec, choice) + size.workspace
     if choice.engine == "fused":
         options = {"precision": choice.precision, "fp8": choice.matmul == "fp8"}
-        copies = fused.copies_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
+        copies = fused.copies_bytes(spec, targets, rank, e, **options)
         copies += fused.scratch_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
         add("sample", "working copies", copies, "the fused engine's, with its work buffer")
     channels = base.vae.block_out_channels
@@ -424,10 +445,16 @@ def _unconditional_bytes(base: BaseFacts, choice: Choice) -> int:
     return weight_bytes(base.transformer, choice.precision) if loaded else 0
 
 
-def _adapter(add: _Add, phase: Phase, parameters: int) -> None:
+def _adapter(add: _Add, phase: Phase, parameters: int, choice: Choice) -> None:
     size = parameters * ADAPTER_BYTES
     add(phase, "adapter", size, f"{_count(parameters)} x {ADAPTER_BYTES} bytes")
-    add(phase, "optimizer state", 2 * size, "AdamW's two moments, float32")
+    words = {
+        "float32": "AdamW's two moments, float32",
+        "8bit": "AdamW's two moments, 8 bits with a float32 scale for 256",
+        "cpu": "what is fetched at once of AdamW's two moments",
+    }
+    kind = choice.optimizer_state
+    add(phase, "optimizer state", state_bytes(choice, parameters), words.get(kind, kind))
 
 
 def _count(parameters: int) -> str:

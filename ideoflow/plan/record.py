@@ -31,7 +31,17 @@ def planned_choice(plan: Plan) -> Choice:
     """The combination that a plan decided for."""
     text = {
         name: str(plan.value(name))
-        for name in ("device", "engine", "precision", "matmul", "compile", "unconditional")
+        for name in (
+            "device",
+            "engine",
+            "precision",
+            "matmul",
+            "compile",
+            "unconditional",
+            "optimizer_state",
+            "offload",
+            "activation_offload",
+        )
     }
     return Choice(activation_budget=float(plan.value("activation_budget")), **text)
 

@@ -3,7 +3,7 @@
 There are few enough combinations to evaluate them all with the ledger and the time model, so the choice is a
 minimum over real alternatives and not a chain of rules per card. Among those that fit, the fastest whole run
 wins (compiling counts); alternatives within 3 % of it are equals, and of equals the simplest wins. Rounding
-the weights to FP8 is no equal: it is only done where nothing else leaves room, or where they are stored so.
+weights, or letting them wait on the host, is no equal: it is only done where nothing else leaves room.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ideoflow.plan.calibration import Calibration, Factors
 from ideoflow.plan.choices import combinations, fixed_decisions
 from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, TimeEstimate
 from ideoflow.plan.memory import build_ledger
-from ideoflow.plan.sizes import Choice, Shapes, weight_bytes
+from ideoflow.plan.sizes import Choice, Shapes, streamed_bytes, weight_bytes
 from ideoflow.plan.timing import (
     SAMPLING_STEPS,
     Load,
@@ -36,7 +36,7 @@ _USUAL_TEXT, _ESTIMATE_MARGIN = 400, 1.15
 _EQUAL = 1.03
 # A prediction is not exact: above this share of the free memory a plan is only made if there is no other.
 TIGHT_SHARE = 0.95
-_PRECISION_BITS = {"nf4": 4, "fp8": 8, "float16": 16, "bf16": 16, "float32": 32}
+_PRECISION_BITS = {"nf4": 4, "fp8": 8, "int8": 8, "float16": 16, "bf16": 16, "float32": 32}
 
 
 @dataclass(frozen=True)
@@ -121,20 +121,25 @@ class Problem:
     @cached_property
     def combinations(self) -> tuple[Choice, ...]:
         """All that the machine could do, the recipe's word apart."""
-        asked = fixed_decisions(self.tables).get("activation_budget")
-        budgets = (float(asked),) if asked is not None else ()
-        kind = self.tables.adapter.kind
-        every = combinations(self.hardware, self.device, self.targets, budgets, kind)
+        fixed, kind = fixed_decisions(self.tables), self.tables.adapter.kind
+        every = combinations(self.hardware, self.device, self.targets, fixed, kind)
         guidance = ("loaded", "proxy") if self.base.has_unconditional and self.prompts else ("proxy",)
         return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
     def host_bytes(self, choice: Choice) -> int:
-        """What a GPU run needs of host memory: the autoencoder and the second transformer wait there.
+        """What a GPU run needs of host memory: what samples are made with waits there, and what is offloaded.
 
         The other weights go from their files to the device tensor by tensor.
         """
         spec, loaded = self.base.transformer, choice.unconditional == "loaded"
         waiting = weight_bytes(spec, choice.precision) if loaded else 0
+        if choice.offload not in ("none", "disk"):
+            waiting += streamed_bytes(spec, choice.precision)
+        if choice.optimizer_state in ("cpu", "paged"):
+            waiting += 8 * self.adapter.parameters
+        if choice.activation_offload != "none":
+            tokens = self.tables.train.batch * self.shapes.tokens
+            waiting += tokens * spec.hidden * choice.element * spec.num_layers
         return self.base.vae.parameters() * choice.element + waiting
 
     def factors(self, choice: Choice) -> Factors:
@@ -205,10 +210,19 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
         memory_factor=factors.memory,
         calibrated_by=factors.source,
         adapter=problem.adapter,
+        group=_group(problem),
     )
     speed = _speed(problem, choice)
-    spec, rank, load = problem.base.transformer, problem.rank, problem.load
-    parts = step_parts(spec, problem.targets, rank, load, choice, speed, problem.adapter)
+    parts = step_parts(
+        problem.base.transformer,
+        problem.targets,
+        problem.rank,
+        problem.load,
+        choice,
+        speed,
+        problem.adapter,
+        _group(problem),
+    )
     step_ms = sum(part.ms for part in parts) * factors.time
     compiling = starting_seconds(choice, _shapes(problem))
     run = compiling + step_ms / 1e3 * problem.tables.train.steps
@@ -220,15 +234,21 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
 
 
 def _host_fits(problem: Problem, choice: Choice) -> bool:
-    """Whether what waits in host memory has room there; only the second transformer can be done without."""
-    free = problem.hardware.host_free_bytes
-    if choice.unconditional != "loaded" or choice.device == "cpu" or free is None:
+    """Whether what waits in host memory has room there; a plan without any of it is not held to that."""
+    free, waits = problem.hardware.host_free_bytes, choice.lean or choice.unconditional == "loaded"
+    if not waits or choice.device == "cpu" or free is None:
         return True
     return problem.host_bytes(choice) <= free
 
 
 def _speed(problem: Problem, choice: Choice) -> Speed:
     return Speed.of(problem.hardware, choice, problem.calibration.shares[choice.engine], problem.load)
+
+
+def _group(problem: Problem) -> tuple[int, bool]:
+    """Blocks of an offloaded group, and whether the next one is fetched meanwhile."""
+    memory = problem.tables.memory
+    return memory.offload_blocks, memory.offload_streams
 
 
 def _shapes(problem: Problem) -> int:
@@ -240,9 +260,9 @@ def _shapes(problem: Problem) -> int:
 def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
     """The best that fits; where none does, the one that needs least.
 
-    What leaves some memory free comes first: running out of it costs more than a slower step. Then come
-    weights that are not rounded, then pictures with true guidance: the second transformer is there only while
-    sampling, so it costs the training nothing.
+    What leaves some memory free comes first: running out of it costs more than a slower step. Then comes the
+    least sacrifice, then pictures with true guidance: the second transformer is there only while sampling, so
+    it costs the training nothing.
     """
     evaluated = list(evaluated)
     fitting = [e for e in evaluated if e.fits]
@@ -254,7 +274,8 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
         # It may be the encoders alone that do not fit; the training is then planned as if they did.
         if not (pool := [e for e in pool if e.trainable] or pool)[0].trainable:
             return min(pool, key=lambda e: (e.ledger.peak("train"), _plainness(e.choice, storage)))
-    pool = [e for e in pool if _faithful(e.choice, storage)] or pool
+    best = min(_sacrifice(e.choice, storage) for e in pool)
+    pool = [e for e in pool if _sacrifice(e.choice, storage) == best]
     pool = [e for e in pool if e.choice.unconditional == "loaded"] or pool
     fastest = min(e.run_seconds for e in pool)
     return min(
@@ -263,22 +284,49 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
     )
 
 
-def _faithful(choice: Choice, storage: str) -> bool:
-    """Whether weights that are stored in FP8 stay so, and others are not rounded to it."""
-    return (choice.precision == "fp8") == (storage == "fp8")
+# How far weights are from those that are stored: kept or widened, rounded to 8 bits, rounded to 4.
+_LOSS = {
+    "fp8": {"fp8": 0, "bf16": 1, "float32": 1, "int8": 1, "nf4": 2},
+    "nf4": {"nf4": 0, "bf16": 0, "float32": 0, "int8": 1, "fp8": 1},
+    "dense": {"bf16": 0, "float32": 0, "int8": 1, "fp8": 1, "nf4": 2},
+}
 
 
-def _plainness(choice: Choice, storage: str) -> tuple[int, bool, bool, bool]:
+def _sacrifice(choice: Choice, storage: str) -> tuple[int, bool, bool]:
+    """What is given up for memory, the least first; within one degree the fastest is taken.
+
+    Weights on the device, as they are stored; rounded to 8 bits; as stored but fetched from the host in every
+    pass; rounded and fetched; in 4 bits. Then moments in 8 bits, and last whatever else only costs time.
+    """
+    loss, away = _LOSS.get(storage, _LOSS["dense"])[choice.precision], choice.offload != "none"
+    degree = loss + 2 * away if loss < 2 else 4 + away
+    return degree, choice.optimizer_state == "8bit", choice.lean
+
+
+def _plainness(choice: Choice, storage: str) -> tuple[int, bool, bool, bool, bool]:
     """Of equals, the least: no bits of the weights lost or wasted, no FP8 products, nothing compiled, nothing
     recomputed."""
     bits = _PRECISION_BITS[choice.precision] - _PRECISION_BITS[storage]
     rounded = 2 if bits < 0 else min(bits, 1)
-    return rounded, choice.matmul == "fp8", choice.compiled, choice.checkpointing == "on"
+    # Row by row, int8 is a third of e4m3's rounding away; but what is e4m3 already is that exactly.
+    coarse = choice.precision == "fp8" and storage not in ("fp8", "nf4")
+    fp8 = choice.matmul == "fp8"
+    return rounded, fp8, coarse, choice.compiled, choice.checkpointing == "on"
 
 
 def solve(problem: Problem) -> Evaluation:
-    """The combination to run."""
-    return choose((evaluate(problem, c) for c in candidates(problem)), problem.base.storage)
+    """The combination to run: of the least sacrifice that leaves some memory free."""
+    storage = problem.base.storage
+    degrees: dict[tuple[int, bool, bool], list[Choice]] = {}
+    for choice in candidates(problem):
+        degrees.setdefault(_sacrifice(choice, storage), []).append(choice)
+    seen: list[Evaluation] = []
+    for _, choices in sorted(degrees.items()):
+        evaluated = [evaluate(problem, choice) for choice in choices]
+        if any(e.fits and not e.tight for e in evaluated):
+            return choose(evaluated, storage)
+        seen += evaluated
+    return choose(seen, storage)
 
 
 def times_known(problem: Problem, choice: Choice) -> bool:
@@ -297,7 +345,9 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     plain = replace(choice, engine="reference", matmul="float32" if choice.precision == "float32" else "bf16")
     eager = _speed(problem, plain)
     base, targets, size = problem.base, problem.targets, problem.adapter
-    parts = step_parts(base.transformer, targets, problem.rank, problem.load, choice, speed, size)
+    parts = step_parts(
+        base.transformer, targets, problem.rank, problem.load, choice, speed, size, _group(problem)
+    )
     crops = problem.data.crops if problem.data else 0
     pixels = float(sum(b.width * b.height * b.count for b in problem.buckets)) if problem.data else 0.0
     prompts = problem.prompts

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ideoflow.model.spec import TransformerSpec
 
 # Bytes of an activation, and of every weight that is not quantised.
-ELEMENT_BYTES = {"bf16": 2, "float32": 4, "fp8": 2}
+ELEMENT_BYTES = {"bf16": 2, "float32": 4, "fp8": 2, "int8": 2, "nf4": 2}
+QUANTISED = ("fp8", "int8", "nf4")
 ADAPTER_BYTES = 4  # the adapter, its gradients and AdamW's moments are float32
 
 
@@ -19,10 +20,14 @@ class Choice:
 
     Args:
         engine: ``fused`` or ``reference``.
-        precision: storage of the frozen weights: ``fp8``, ``bf16`` or ``float32``.
+        precision: storage of the frozen weights: ``bf16``, ``fp8``, ``int8``, ``nf4`` or ``float32``.
         matmul: type of the products with them: ``fp8``, ``bf16`` or ``float32``.
         activation_budget: 0 recomputes every block, 1 recomputes nothing; the reference engine has these two,
             and calls them checkpointing.
+        optimizer_state: where and how AdamW's moments are: ``float32``, ``cpu``, ``8bit`` or ``paged``.
+        offload: how the blocks' weights come to the device: ``none`` (they are there), ``stream``, or by
+            diffusers' group offloading ``block``, ``leaf``, ``disk``.
+        activation_offload: whether the blocks' ``inputs`` wait on the host or ``none``.
     """
 
     device: str
@@ -32,6 +37,15 @@ class Choice:
     activation_budget: float
     compile: str
     unconditional: str
+    optimizer_state: str = "float32"
+    offload: str = "none"
+    activation_offload: str = "none"
+
+    @property
+    def lean(self) -> bool:
+        """Whether something waits on the host, or is smaller than it might be, for want of memory."""
+        plain = ("float32", "none", "none")
+        return (self.optimizer_state, self.offload, self.activation_offload) != plain
 
     @property
     def element(self) -> int:
@@ -49,7 +63,10 @@ class Choice:
     @property
     def path(self) -> str:
         """The code that a step goes through, as measurements are kept by it."""
-        return f"fused {self.matmul}" if self.engine == "fused" else self.engine
+        words = [f"fused {self.matmul}" if self.engine == "fused" else self.engine]
+        words += [self.offload] if self.offload != "none" else []
+        words += ["inputs"] if self.activation_offload != "none" else []
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,8 @@ class Shapes:
         return self.grid_tokens + self.text_tokens
 
 
-def adapter_parameters(spec: TransformerSpec, targets: Iterable[str], rank: int) -> int:
+@lru_cache(maxsize=256)
+def adapter_parameters(spec: TransformerSpec, targets: tuple[str, ...], rank: int) -> int:
     """Numbers in the adapter: rank x (in + out) for each target."""
     sizes = spec.linears()
     return sum(rank * sum(sizes[name]) for name in targets)
@@ -94,16 +112,57 @@ def resident_parameters(spec: TransformerSpec) -> int:
     return spec.parameters() - spec.text_projection_parameters()
 
 
+@lru_cache(maxsize=16)
 def block_weights(spec: TransformerSpec) -> int:
     """Numbers in the weights of all Linears of all blocks: what is quantised where anything is."""
     return sum(outputs * inputs for outputs, inputs in spec.linears().values())
 
 
+@lru_cache(maxsize=64)
 def weight_bytes(spec: TransformerSpec, precision: str) -> int:
-    """The resident transformer: in fp8 a byte for each quantised number and a float32 scale for each row."""
+    """The whole transformer: in fp8 and int8 a byte for each quantised number and a float32 scale for each
+    row; in nf4 half a byte, a byte for 64 and a float32 for 256 of these, and two tables for each Linear."""
     resident, element = resident_parameters(spec), ELEMENT_BYTES[precision]
-    if precision != "fp8":
+    if precision not in QUANTISED:
         return resident * element
-    quantised = block_weights(spec)
-    rows = sum(outputs for outputs, _ in spec.linears().values())
-    return element * (resident - quantised) + quantised + 4 * rows
+    quantised, linears = block_weights(spec), spec.linears().values()
+    if precision == "nf4":
+        blocks = [-(-outputs * inputs // 64) for outputs, inputs in linears]
+        scales = sum(count + 4 * -(-count // 256) + 4 * (16 + 256 + 1) for count in blocks)
+        return element * (resident - quantised) + quantised // 2 + scales
+    return element * (resident - quantised) + quantised + 4 * sum(outputs for outputs, _ in linears)
+
+
+@lru_cache(maxsize=64)
+def streamed_bytes(spec: TransformerSpec, precision: str) -> int:
+    """The part of it that may wait on the host: attention's and the feed-forward's weights in all blocks."""
+    numbers = sum(o * i for name, (o, i) in spec.linears().items() if not name.endswith("adaln_modulation"))
+    return (
+        numbers // 2 if precision == "nf4" else numbers * (1 if precision in QUANTISED else _DENSE[precision])
+    )
+
+
+_DENSE = {"bf16": 2, "float32": 4}
+SLOTS = 3  # blocks on the device while weights are streamed (ideoflow.engine.offload)
+# AdamW's moments on the device at once while they wait on the host: two buckets of both (engine.optimizer).
+BUCKET = 8 << 20
+
+
+def state_bytes(choice: Choice, numbers: int) -> int:
+    """AdamW's moments on the device: two float32 numbers for each of the adapter's, or what is left there."""
+    if choice.optimizer_state == "8bit":
+        return numbers * 2 * (256 + 4) // 256
+    if choice.optimizer_state == "cpu":
+        return 4 * 4 * min(numbers, BUCKET)
+    return 0 if choice.optimizer_state == "paged" else 2 * 4 * numbers
+
+
+def group_blocks(choice: Choice, blocks: int, streams: bool) -> float:
+    """Blocks whose weights are on the device at once, for one that offloads in groups of ``blocks``.
+
+    A block that is computed again keeps its weights until its backward pass is done; the next group comes
+    meanwhile.
+    """
+    if choice.offload == "leaf":
+        return 1 + (0.4 if streams else 0.0)  # the largest Linear is three tenths of a block
+    return blocks * (2 if streams else 1)

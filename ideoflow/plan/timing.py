@@ -16,7 +16,7 @@ engine adds the forward work of what its activation budget does not keep (:mod:`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ideoflow.kernels.budget import choose_kept
@@ -26,13 +26,24 @@ from ideoflow.plan import fused
 from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.calibration import Shares
 from ideoflow.plan.document import Hardware, Rates, TimePart
-from ideoflow.plan.sizes import ADAPTER_BYTES, Choice, adapter_parameters, block_weights, targets_by_block
+from ideoflow.plan.sizes import (
+    ADAPTER_BYTES,
+    QUANTISED,
+    SLOTS,
+    Choice,
+    adapter_parameters,
+    block_weights,
+    streamed_bytes,
+    targets_by_block,
+)
 
 # Only to rank alternatives where a device's speed is unknown: a middling card, a middling processor.
 _UNKNOWN = {"cuda": Rates(70, 35, 900, 20, 140), "cpu": Rates(0.4, 0.4, 40, 40)}
 # torch.compile on a repeated block, both passes, on a usual processor; and the fused engine's kernels
 # with its attention's plans.
 _COMPILE_SECONDS, _KERNEL_SECONDS = 40.0, 15.0
+# Bytes a second from a disk: a usual NVMe drive's, well below its data sheet's.
+_DISK = 2e9
 SAMPLING_STEPS = {"quality": 48, "default": 20, "turbo": 12}
 
 
@@ -159,11 +170,72 @@ def step_parts(
     choice: Choice,
     speed: Speed,
     adapter: AdapterSize | None = None,
+    group: tuple[int, bool] = (1, True),
 ) -> tuple[TimePart, ...]:
-    """Milliseconds of one optimiser step by kind of work; ``adapter`` is by default a LoRA of this rank."""
+    """Milliseconds of one optimiser step by kind of work; ``adapter`` is by default a LoRA of this rank.
+
+    ``group`` is as in the ledger.
+    """
     size = adapter or AdapterSize("lora", adapter_parameters(spec, targets, rank))
-    if choice.engine == "fused":
-        return _fused_parts(spec, targets, rank, size, load, choice, speed)
+    engine = _fused_parts if choice.engine == "fused" else _reference_parts
+    parts = engine(spec, targets, rank, size, load, choice, speed)
+    if not choice.lean:
+        return parts
+    return (*parts, *_waiting_parts(spec, size.parameters, load, choice, speed, group, parts))
+
+
+def _waiting_parts(
+    spec: TransformerSpec,
+    numbers: int,
+    load: Load,
+    choice: Choice,
+    speed: Speed,
+    group: tuple[int, bool],
+    parts: tuple[TimePart, ...],
+) -> Iterator[TimePart]:
+    """What computing waits for: weights, inputs and moments on their way from the host and back.
+
+    Both passes overlap with their transfers, so only what is longer than they are counts.
+    """
+    e = choice.element
+    # The reference engine passes over the weights for each sample by itself.
+    passes = load.passes if choice.engine == "fused" else load.samples
+    forward = sum(part.ms for part in parts) / passes / (4e3 if choice.checkpointing == "on" else 3e3)
+    backward = forward * (3 if choice.checkpointing == "on" else 2)
+    away = streamed_bytes(spec, choice.precision)
+    fetched = {"none": 0.0, "stream": away * (1 - SLOTS / spec.num_layers)}.get(choice.offload, float(away))
+    link = speed.host if choice.offload != "disk" else min(speed.host, _DISK)
+    weights = fetched / link
+    if choice.offload in ("block", "leaf", "disk") and not group[1]:
+        # Nothing overlaps, and without a stream diffusers copies the weights back as well.
+        copies = 1 if choice.offload == "disk" else 2
+        yield TimePart("fetching", round(2e3 * copies * passes * weights, 3), "weights, one after the other")
+    else:
+        inputs = 0.0
+        if choice.activation_offload != "none":
+            tokens = sum((image + text) * share for image, text, share in load.lengths)
+            inputs = tokens * load.samples / passes * e * spec.hidden * spec.num_layers / speed.host
+        wait = max(0.0, max(weights, inputs) - forward) + max(0.0, weights + inputs - backward)
+        moved = 2 * (fetched + inputs * speed.host)
+        if wait:
+            yield TimePart(
+                "fetching", round(1e3 * passes * wait, 3), f"{moved / 1e9:.0f} GB a pass, not hidden"
+            )
+    if choice.optimizer_state in ("cpu", "paged"):
+        seconds = 8 * numbers / speed.host * (1 if choice.optimizer_state == "cpu" else 4)
+        yield TimePart("moments", round(1e3 * seconds, 3), f"{8 * numbers / 1e9:.1f} GB each way")
+
+
+def _reference_parts(
+    spec: TransformerSpec,
+    targets: tuple[str, ...],
+    rank: int,
+    size: AdapterSize,
+    load: Load,
+    choice: Choice,
+    speed: Speed,
+) -> tuple[TimePart, ...]:
+    """Plain diffusers and PEFT, a sample at a time."""
     blocks, e = targets_by_block(targets), choice.element
     # Blocks in front of the first adapted one run forward only.
     live = 1 - min(blocks, default=spec.num_layers) / spec.num_layers
@@ -254,8 +326,9 @@ def _fused_parts(
     moved = tokens * layers * (there + back * live + elementwise)
     # In every pass each weight is transposed for the backward product, or dequantised for every product.
     weights = 0.0
-    if choice.precision == "fp8":
-        weights = block_weights(spec) * (2 * live if fp8 else 3 * (1 + live + share_again))
+    if choice.precision in QUANTISED:
+        moved_once = 2.5 if choice.precision == "nf4" else 3
+        weights = block_weights(spec) * (2 * live if fp8 else moved_once * (1 + live + share_again))
     sent = sum((image * spec.in_channels * 8 + text * h * e) * s for image, text, s in load.lengths)
     rows = (
         ("matmul", load.samples * dense / speed.matmul, f"{dense / 1e12:.0f} TFLOP a sample"),

@@ -319,10 +319,15 @@ class MemorySettings:
     """What the plan decides unless you do."""
 
     device: Literal["auto", "cuda", "cpu"] = setting("auto", doc="Where to train.")
-    precision: Literal["auto", "bf16", "fp8", "float32"] = setting(
+    precision: Literal["auto", "bf16", "fp8", "int8", "nf4", "float32"] = setting(
         "auto",
-        doc="Storage of the frozen base weights. fp8: the Linears of the blocks as e4m3 with a scale a row "
-        "(exactly as stored where they are stored so), all else in bf16.",
+        doc="Storage of the frozen base weights. fp8 (e4m3) and int8: the Linears of the blocks with a scale "
+        "a row; nf4: in 4 bits by bitsandbytes, doubly quantised; all else in bf16. What is stored in the "
+        "form asked for is kept exactly.",
+    )
+    quantize_via: Literal["auto", "gpu", "cpu"] = setting(
+        "auto",
+        doc="Where weights are rounded while they load. auto: on the GPU where there is one, piece by piece.",
     )
     engine: Literal["auto", "fused", "reference"] = setting(
         "auto",
@@ -352,7 +357,29 @@ class MemorySettings:
         "eagerly.",
         elsewhere=COMPILE_ELSEWHERE,
     )
-    optimizer_state: Literal["float32"] = setting("float32", doc="Type of AdamW's moments.")
+    offload: Literal["auto", "none", "stream", "block", "leaf", "disk"] = setting(
+        "auto",
+        doc="Where the blocks' frozen weights wait. none: on the device. stream: in pinned host memory, "
+        "fetched block by block ahead of the forward and the backward pass. block, leaf, disk: diffusers' "
+        "group offloading, in the reference engine: blocks or Linears in host memory, blocks on disk.",
+    )
+    offload_blocks: int = setting(1, doc="Blocks of a group, for offload = 'block' and 'disk'.", minimum=1)
+    offload_streams: bool = setting(
+        True, doc="Fetch the next group while this one is at work, for offload = 'block', 'leaf' and 'disk'."
+    )
+    offload_folder: str | None = setting(
+        None, doc="Folder for offload = 'disk', on a fast disk. Default: in ideoflow's cache."
+    )
+    activation_offload: Literal["auto", "none", "inputs"] = setting(
+        "auto",
+        doc="inputs: every block's input waits in pinned host memory for the backward pass, in the fused "
+        "engine.",
+    )
+    optimizer_state: Literal["auto", "float32", "8bit", "paged", "cpu"] = setting(
+        "auto",
+        doc="AdamW's moments. float32: beside the adapter. cpu: in pinned host memory, exact. 8bit: a "
+        "quarter of the size, by bitsandbytes. paged: in memory that the driver moves when it must.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """Hand-made facts to plan with."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE, BaseFacts
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
+from ideoflow.plan import make_plan, named_hardware
 from ideoflow.plan.document import Bucket, DataSummary, Hardware
 from ideoflow.recipe import parse_recipe
 
@@ -57,3 +59,19 @@ def summarize():
 def processor():
     """A desktop without a GPU."""
     return Hardware("8-core x86_64 CPU", "cpu", 64 * GIB, 48 * GIB, fast_bf16=False)
+
+
+@pytest.fixture
+def plan_for(full_base, nano_base, processor, write_recipe, summarize):
+    def make(base, machine, extra="", resolution=1024, **options):
+        facts = nano_base if base == "nano" else full_base
+        if base in ("fp8", "nf4"):
+            facts = dataclasses.replace(full_base, name=f"owner/{base}", storage=base)
+        machine, _, missing = machine.partition(", no ")
+        hardware = processor if machine == "cpu" else named_hardware(machine)
+        packages = tuple(p for p in hardware.packages if p != missing)
+        hardware = dataclasses.replace(hardware, packages=packages)
+        recipe = write_recipe(extra, facts.name, resolution)
+        return make_plan(recipe, facts, summarize(size=resolution), hardware, **options)
+
+    return make

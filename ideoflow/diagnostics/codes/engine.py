@@ -95,3 +95,21 @@ DOES_NOT_FIT = define(
     all the same.
     """,
 )
+NO_OPTIMIZER = define(
+    "IE005",
+    "this kind of optimiser state needs a GPU",
+    """
+    `memory.optimizer_state = "paged"` keeps AdamW's moments in memory that an NVIDIA driver moves between
+    card and host. Elsewhere there is none; "float32" keeps them beside the adapter, "8bit" in a quarter of
+    that, "cpu" on the host.
+    """,
+)
+NO_SCRATCH = define(
+    "IE006",
+    "no place for weights on disk",
+    """
+    `memory.offload = "disk"` writes the blocks' weights to a folder of their own, below
+    `memory.offload_folder` or ideoflow's cache, and removes them when the run ends. The disk must have room
+    for them (9 GB in FP8) and should be a fast one: every pass reads all of them.
+    """,
+)

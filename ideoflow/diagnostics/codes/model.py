@@ -95,3 +95,12 @@ NO_REVISION = define(
     have none; the plan tells them apart by their digests.
     """,
 )
+NO_LIBRARY = define(
+    "IM010",
+    "a library is missing or broken",
+    """
+    Some settings need a library that the others do not: NF4 weights and 8-bit or paged moments need
+    bitsandbytes. It comes with ideoflow's own dependencies, but it brings native code that not every machine
+    can load. Install it again, or choose another `memory.precision` or `memory.optimizer_state`.
+    """,
+)

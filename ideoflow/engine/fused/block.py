@@ -17,6 +17,7 @@ gradients that differ from the exact ones by the rounding (relative 2^-4 a value
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -96,10 +97,13 @@ class FusedBlock:
         self.w2 = group(("feed_forward.w2", ff.w2))
         self.linears = (self.qkv, self.o, self.ffn, self.w2)
         self.parameters = [p for linear in self.linears for p in linear.parameters]
+        # Told before the weights are read, and which way: where they wait on the host, it brings them here.
+        self.enter: Callable[[bool], None] = lambda backward: None
 
     def forward(self, h: Tensor, batch: Batch, modulation: Modulation, kept: frozenset[str] | None
                 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
         """The block's output [T, D] and the values to keep; with ``kept`` None, for inference, none."""
+        self.enter(False)
         values = _Values(self, h, batch, modulation, {})
         keep = {name for group in kept or () for name in _GROUPS[group]}
 
@@ -130,6 +134,7 @@ class FusedBlock:
     def backward(self, dout: Tensor, h: Tensor, batch: Batch, modulation: Modulation, known: dict[str, Any],
                  input_gradient: bool) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
         """dh [T, D] (None if not asked for) and gradients in the order of :attr:`parameters`."""
+        self.enter(True)
         ops, block, sample, fp8 = self.ops, self.source, batch.sample, self.fp8
         values = _Values(self, h, batch, modulation, known)
         dffn = ops.gated_residual_backward(

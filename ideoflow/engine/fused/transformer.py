@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from diffusers.models.transformers.transformer_ideogram4 import (
@@ -27,6 +28,7 @@ from ideoflow.engine.fused.block import Batch, BlockFunction, FusedBlock, Keepin
 from ideoflow.engine.fused.linear import lay_together
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
+from ideoflow.engine.offload import WeightStream
 from ideoflow.engine.packed import PackedLayout
 from ideoflow.kernels.budget import HOST_GROUPS, choose_kept, group_bytes
 from ideoflow.kernels.float8 import Float8Linear
@@ -74,6 +76,7 @@ class FusedTransformer:
                        scratch=self._scratch, keep_transposed=keep_transposed, rounded=rounded)
             for i, block in enumerate(transformer.layers)
         ]  # fmt: skip
+        self._weights: WeightStream | None = None
         self._check_covered()
         # Weights of the norms in the order of the modulation's parts: [blocks, 4, 1, D].
         self._norms = torch.stack([
@@ -110,6 +113,8 @@ class FusedTransformer:
             conditioning = self._conditioning(timestep)
             batch = Batch(layout, index.sample_index, *(tables or self.rotary(layout)))
             modulations = self._modulations(conditioning)
+        if self._weights is not None:
+            self._weights.round = not torch.is_grad_enabled()
         if not torch.is_grad_enabled():
             for block, modulation in zip(self.blocks, modulations, strict=True):
                 h, _ = block.forward(h, batch, modulation, None)
@@ -208,6 +213,15 @@ class FusedTransformer:
             Keeping(i, kept, self.offload, store)
             for i, kept in enumerate(choose_kept(self.budget, len(self.blocks), on_device))
         ]
+
+    def stream(self, slots: int = 3) -> WeightStream:
+        """Lets the blocks' weights wait on the host; they come to the device a few blocks at a time."""
+        cells = [[cell for linear in block.linears for cell in linear.weight.cells] for block in self.blocks]
+        stream = WeightStream(cells, self.device, slots)
+        for index, block in enumerate(self.blocks):
+            block.enter = partial(stream.use, index)
+        self._weights = stream
+        return stream
 
     def _backend(self) -> kernels.Backend:
         if self.device.type != "cuda":

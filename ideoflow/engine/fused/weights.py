@@ -10,6 +10,7 @@ files.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +69,7 @@ class FrozenWeight:
         self._transposed: Tensor | None = None
         self._row_scales: Tensor | None = None
         self._packed: list[Any] = []
+        self._layers = list(layers)
         kinds = {_kind(layer) for layer in layers}
         if len(kinds) > 1:
             fail(UNFUSED_BASE, f"layers that share one product are stored as {', '.join(sorted(kinds))}",
@@ -79,14 +81,25 @@ class FrozenWeight:
         if self.kind == "nf4":
             self._packed = [layer.weight for layer in layers]
             return
-        self.values = torch.cat([layer.weight.detach() for layer in layers])
-        for layer, piece in zip(layers, self.values.split(self.widths), strict=True):
-            layer.weight.data = piece
+        self.move(torch.cat([layer.weight.detach() for layer in layers]))
         if self.kind in ("fp8", "int8"):
             scale = torch.cat([layer.weight_scale.float() for layer in layers])
             self.scale = torch.where(scale > 0, scale, 1.0)
             if fp8:
                 self.fold = self.scale.bfloat16()
+
+    def move(self, values: Tensor) -> None:
+        """Computes with these values [N, K] from now on; the modules' weights become views of them."""
+        self.values = values
+        for layer, piece in zip(self._layers, values.split(self.widths), strict=True):
+            layer.weight.data = piece
+
+    @property
+    def cells(self) -> list[tuple[Tensor, Callable[[Tensor], None]]]:
+        """The large tensors, and what puts a copy that lies elsewhere in place of each."""
+        if self.kind == "nf4":
+            return [(weight.data, partial(setattr, weight, "data")) for weight in self._packed]
+        return [(self.values, self.move)]
 
     def forward(self, x: Operand) -> Tensor:
         """x [T, K] times the weight's transpose: [T, N]."""

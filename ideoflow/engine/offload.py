@@ -1,0 +1,267 @@
+"""Frozen weights that wait in host memory and come to the device block by block.
+
+:class:`WeightStream` is our own: the large weights of each block lie in one pinned buffer, and two or more
+slots on the device are filled ahead of the block at work, in forward order while going forward and in
+backward order while going backward. Checkpointing recomputes a block just before its backward pass, so both
+find the weights in the same slot. What is in the slots at the turn, and at the end of a step, is not fetched
+again.
+
+:func:`offload_groups` uses diffusers' group offloading, whose own prefetching follows the order of the first
+forward pass: going backward it would fetch the blocks behind, and keep them. Its hooks are told here which
+way training goes; so streams stay on with checkpointing. Groups hold frozen weights only: the adapter stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.hooks.group_offloading import (
+    GroupOffloadingConfig,
+    GroupOffloadingHook,
+    GroupOffloadingType,
+    ModuleGroup,
+)
+from diffusers.hooks.hooks import HookRegistry
+from torch import Tensor, nn
+
+from ideoflow.model.load import is_streamed
+
+# A tensor that may live elsewhere, and what puts it back where computation reads it.
+Cell = tuple[Tensor, Callable[[Tensor], None]]
+_ALIGNMENT = 256  # bytes; what torch's own allocator gives
+
+
+@dataclass(frozen=True)
+class _Piece:
+    start: int
+    size: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.start : self.start + self.size].view(self.dtype).view(self.shape)
+
+
+class WeightStream:
+    """Large weights of numbered blocks on the host, and slots for a few blocks on the device.
+
+    Args:
+        blocks: for each block its tensors, on the host, with their setters.
+        device: where they are needed; on a CPU the same is done with plain copies.
+        slots: blocks on the device at once: the one at work, and those that come next.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[Cell]], device: torch.device, slots: int = 3) -> None:
+        self.device, self.count = device, len(blocks)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._setters = [[put for _, put in cells] for cells in blocks]
+        self._pieces, self._host = [], []
+        for cells in blocks:
+            pieces = _lay_out([tensor for tensor, _ in cells])
+            size = pieces[-1].start + pieces[-1].size if pieces else 0
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
+            for piece, (tensor, put) in zip(pieces, cells, strict=True):
+                piece.view(buffer).copy_(tensor)
+                put(piece.view(buffer))  # the tensor that it came from is free now
+            self._pieces.append(pieces)
+            self._host.append(buffer)
+        largest = max((len(buffer) for buffer in self._host), default=0)
+        slots = min(slots, self.count)
+        self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self._owner: list[int | None] = [None] * slots  # block in each slot
+        self._used = [0] * slots  # when, to find the slot that was left longest ago
+        self._ready: list[torch.cuda.Event | None] = [None] * slots
+        self._done: list[torch.cuda.Event | None] = [None] * slots
+        self._at: int | None = None  # slot of the block at work
+        self.round = False  # whether a forward pass is followed by another one, as while sampling
+        self._clock = self.fetched = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(len(slot) for slot in self._slots)
+
+    def use(self, block: int, backward: bool | None = None) -> None:
+        """Puts a block's weights in place for work that is launched next, and starts on those that follow.
+
+        Args:
+            backward: which way the blocks go; by default as autograd's engine is at work or not.
+        """
+        backward = going_backward() if backward is None else backward
+        slot = self._slot_of(block)
+        if slot != self._at:
+            if self._at is not None and self._stream is not None:
+                # All work on the block before has been launched: its slot is free when that is done.
+                self._done[self._at] = torch.cuda.current_stream(self.device).record_event()
+            self._at = slot
+            if (ready := self._ready[slot]) is not None:
+                torch.cuda.current_stream(self.device).wait_event(ready)
+            for piece, put in zip(self._pieces[block], self._setters[block], strict=True):
+                put(piece.view(self._slots[slot]))
+        self._touch(slot)
+        for ahead in range(1, len(self._slots)):
+            following = block - ahead if backward else block + ahead
+            if not backward and self.round:
+                following %= self.count
+            if 0 <= following < self.count:
+                self._touch(self._slot_of(following))
+
+    def _slot_of(self, block: int) -> int:
+        """The slot that holds a block, or will hold it when a copy that starts now is done."""
+        if block in self._owner:
+            return self._owner.index(block)
+        slot = min(
+            (s for s in range(len(self._slots)) if s != self._at), key=lambda s: self._used[s], default=0
+        )
+        self._owner[slot] = block
+        self.fetched += 1
+        host = self._host[block]
+        if self._stream is None:
+            self._slots[slot][: len(host)].copy_(host)
+            return slot
+        if (done := self._done[slot]) is not None:
+            self._stream.wait_event(done)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._slots[slot][: len(host)].copy_(host, non_blocking=True)
+            self._ready[slot] = self._stream.record_event()
+        return slot
+
+    def _touch(self, slot: int) -> None:
+        self._clock += 1
+        self._used[slot] = self._clock
+
+
+def _lay_out(tensors: Sequence[Tensor]) -> list[_Piece]:
+    pieces, start = [], 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        pieces.append(_Piece(start, size, tensor.dtype, tensor.shape))
+        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return pieces
+
+
+def going_backward() -> bool:
+    """Whether autograd's engine is at work, as it is while a checkpointed block is computed again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def stream_blocks(transformer: nn.Module, device: torch.device) -> WeightStream:
+    """Streams the blocks of a plain model; its blocks must be recomputed in the backward pass.
+
+    What autograd keeps of a product is a view of the weight's memory, which has another block's weights in it
+    by the time of the backward pass, unless the block is computed again just before.
+    """
+    stream = WeightStream([_cells(block) for block in transformer.layers], device)
+    for index, block in enumerate(transformer.layers):
+        block.register_forward_pre_hook(partial(_before, stream, index))
+    return stream
+
+
+def _before(stream: WeightStream, index: int, module: nn.Module, args: Any) -> None:
+    stream.round = not torch.is_grad_enabled()
+    stream.use(index)
+
+
+def _cells(block: nn.Module) -> list[Cell]:
+    return [(layer.weight.data, partial(setattr, layer.weight, "data")) for layer in _large(block)]
+
+
+def _large(block: nn.Module) -> list[nn.Linear]:
+    """The frozen Linears with large weights, in the order in which a block computes them."""
+    layers = [
+        module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+        and not module.weight.requires_grad
+        and is_streamed(f"layers.0.{name}")
+    ]
+    order = ("to_q", "to_k", "to_v", "to_out", "w1", "w3", "w2")
+    names = {id(m): n for n, m in block.named_modules()}
+    return sorted(layers, key=lambda m: next(i for i, part in enumerate(order) if part in names[id(m)]))
+
+
+class _TrainingHook(GroupOffloadingHook):
+    """diffusers' hook, but for the direction that training goes: what comes first, and which group is next.
+
+    Going backward, the blocks of a group are computed again from the last to the first.
+    """
+
+    ends: tuple[nn.Module, nn.Module]
+    before: ModuleGroup | None = None
+    after: ModuleGroup | None = None
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        backward = going_backward()
+        first, last = reversed(self.ends) if backward else self.ends
+        self.group.onload_leader, self.group.offload_leader = first, last
+        following = self.before if backward else self.after
+        # One that is on the device already must not be fetched into new memory.
+        self.next_group = None if following is None or _is_there(following) else following
+        return super().pre_forward(module, *args, **kwargs)
+
+
+def _is_there(group: ModuleGroup) -> bool:
+    return bool(group.parameters[0].device.type != group.offload_device.type)
+
+
+def offload_groups(
+    transformer: nn.Module,
+    device: torch.device,
+    level: str,
+    *,
+    blocks: int = 1,
+    streams: bool = True,
+    folder: Path | None = None,
+) -> None:
+    """Offloads the blocks' large weights by diffusers' group offloading.
+
+    Args:
+        level: ``block``, or ``leaf`` for every Linear by itself.
+        blocks: of a group, at level ``block``.
+        streams: fetch the next group on a stream of its own.
+        folder: keep the weights on disk, here, and not in host memory.
+    """
+    stream = torch.cuda.Stream(device) if streams and device.type == "cuda" else None
+    host = torch.device("cpu")
+    config = GroupOffloadingConfig(
+        onload_device=device, offload_device=host, offload_type=GroupOffloadingType(f"{level}_level"),
+        non_blocking=stream is not None, record_stream=stream is not None, low_cpu_mem_usage=False,
+        num_blocks_per_group=blocks,
+        offload_to_disk_path=str(folder) if folder else None, stream=stream,
+    )  # fmt: skip
+    layers = list(transformer.layers)
+    if level == "leaf":
+        # Going backward, blocks come in reverse, but within one it is computed again in forward order.
+        runs = [[[layer] for layer in _large(block)] for block in layers]
+    else:
+        runs = [[layers[i : i + blocks]] for i in range(0, len(layers), blocks)]
+    hooks = [[_hook(modules, level, config, f"{i}_{j}") for j, modules in enumerate(run)]
+             for i, run in enumerate(runs)]  # fmt: skip
+    for run in hooks:
+        for one, other in pairwise(run):
+            one.after = one.before = other.group
+    for run, following in pairwise(hooks):
+        run[-1].after = following[0].group
+        following[-1].before = run[0].group
+
+
+def _hook(modules: list[nn.Module], level: str, config: GroupOffloadingConfig, name: str) -> _TrainingHook:
+    frozen = [layer.weight for m in modules for layer in ([m] if level == "leaf" else _large(m))]
+    group = ModuleGroup(
+        modules=[], parameters=frozen, offload_leader=modules[-1], onload_leader=modules[0],
+        offload_device=config.offload_device, onload_device=config.onload_device,
+        non_blocking=config.non_blocking, stream=config.stream, record_stream=config.record_stream,
+        onload_self=config.stream is None, offload_to_disk_path=config.offload_to_disk_path, group_id=name,
+    )  # fmt: skip
+    hook = _TrainingHook(group, config=config)
+    hook.ends = modules[0], modules[-1]
+    for module in dict.fromkeys((modules[0], modules[-1])):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "group_offloading")
+    return hook

@@ -1,0 +1,157 @@
+"""Weights that wait on the host: the same gradients as without, in the order that training needs them."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from ideoflow.data.order import Draw
+from ideoflow.engine.fused import FusedTransformer
+from ideoflow.engine.offload import WeightStream, offload_groups, stream_blocks
+from ideoflow.engine.step import accumulate, accumulate_packed, predict_velocity, prepare
+from ideoflow.model.load import load_transformer
+from ideoflow.recipe import ScheduleSettings
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda") if torch.cuda.is_available() else CPU
+
+
+def samples(count=2):
+    g = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(count):
+        draw = Draw(0.4, torch.randn(16, 128, generator=g), False)
+        latents, text = torch.randn(16, 128, generator=g), torch.randn(5, 192, generator=g)
+        made.append(prepare(latents, text, (4, 4), draw, ScheduleSettings()))
+    return made
+
+
+def adapted(nano, precision="float32", streamed=False):
+    model = load_transformer(nano.folder, precision=precision, device=DEVICE, streamed=streamed)
+    torch.manual_seed(0)
+    model.add_adapter(
+        LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_out.0", "w1", "w2"])
+    )
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float().to(DEVICE)
+    return model
+
+
+def gradients(model, step):
+    """Of two steps with an update between them, so that stale weights or adapters would show."""
+    trained = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    optimizer, kept = torch.optim.SGD(trained.values(), lr=0.1), {}
+    for index, sample in enumerate(samples()):
+        step([sample])
+        kept |= {f"{index} {n}": p.grad.clone() for n, p in trained.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return kept
+
+
+def reference_step(model):
+    model.enable_gradient_checkpointing()
+    model.train()
+    return lambda batch: accumulate(model, batch, 1)
+
+
+@pytest.fixture(scope="module")
+def plain(nano):
+    model = adapted(nano)
+    return gradients(model, reference_step(model))
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_streamed_blocks_give_the_same_gradients(nano, plain):
+    model = adapted(nano, streamed=True)
+    stream = stream_blocks(model, DEVICE)
+    assert same(gradients(model, reference_step(model)), plain)
+    # Two steps over six blocks and back with three slots: at each turn three blocks are there already.
+    assert stream.fetched == 6 + 3 * 3
+
+
+@pytest.mark.parametrize("level", ["block", "leaf"])
+@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
+def test_groups_give_the_same_gradients(nano, plain, level, disk, tmp_path):
+    model = adapted(nano)
+    folder = tmp_path if disk else None
+    offload_groups(model, DEVICE, level, blocks=2 if level == "block" else 1, folder=folder)
+    assert same(gradients(model, reference_step(model)), plain)
+    if disk:
+        assert len(list(tmp_path.glob("*.safetensors"))) == (3 if level == "block" else 6 * 7)
+
+
+@pytest.mark.parametrize("level", ["block", "leaf"])
+def test_groups_hold_no_part_of_the_adapter(nano, level, tmp_path):
+    """On disk what waits is empty, so a trained weight among it would be lost."""
+    model = adapted(nano)
+    before = {n: p.clone() for n, p in model.named_parameters() if "lora_" in n}
+    offload_groups(model, CPU, level, folder=tmp_path)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp8", "int8", "nf4", "bf16"])
+@pytest.mark.parametrize("slots", [2, 3])
+def test_the_fused_engine_streams(nano, precision, slots):
+    results = []
+    for streamed in (False, True):
+        model = adapted(nano, precision, streamed)
+        dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        fused = FusedTransformer(model, linear="bf16", attention="sdpa", activation_budget=0.3, dtype=dtype)
+        if streamed:
+            stream = fused.stream(slots)
+        results.append(gradients(model, lambda batch, fused=fused: accumulate_packed(fused, batch, 1)))
+    assert same(*results)
+    assert stream.fetched == 6 + 3 * (6 - slots)
+
+
+def test_fp8_products_on_streamed_weights(nano):
+    results = []
+    for streamed in (False, True):
+        model = adapted(nano, "fp8", streamed)
+        fused = FusedTransformer(model, linear="fp8", attention="sdpa", activation_budget=0.0)
+        if streamed:
+            fused.stream()
+        results.append(gradients(model, lambda batch, fused=fused: accumulate_packed(fused, batch, 1)))
+    assert same(*results)
+
+
+def test_pictures_between_steps_change_nothing(nano, plain):
+    """Sampling goes forward only, and round and round."""
+    model = adapted(nano, streamed=True)
+    stream = stream_blocks(model, DEVICE)
+    alone = adapted(nano)
+    noisy, text = torch.randn(16, 128), torch.randn(5, 192)
+    with torch.no_grad():
+        for _ in range(3):
+            got = predict_velocity(model, noisy, torch.tensor([0.4]), text, (4, 4))
+    with torch.no_grad():
+        assert torch.equal(got, predict_velocity(alone, noisy, torch.tensor([0.4]), text, (4, 4)))
+    assert stream.fetched == 3 * 6 + 2  # the next pass' first blocks are on their way
+    assert same(gradients(model, reference_step(model)), plain)
+
+
+def test_what_comes_next_is_fetched_ahead():
+    """While a block is at work, those that follow it are there already."""
+    blocks = [[(torch.full((4,), float(i)), lambda t: None)] for i in range(6)]
+    stream = WeightStream(blocks, CPU, slots=3)
+    for block in range(6):
+        stream.use(block, False)
+        assert set(range(block, min(block + 3, 6))) <= set(stream._owner)
+    for block in reversed(range(6)):
+        stream.use(block, True)
+        assert set(range(max(block - 2, 0), block + 1)) <= set(stream._owner)
+    assert stream.fetched == 6 + 3
+
+
+def test_tensors_of_all_types_come_back_as_they_were():
+    tensors = [torch.randn(7, 3), torch.randn(5).bfloat16(), torch.arange(9, dtype=torch.uint8),
+               torch.randn(4, 4).to(torch.float8_e4m3fn)]  # fmt: skip
+    seen = [None] * 4
+    cells = [[(t, lambda x, i=i: seen.__setitem__(i, x)) for i, t in enumerate(tensors)]]
+    WeightStream(cells, CPU).use(0, False)
+    for tensor, found in zip(tensors, seen, strict=True):
+        assert found.dtype == tensor.dtype and torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
