@@ -44,7 +44,8 @@ class TensorCache:
     """A folder of tensors (rows, columns) by key.
 
     What is put is buffered and written in shards by a thread of its own; :meth:`flush` waits until all of it
-    is on the disk. One thread at a time may use a cache object; any number of processes may use its folder.
+    is on the disk. One thread at a time may put; while nothing is put, several may get. Any number of
+    processes may use the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +100,8 @@ class TensorCache:
         Raises:
             IdeoflowError: when the disk is full or the folder may not be written.
         """
-        value = value.detach().cpu().contiguous()
+        # A copy, so that it may be changed by whoever gave it, and shares no memory with other entries.
+        value = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         group = (kind, base, value.dtype, value.shape[1])
         entries = self._pending.setdefault(group, {})
         self._since.setdefault(group, time.monotonic())

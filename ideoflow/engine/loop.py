@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +16,14 @@ from torch import Tensor
 from ideoflow.artifacts import Checkpoint, Checkpoints
 from ideoflow.data.cache import TensorCache
 from ideoflow.data.encode import Encoded
-from ideoflow.data.order import Order, draw, step_numbers, variant
 from ideoflow.data.survey import Share
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import LOSS_EXPLODED
+from ideoflow.engine.batches import Batches
 from ideoflow.engine.events import CheckpointSaved, Emit, Progress, StepDone
 from ideoflow.engine.optimizer import Optimizer
 from ideoflow.engine.schedule import learning_rate_factor
 from ideoflow.engine.setup import Trainable
-from ideoflow.engine.step import TrainingSample, prepare
 from ideoflow.plan.document import Plan
 
 
@@ -81,18 +79,16 @@ class Trainer:
         emit: Emit,
         stop: Stop,
     ) -> None:
-        self.plan, self.model, self.data, self.cache = plan, model, data, cache
+        self.plan, self.model = plan, model
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop
         self.settings = plan.tables.train
-        self.order = Order(shares, self.settings.seed)
+        pin = model.transformer.device.type == "cuda"
+        self.batches = Batches(plan.tables, data, shares, cache, pin=pin)
         self.step = 0
         self.saved_at: int | None = None
         self.optimizer = Optimizer(str(plan.value("optimizer_state")), model.parameters, self.settings)
         self._unreported: _Reading | None = None
         self._told_at = 0.0
-        # The next step's samples are read and drawn while the device works on this one.
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self.upcoming: tuple[int, Future[list[list[TrainingSample]]]] | None = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's state in place."""
@@ -131,7 +127,7 @@ class Trainer:
         )
         rate = self.settings.learning_rate * factor
         parts = self.settings.accumulation
-        losses = [self.model.gradients(batch, parts) for batch in self._batches()]
+        losses = [self.model.gradients(batch, parts) for batch in self.batches.of(self.step)]
         loss, norm = torch.stack(losses).mean(), self._gradient_norm()
         outcome = _Reading(self.step + 1, rate, torch.stack((loss, norm.to(loss.dtype))))
         if self.optimizer.guarded:
@@ -180,29 +176,6 @@ class Trainer:
         """The global norm before clipping; clips if the plan asks for it."""
         limit = self.settings.max_grad_norm or math.inf
         return torch.nn.utils.clip_grad_norm_(list(self.model.parameters.values()), limit)
-
-    def _batches(self) -> list[list[TrainingSample]]:
-        """The batches of this step; starts on those of the next one."""
-        if self.upcoming is None or self.upcoming[0] != self.step:
-            self.upcoming = (self.step, self.reader.submit(self._read, self.step))
-        batches = self.upcoming[1].result()
-        following = self.step + 1
-        if following < self.settings.steps:
-            self.upcoming = (following, self.reader.submit(self._read, following))
-        return batches
-
-    def _read(self, step: int) -> list[list[TrainingSample]]:
-        numbers = step_numbers(step, self.settings.accumulation, self.settings.batch)
-        return [[self._sample(n) for n in part] for part in numbers]
-
-    def _sample(self, number: int) -> TrainingSample:
-        seed = self.settings.seed
-        encoded = self.data[self.order.sample(number)]
-        latents = self.cache.get(encoded.latents)
-        text = self.cache.get(encoded.texts[variant(number, len(encoded.texts), seed, "caption")])
-        chance = draw(number, *latents.shape, seed, self.plan.tables.captions.dropout)
-        sample = prepare(latents, text, encoded.grid, chance, self.settings.schedule)
-        return sample.pinned() if self.model.transformer.device.type == "cuda" else sample
 
     def save(self) -> Path | None:
         """Writes a checkpoint of the present step, unless there is one."""

@@ -65,7 +65,7 @@ _FRAGMENTATION = 0.05
 # and went in a run on the nano base; larger tensors are given back.
 _HOST_KEEPS, _HOST_KEEPS_OF = 1.4, 300 << 20
 # Captions' tokens that go through a layer of the text encoder together (ideoflow.model.text).
-_TOKENS_AT_ONCE = 16384
+_TOKENS_AT_ONCE = 49152
 
 
 def kept_by_block(
@@ -263,11 +263,12 @@ def _text(add: _Add, base: BaseFacts, shapes: Shapes, choice: Choice) -> None:
     states = together * (e * width + 4 * hidden + 4 + 2 * e * spec.head_dim + longest)
     # Within one caption: a layer's widest tensors, then a tapped state in float32 with its part of the sum.
     passing = longest * max(e * (3 * spec.intermediate_size + 6 * width), 4 * (2 * width + hidden))
-    layer = e * spec.layer_parameters() + passing + 4 * width * hidden
+    # One layer is computed with, the next one is being read.
+    layer = 2 * e * spec.layer_parameters() + passing + 4 * width * hidden
     stages = {
         # The projection is read in float32, rounded, and laid out by tapped layer.
         "reading the text projection": weights * (4 + e if e < 4 else 4),
-        "embedding": e * spec.vocab_size * width + states,
+        "embedding": e * spec.vocab_size * width + together * (e * width + 8),
         "one layer at a time": layer + states,
     }
     worst = max(stages, key=lambda stage: stages[stage])

@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import Ideogram4Transformer2DModel
 
-from ideoflow.diagnostics import IdeoflowError, Span
+from ideoflow.diagnostics import IdeoflowError, Span, fail
 from ideoflow.diagnostics.codes import model as codes
 from ideoflow.model import text
 from ideoflow.model.text import TextEncoder, tokenize
+from ideoflow.plan import memory
 
 CAPTIONS = [
     "x",
@@ -49,6 +50,30 @@ def test_captions_that_go_together_do_not_touch_each_other(encoder, monkeypatch,
     for caption, features in zip(CAPTIONS, together, strict=True):
         assert torch.equal(features, encoder.encode(caption))
     assert done == sorted(done) and done[-1] == len(CAPTIONS)
+
+
+def test_the_plan_counts_as_many_tokens_together():
+    assert memory._TOKENS_AT_ONCE == text.TOKENS_AT_ONCE
+
+
+def test_no_more_than_two_layers_are_there(encoder):
+    there = []
+    for _ in encoder._layers(36):
+        there.append(sum(any(not p.is_meta for p in layer.parameters()) for layer in encoder.decoder.layers))
+    assert there == [1] * 36, "besides the one that is being read"
+
+
+def test_a_layer_that_cannot_be_read_is_told(encoder, monkeypatch):
+    read = encoder._read
+
+    def fails_later(name):
+        if name.startswith("layers.7."):
+            fail(codes.BAD_CONFIG, "damaged", cure="mend it")
+        return read(name)
+
+    monkeypatch.setattr(encoder, "_read", fails_later)
+    with pytest.raises(IdeoflowError):
+        encoder.encode(CAPTIONS[0])
 
 
 def test_no_layer_stays(encoder):

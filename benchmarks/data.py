@@ -1,0 +1,373 @@
+"""From pictures on a disk to batches: how fast is each part, and what does it hold?
+
+    python benchmarks/data.py --json benchmarks/results/data.json         # everything but scale and encoders
+    python benchmarks/data.py --only scale --json scale.json              # an index of 10 million pictures
+    python benchmarks/data.py --only encoders --base /dev/shm/base --json encoders.json     # on a GPU
+    python benchmarks/data.py --only encoders --size nano                 # a try without a GPU
+
+`decode`: photographs of 12 megapixels through decoding, colour, crop and resize to 1024 x 1024, in one thread
+and in all cores. `cache`: shards written and read against plain files of the same bytes on the same disk, and
+bytes a token of a caption. `index`: memory and time of the index over a million entries. `batches`: what
+assembling the batches of a training step takes on its own thread, and how long the training thread waits for
+it with a step of 250 ms. `scale`: an index of 20 million entries (10 million pictures, each with a caption),
+snapshot included. `encoders`: the text encoder streamed layer by layer against a resident one, and the
+autoencoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import environment, write_json
+from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
+from full_size import make_base
+from PIL import Image
+from transformers import AutoConfig, Qwen3VLModel
+
+from ideoflow.captions.boxes import Geometry
+from ideoflow.data import shards
+from ideoflow.data.cache import SHARD_BYTES, TensorCache
+from ideoflow.data.encode import Encoded, release
+from ideoflow.data.pixels import load_pixels
+from ideoflow.data.shards import Index, Shard, cache_key
+from ideoflow.data.survey import Sample, Share
+from ideoflow.engine.batches import Batches
+from ideoflow.model import text
+from ideoflow.model.latents import encode_pixels
+from ideoflow.model.load import load_vae, read_tensors
+from ideoflow.model.nano import make_nano
+from ideoflow.model.text import TextEncoder
+from ideoflow.recipe import parse_recipe
+
+GRID = (64, 64)  # 1024 x 1024
+HIDDEN, CHANNELS, TEXT_TOKENS = 4608, 128, 300
+STEP_SECONDS = 0.250
+
+
+def timed(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def decode(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Pictures a second through decode and crop, from JPEG files of 4000 x 3000."""
+    coarse = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    photograph = Image.fromarray(coarse).resize((4000, 3000), Image.Resampling.BICUBIC)
+    samples = []
+    for n in range(8):
+        file = scratch / f"{n}.jpg"
+        photograph.rotate(90 * (n % 4)).save(file, quality=92)
+        samples.append(Sample(file, (1024, 1024), Geometry(4000, 3000, (500, 0, 3500, 3000)), ""))
+    many = samples * args.repeat
+    alone = len(samples) / timed(lambda: [load_pixels(s) for s in samples])
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        together = len(many) / timed(lambda: list(pool.map(load_pixels, many)))
+    return {"file_megabytes": samples[0].picture.stat().st_size / 1e6, "threads": cores,
+            "pictures_per_second_1_thread": alone, "pictures_per_second_all_threads": together}  # fmt: skip
+
+
+def forget(folder: Path) -> None:
+    """Drops files from the page cache, so that the next read comes from the disk."""
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cache(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Write and read rates of latents at 1024, in GB/s, against plain files; and bytes a token of text."""
+    count = max(8, args.megabytes // 2)
+    value = torch.randn(GRID[0] * GRID[1], CHANNELS)
+    size = count * value.nbytes
+    keys = [cache_key("latents", number=n) for n in range(count)]
+    plain, folder = scratch / "plain", scratch / "cache"
+    plain.mkdir()
+
+    def write_plain() -> None:
+        whole = value.numpy().tobytes() * (SHARD_BYTES // value.nbytes)
+        for n in range(0, size, len(whole)):
+            with (plain / str(n)).open("wb") as stream:
+                stream.write(whole[: size - n])
+                os.fsync(stream.fileno())
+
+    def write_cache() -> None:
+        made = TensorCache(folder)
+        for key in keys:
+            made.put(key, value, kind="latents", base="b")
+        made.flush()
+
+    def read_plain() -> None:
+        buffer = bytearray(value.nbytes)
+        for file in plain.iterdir():
+            with file.open("rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+
+    rates = {"disk_write": size / timed(write_plain) / 1e9, "cache_write": size / timed(write_cache) / 1e9}
+    read = TensorCache(folder)
+    for temperature in ("cold", "warm"):
+        if temperature == "cold":
+            forget(plain), forget(folder)
+        rates[f"disk_read_{temperature}"] = size / timed(read_plain) / 1e9
+        rates[f"cache_read_{temperature}"] = size / timed(lambda: [read.get(k) for k in keys]) / 1e9
+    forget(folder)
+    shuffled = np.random.default_rng(0).permutation(keys).tolist()
+    rates["cache_read_cold_random_order"] = size / timed(lambda: [read.get(k) for k in shuffled]) / 1e9
+
+    text = TensorCache(scratch / "text")
+    for n in range(100):
+        features = torch.zeros(TEXT_TOKENS, HIDDEN, dtype=torch.bfloat16)
+        text.put(cache_key("text", number=n), features, kind="text", base="b")
+    text.flush()
+    stored = sum(p.stat().st_size for p in (scratch / "text").iterdir())
+    return {"gigabytes": size / 1e9, "gb_per_s": rates, "text_bytes_per_token": stored / (100 * TEXT_TOKENS),
+            "raw_text_bytes_per_token": 13 * 4096 * 2,
+            "entry_bytes_beside_the_numbers": stored / 100 - TEXT_TOKENS * HIDDEN * 2}  # fmt: skip
+
+
+def synthetic(entries: int, kind: str, size: int, seed: int) -> list[tuple[Shard, shards.Arrays]]:
+    """Shards of made-up entries of ``size`` bytes, full as real ones are, without their files."""
+    chance = np.random.default_rng(seed)
+    each = SHARD_BYTES // size + 1
+    found = []
+    for start in range(0, entries, each):
+        count = min(each, entries - start)
+        rows = shards._empty(count)
+        rows["high"][:], rows["low"][:] = chance.integers(0, 2**63, (2, count), dtype=np.uint64)
+        rows["begin"][:], rows["length"][:] = np.arange(count) * size, size
+        name = shards.new_shard_name(kind)
+        found.append((Shard(name, size * count, kind, "b" * 64, "F32", CHANNELS, count), rows))
+    return found
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def index(scratch: Path, args: argparse.Namespace, entries: int = 1_000_000) -> dict[str, Any]:
+    """Memory and speed of an index over ``entries`` entries, half of them latents and half text."""
+    parts = synthetic(entries // 2, "latents", GRID[0] * GRID[1] * CHANNELS * 4, 0)
+    parts += synthetic(entries // 2, "text", TEXT_TOKENS * HIDDEN * 2, 1)
+    keys = shards.join_keys(parts[0][1])[:100] + [cache_key("text", number=n) for n in range(100)]
+    made = Index(scratch / "index")
+    started = time.perf_counter()
+    made._take(parts)
+    sort = time.perf_counter() - started
+    names = len(made.shards)
+    found = timed(lambda: [made.find(k) for k in keys]) / len(keys)
+    asked = [cache_key("text", number=n) for n in range(100_000)]
+    many = timed(lambda: made.has(asked))
+    (scratch / "index").mkdir()
+    write = timed(made._write_snapshot)
+    again, before = Index(scratch / "index"), resident()
+    read = timed(again._read_snapshot)
+    grown = resident() - before
+    assert len(again.shards) == names and again.rows["high"][-1] == made.rows["high"][-1]
+    return {
+        "entries": entries,
+        "files": names,
+        "array_bytes_per_entry": made.nbytes / entries,
+        "arrays_megabytes": made.nbytes / 1e6,
+        "process_grows_megabytes": grown / 1e6,
+        "sort_seconds": sort,
+        "find_microseconds": 1e6 * found,
+        "ask_for_100000_seconds": many,
+        "snapshot_megabytes": (scratch / "index" / "index.npz").stat().st_size / 1e6,
+        "snapshot_write_seconds": write,
+        "snapshot_read_seconds": read,
+    }
+
+
+def batches(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Assembling the batches of steps at 1024 with captions of 300 tokens."""
+    made = TensorCache(scratch / "batches")
+    data = []
+    for n in range(64):
+        keys = cache_key("latents", number=n), cache_key("text", number=n)
+        made.put(keys[0], torch.randn(GRID[0] * GRID[1], CHANNELS), kind="latents", base="b")
+        text = torch.randn(TEXT_TOKENS + n, HIDDEN).bfloat16()
+        made.put(keys[1], text, kind="text", base="b")
+        data.append(Encoded(keys[0], (keys[1],), GRID))
+    made.flush()
+    results: dict[str, Any] = {"simulated_step_ms": 1e3 * STEP_SECONDS}
+    for size in (1, 4):
+        head = "[model]\nbase = 'nano'\n[data]\nimages = 'x'\n[train]\nsteps = 1000\n"
+        tables = parse_recipe(f"{head}batch = {size}\n").tables
+        reader = Batches(tables, data, [Share("x", 0, 64)], made)
+        reader.of(0)
+        assembling = statistics.median(timed(partial(reader.read, step)) for step in range(10))
+        waits = []
+        for step in range(1, 13):
+            waits.append(timed(partial(reader.of, step)))
+            time.sleep(STEP_SECONDS)  # the device at work
+        results[f"batch_{size}"] = {
+            "assembling_ms_on_its_own_thread": 1e3 * assembling,
+            "training_thread_waits_ms": 1e3 * statistics.median(waits[1:]),
+            "training_thread_waits_share_of_step": statistics.median(waits[1:]) / STEP_SECONDS,
+        }
+    return results
+
+
+def scale(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The index of 10 million pictures with a caption each."""
+    return index(scratch, args, entries=args.entries)
+
+
+def encoders(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Encoders of random numbers: text streamed layer by layer and by a resident model, and pictures."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    base = args.base or scratch / "base"
+    if not base.exists():
+        make_nano(base) if args.size == "nano" else make_base(base, "fp8", str(device))
+    chance = np.random.default_rng(0)
+    words = AutoConfig.from_pretrained(base / "text_encoder").text_config.vocab_size
+    captions = [chance.integers(0, words, n).tolist() for n in chance.integers(200, 401, args.captions)]
+    results: dict[str, Any] = {"tokens": sum(map(len, captions)), "tokens_at_once": text.TOKENS_AT_ONCE}
+    streamed_text(base, captions[:2], dtype, device)  # files into the page cache, kernels loaded
+    made = {}
+    for name, run in (("streamed", streamed_text), ("resident", resident_text)):
+        results[name], made[name] = encoding(partial(run, base, captions, dtype, device), device)
+        results[name]["captions_per_second"] = len(captions) / results[name]["seconds"]
+    results["streamed_share_of_resident_speed"] = (
+        results["resident"]["seconds"] / results["streamed"]["seconds"]
+    )
+    results["least_cosine"] = min(
+        torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+        for a, b in zip(made["streamed"], made["resident"], strict=True)
+    )
+    rates, _ = encoding(partial(autoencoder, base, args, dtype, device), device)
+    results["autoencoder"] = rates | {"pictures_per_second": args.pictures / rates["seconds"]}
+    return results
+
+
+def encoding(run: Callable[[], Any], device: torch.device) -> tuple[dict[str, float], Any]:
+    """Peak of one way to encode, loading included, and its seconds without loading; and what it gave."""
+    release(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, made = run()
+    rates = {"seconds": seconds}
+    if device.type == "cuda":
+        rates["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        rates["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return rates, made
+
+
+def streamed_text(
+    base: Path, captions: list[list[int]], dtype: torch.dtype, device: torch.device
+) -> tuple[float, list[torch.Tensor]]:
+    """As ideoflow does it: reading the layers is part of the work."""
+    encoder = TextEncoder(base, dtype=dtype, device=device, max_tokens=2048)
+    started = time.perf_counter()
+    found = [features.cpu() for features in encoder.encode_tokens(captions)]
+    return time.perf_counter() - started, found
+
+
+@torch.no_grad()
+def resident_text(
+    base: Path, captions: list[list[int]], dtype: torch.dtype, device: torch.device
+) -> tuple[float, list[torch.Tensor]]:
+    """The plain way: transformers' model as a whole on the device, diffusers' norm and projection."""
+    model = Qwen3VLModel.from_pretrained(base / "text_encoder", dtype=dtype).to(device).eval()
+    config = Ideogram4Transformer2DModel.load_config(base / "transformer")
+    with torch.device("meta"):
+        whole = Ideogram4Transformer2DModel.from_config(config)
+    names = ("llm_cond_norm.weight", "llm_cond_proj.weight", "llm_cond_proj.bias")
+    for name, value in read_tensors(base / "transformer", names, dtype=dtype, device=device).items():
+        whole.get_submodule(name.rpartition(".")[0]).load_state_dict(
+            {name.rpartition(".")[2]: value}, assign=True, strict=False
+        )
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    found = []
+    for tokens in captions:
+        ids = torch.tensor([tokens], device=device)
+        places = torch.arange(len(tokens), device=device)[None]
+        tapped = Ideogram4Pipeline._get_text_encoder_hidden_states(model, ids, torch.ones_like(ids), places)
+        features = torch.stack(tapped, -1).flatten(-2)
+        found.append(whole.llm_cond_proj(whole.llm_cond_norm(features))[0].cpu())
+    return time.perf_counter() - started, found
+
+
+def autoencoder(
+    base: Path, args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> tuple[float, None]:
+    """Pictures of 1024 x 1024 (nano: 128 x 128) through the autoencoder, decoded beforehand."""
+    side = 128 if args.size == "nano" else 1024
+    vae = load_vae(base, dtype=dtype, device=device)
+    pixels = torch.rand(1, 3, side, side) * 2 - 1
+    encode_pixels(vae, pixels).cpu()
+    started = time.perf_counter()
+    last = encode_pixels(vae, pixels)
+    for _ in range(args.pictures - 1):  # as ideoflow.data.encode: fetched when the next one is under way
+        now = encode_pixels(vae, pixels)
+        last.cpu()
+        last = now
+    last.cpu()
+    return time.perf_counter() - started, None
+
+
+PARTS = {"decode": decode, "cache": cache, "index": index, "batches": batches, "scale": scale,
+         "encoders": encoders}  # fmt: skip
+USUAL = ("decode", "cache", "index", "batches")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(USUAL))
+    parser.add_argument(
+        "--folder", type=Path, help="a folder on the disk to measure; default: the temporary one"
+    )
+    parser.add_argument("--megabytes", type=int, default=2048, help="latents to write and read")
+    parser.add_argument("--repeat", type=int, default=8, help="times that eight photographs are decoded")
+    parser.add_argument("--entries", type=int, default=20_000_000, help="entries of the index in `scale`")
+    parser.add_argument("--size", choices=["full", "nano"], default="full", help="of the encoders")
+    parser.add_argument("--base", type=Path, help="where to make (or find) the base of the encoders")
+    parser.add_argument("--captions", type=int, default=1000, help="captions for the encoders")
+    parser.add_argument("--pictures", type=int, default=64, help="pictures for the autoencoder")
+    parser.add_argument("--note", default="", help="kept in the JSON: what else the machine was doing")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results: dict[str, Any] = {"environment": environment(device), "cores": os.cpu_count(), "note": args.note}
+    for name in args.only:
+        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+            results[name] = PARTS[name](Path(scratch), args)
+        print(f"{name}:")
+        show(results[name])
+    write_json(args.json, results)
+
+
+def show(rows: dict[str, Any], indent: str = "  ") -> None:
+    for name, value in rows.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            show(value, indent + "  ")
+        else:
+            print(
+                f"{indent}{name:<40} {value:,.4g}"
+                if isinstance(value, float)
+                else f"{indent}{name:<40} {value}"
+            )
+
+
+if __name__ == "__main__":
+    main()
