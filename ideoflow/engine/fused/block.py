@@ -46,11 +46,10 @@ _ROUNDED = frozenset(name for group in ROUNDED_GROUPS for name in _GROUPS[group]
 
 
 class Rounded(NamedTuple):
-    """A kept value as e4m3 [T, N] with row scales [T], and what is kept beside it."""
+    """A kept value as e4m3 [T, N] with row scales [T]."""
 
     values: Tensor
     scale: Tensor
-    beside: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -196,18 +195,13 @@ class _Values:
             self.known[name] = getattr(self, f"_{name}")()
         value = self.known[name]
         if isinstance(value, Rounded):
-            dense = self.block.ops.dequantize(value.values, value.scale, self.h.dtype)
-            value = self.known[name] = dense if not value.beside else (self._shaped(dense), *value.beside)
+            value = self.block.ops.dequantize(value.values, value.scale, self.h.dtype)
+            self.known[name] = value
         return value
 
     def round(self, name: str) -> None:
         """Keeps a value that is known as e4m3, from here to the backward pass."""
-        value = self.known[name]
-        tensor, beside = (value[0], value[1:]) if isinstance(value, tuple) else (value, ())
-        self.known[name] = Rounded(*self.block.ops.quantize(tensor.flatten(1)), beside)
-
-    def _shaped(self, x: Tensor) -> Tensor:
-        return x.view(-1, self.block.heads, self.block.size)
+        self.known[name] = Rounded(*self.block.ops.quantize(self.known[name]))
 
     def drop(self, *names: str) -> None:
         for name in names:
