@@ -1,8 +1,12 @@
 """One training step: plain diffusers + PEFT against the fused engine, in the same run, on random weights.
 
     python benchmarks/step.py --json out.json                 # the full model, 1024 x 1024, batch 1
-    python benchmarks/step.py --batch 1 2 4 --pixels 512 1024 --mixed both
-    python benchmarks/step.py --size nano --device cpu        # a try without a GPU
+    python benchmarks/step.py --batch 1 2 4 --pixels 512 1024 2048 --mixed both --budget 1 0.5 0.2 0 --fit \\
+        --seconds 480 --json out.json --chart out.svg
+    python benchmarks/step.py --size nano --device cpu --pixels 64 128   # a try without a GPU
+
+Configurations run from the smallest to the largest; one that does not fit in memory, or that --seconds leaves
+no time for, is a row that says so.
 
 A step is: gradients to None, forward, mean squared error in float32, backward, AdamW. Plain diffusers runs in
 bf16 with gradient checkpointing on every block and adapters in bf16 (float32 adapters would make PEFT
@@ -14,10 +18,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from chart import write_chart
 from common import (
     add_adapters,
     attention_flop,
@@ -29,11 +38,16 @@ from common import (
     random_transformer,
     write_json,
 )
+from rich.console import Console
 from torch.nn import functional
 
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.attention import make_attention
+from ideoflow.engine.fused.graphs import GraphedSteps
 from ideoflow.engine.packed import PackedLayout
+from ideoflow.engine.profile import Capture
+from ideoflow.engine.warm import keep_compiled
+from ideoflow.report.profile import terminal_table
 
 
 def diffusers_step(model: Any, parameters: list, layout: PackedLayout, data: dict) -> Callable[[], Any]:
@@ -67,15 +81,14 @@ def diffusers_step(model: Any, parameters: list, layout: PackedLayout, data: dic
 
 
 def fused_step(
-    fused: FusedTransformer, parameters: list, layout: PackedLayout, data: dict
+    fused: FusedTransformer, parameters: list, layout: PackedLayout, data: dict, graphs: GraphedSteps | None
 ) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=data["latents"].is_cuda)
+    inputs = [data[name] for name in ("latents", "target", "timestep", "text")]
 
     def run() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        velocity = fused(data["latents"], data["timestep"], data["text"], layout)
-        loss = functional.mse_loss(velocity.float(), data["target"])
-        loss.backward()
+        loss = (graphs or fused.add_gradients)(*inputs, layout, 1)
         optimizer.step()
         return loss
 
@@ -124,7 +137,21 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def main() -> None:
+def steady(run: Callable[[], Any], device: torch.device, warmup: int, repeat: int, left: float) -> dict:
+    """:func:`measure` with as many steps as ``left`` seconds have room for, two at least."""
+    run()  # compiles
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    room = int(min(left / (time.perf_counter() - started), 1e6))
+    repeat = max(min(repeat, room), 2)
+    return measure(run, device, warmup=max(min(warmup, room - repeat), 0), repeat=repeat) | {"repeat": repeat}
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -142,47 +169,76 @@ def main() -> None:
         "--attention", choices=["flash4", "cudnn_varlen", "sdpa"], help="default: flash4 on a GPU"
     )
     parser.add_argument("--budget", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--fit", action="store_true", help="only the largest budget that fits in memory")
+    parser.add_argument("--graphs", action="store_true", help="replay fused steps as CUDA graphs")
     parser.add_argument("--offload", nargs="*", default=[], help="groups of values kept in host memory")
     parser.add_argument("--rounded", action="store_true", help="keep values for the backward pass as e4m3")
     parser.add_argument("--keep-transposed", action="store_true")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=6)
-    parser.add_argument("--profile", metavar="FILE", help="write a table of the kernels of one fused step")
+    parser.add_argument("--seconds", type=float, help="limit of the whole run, half of it for each path")
+    parser.add_argument(
+        "--profile", metavar="FILE", help="where the time of the last fused step goes, by part"
+    )
     parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
+    parser.add_argument("--chart", metavar="FILE", help="an SVG of ms and GiB, ours against plain diffusers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    keep_compiled()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     fp8 = (args.linear or ("fp8" if gpu else "bf16")) == "fp8"
     dtype = torch.bfloat16 if gpu or fp8 else torch.float32
-    layouts = [
-        make_layout(batch, pixels, args.text, mixed)
+    configurations = [
+        (f"{pixels} px, batch {batch}, {'mixed' if mixed else 'equal'}",
+         make_layout(batch, pixels, args.text, mixed))
         for pixels in args.pixels
         for batch in args.batch
         for mixed in {"no": [False], "yes": [True], "both": [False, True]}[args.mixed]
-    ]
+        if batch > 1 or not mixed or args.mixed == "yes"
+    ]  # fmt: skip
+    configurations.sort(key=lambda each: each[1].tokens)
     rows: list[dict[str, Any]] = []
-    shown_arguments = {name: value for name, value in vars(args).items() if name not in ("json", "profile")}
+    shown_arguments = {
+        name: value for name, value in vars(args).items() if name not in ("json", "profile", "chart")
+    }
     report = {"environment": environment(device), "arguments": shown_arguments, "rows": rows}
+    rates: dict[str, float] = {}
 
-    def add(path: str, layout: PackedLayout, figures: dict[str, float], **settings: Any) -> None:
-        config = model.config
-        floor = None
-        if rates:
-            linear, attention = linear_flop(layout, config), attention_flop(layout, config)
-            floor = 1e-9 * (2 * linear / rates["linear"] + 3.5 * attention / rates["attention"])
-        row = {"path": path, "samples": layout.samples, "tokens": layout.tokens, "equal": layout.equal,
-               "lengths": layout.lengths, **settings, **figures}  # fmt: skip
-        row["tokens_per_second"] = layout.tokens / figures["ms"] * 1e3
-        row["model_tflops"] = 1e-9 * (2 * linear_flop(layout, config) + 3.5 * attention_flop(layout, config))
-        row["model_tflops"] /= figures["ms"]
-        if floor:
-            row |= {"floor_ms": floor, "share_of_floor": floor / figures["ms"]}
+    def add(
+        path: str, label: str, layout: PackedLayout, make: Callable[[], Callable], deadline: float, **settings
+    ) -> None:
+        """Measures one configuration into a row."""
+        row = {"path": path, "label": label, "samples": layout.samples, "tokens": layout.tokens,
+               "equal": layout.equal, "lengths": layout.lengths, **settings}  # fmt: skip
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            row["failed"] = "no time left"
+        else:
+            try:
+                # Lengths earn exact cuDNN plans after 230 calls: seven steps of 34 blocks.
+                warmup = 8 if settings.get("attention") == "cudnn_varlen" else 2
+                row |= steady(make(), device, warmup, args.repeat, left)
+            except torch.OutOfMemoryError:
+                row["failed"] = "out of memory"
+        free()
+        if "ms" in row:
+            row |= derived(row["ms"], layout, model.config, rates)
         rows.append(row)
         shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         print(shown, flush=True)
         write_json(args.json, report)
 
-    rates: dict[str, float] = {}
+    def until(paths_left: int) -> float:
+        """When the path that starts now must be done."""
+        if args.seconds is None:
+            return float("inf")
+        return time.perf_counter() + (started + args.seconds - time.perf_counter()) / paths_left
+
+    started = time.perf_counter()
     if "diffusers" in args.paths:
         model = random_transformer(args.size, device, dtype)
         parameters = add_adapters(model, args.rank, dtype)
@@ -191,10 +247,17 @@ def main() -> None:
         if gpu and args.size == "full":
             rates = report["rates_tflops"] = unit_rates(model.config, device, fp8)
             print(rates, flush=True)
-        for layout in layouts:
-            run = diffusers_step(model, parameters, layout, random_inputs(model, layout))
-            add("diffusers", layout, measure(run, device, warmup=1, repeat=args.repeat))
-        del model, parameters, run
+        deadline = until(len(args.paths))
+        for label, layout in configurations:
+            inputs = random_inputs(model, layout)
+            add(
+                "diffusers",
+                label,
+                layout,
+                partial(diffusers_step, model, parameters, layout, inputs),
+                deadline,
+            )
+        del model, parameters
         free()
     if "fused" in args.paths:
         model = random_transformer(args.size, device, dtype, fp8=fp8)
@@ -205,43 +268,57 @@ def main() -> None:
         fused = FusedTransformer(model, linear="fp8" if fp8 else "bf16", attention=attention, dtype=dtype,
                                  offload=args.offload, rounded=args.rounded,
                                  keep_transposed=args.keep_transposed)  # fmt: skip
-        for layout in layouts:
-            for budget in args.budget:
+        graphs = GraphedSteps(fused, parameters) if args.graphs else None
+        settings = {"linear": "fp8" if fp8 else "bf16", "attention": attention, "offload": args.offload,
+                    "rounded": args.rounded, "keep_transposed": args.keep_transposed,
+                    "graphs": args.graphs}  # fmt: skip
+
+        def fused_run(layout: PackedLayout) -> Callable[[], Any]:
+            if graphs:
+                graphs.release()
+            return fused_step(fused, parameters, layout, random_inputs(model, layout), graphs)
+
+        deadline = until(1)
+        for label, layout in configurations:
+            for budget in sorted(args.budget, reverse=True):
                 fused.budget = budget
-                free()
-                run = fused_step(fused, parameters, layout, random_inputs(model, layout))
-                settings = {"linear": "fp8" if fp8 else "bf16", "attention": attention, "budget": budget,
-                            "offload": args.offload, "rounded": args.rounded,
-                            "keep_transposed": args.keep_transposed}  # fmt: skip
-                # Lengths earn exact attention plans after 230 calls: seven steps of 34 blocks.
-                add(
-                    "fused",
-                    layout,
-                    measure(run, device, warmup=8 if gpu else 1, repeat=args.repeat),
-                    **settings,
-                )
-        if args.profile and gpu:
-            _profile(run, args.profile)
+                add("fused", label, layout, partial(fused_run, layout), deadline, budget=budget, **settings)
+                if args.fit and rows[-1].get("failed") != "out of memory":
+                    break
+        if args.profile and "ms" in rows[-1]:
+            report["profile"] = profiled(fused_run(configurations[-1][1]), fused, args.rank, args.profile)
+            write_json(args.json, report)
+    write_chart(args.chart, rows, f"One training step, {report['environment']['device']}")
 
 
-def _profile(run: Callable[[], Any], path: str) -> None:
-    """Time of each kernel over one step, longest first."""
-    from pathlib import Path
+def derived(ms: float, layout: PackedLayout, config: Any, rates: dict[str, float]) -> dict[str, float]:
+    """Speed of a step, and what part of the floor it is at, where the card's rates are known."""
+    linear, attention = linear_flop(layout, config), attention_flop(layout, config)
+    found = {
+        "tokens_per_second": layout.tokens / ms * 1e3,
+        "model_tflops": 1e-9 * (2 * linear + 3.5 * attention) / ms,
+    }
+    if rates:
+        floor = 1e-9 * (2 * linear / rates["linear"] + 3.5 * attention / rates["attention"])
+        found |= {"floor_ms": floor, "share_of_floor": floor / ms}
+    return found
 
-    from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+def profiled(run: Callable[[], Any], fused: FusedTransformer, rank: int, path: str) -> dict[str, Any]:
+    """Where three steps' time goes, by part: on the screen, as JSON in ``path``, their trace beside it."""
+    for _ in range(4):  # compiles, and records graphs
         run()
-        torch.cuda.synchronize()
-    kernels = [
-        e for e in trace.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"
-    ]
-    kernels.sort(key=lambda e: -e.self_device_time_total)
-    lines = [f"{e.self_device_time_total / 1e3:9.3f} ms {e.count:6d} x  {e.key[:120]}" for e in kernels[:60]]
-    total = sum(e.self_device_time_total for e in kernels) / 1e3
-    text = f"{total:9.3f} ms in kernels\n" + "\n".join(lines) + "\n"
-    Path(path).write_text(text)
-    print(text, flush=True)
+    capture = Capture(fused.device, fused, {rank})
+    for n in range(3):
+        with capture.step(last=n == 2):
+            run()
+    trace = capture.finish()
+    found = capture.account(trace)
+    Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    Path(path).with_suffix(".trace.json").write_bytes(trace)
+    Console().print(f"{found['wall_ms']:.2f} ms a step")
+    Console().print(terminal_table(found))
+    return found
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ _PRODUCT = re.compile(r"aten::(mm|addmm|bmm|matmul|linear)\b")
 _COMPILED = ("Torch-Compiled Region", "CompiledFunction")  # with torch.compile's own kernels inside
 _HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-_SHOWN = 5  # the longest kernels or operators of a part that are listed
+_SHOWN = 8  # the longest kernels or operators of a part that are listed
 
 
 @dataclass
