@@ -53,7 +53,7 @@ class _Planner:
     """Makes the plans of one call: for the recipe as it is, and for variants of it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from ideoflow.data.survey import read_prompts, survey
+        from ideoflow.data.survey import read_dataset, read_prompts
         from ideoflow.model.base import locate_base
         from ideoflow.plan import detect_hardware, named_hardware
         from ideoflow.plan.calibration import load_calibration
@@ -71,7 +71,9 @@ class _Planner:
         self.base = locate_base(
             model.base, revision=model.revision, parts=model.parts, relative_to=self.recipe.folder, span=at
         )
-        self.data: DataSummary | None = survey(self.recipe)
+        dataset = read_dataset(self.recipe)
+        show(dataset.warnings)
+        self.data: DataSummary | None = dataset.summary()
         self.prompts = len(read_prompts(self.recipe))
         self.calibration, warnings = load_calibration()
         show(warnings)

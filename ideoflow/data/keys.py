@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sqlite3
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from ideoflow.data.captions import caption_variants
-from ideoflow.data.pictures import ParquetCell, Stored, TarMember, picture_digest
+from ideoflow.data.memory import FileMemory, stamps
+from ideoflow.data.pictures import Stored, container, picture_digest, stored_name
 from ideoflow.data.shards import cache_key
 from ideoflow.data.survey import Dataset, Prompt, Sample
 from ideoflow.recipe import CaptionSettings
@@ -22,8 +19,6 @@ DTYPES = ("float32", "bfloat16")
 # Where a cache keeps the digests of the pictures that it has met.
 DIGESTS = "pictures.sqlite"
 
-# A file that was written so shortly before may be written again without its times showing it.
-_RACY_NS = 2_000_000_000
 _READERS = 8
 
 
@@ -74,27 +69,14 @@ def needed_keys(
 
 
 class PictureDigests:
-    """Digests of pictures' files, remembered between runs while a file's size, times and inode stay the same.
-
-    What is remembered saves reading every picture at every start, and nothing depends on it: where the memory
-    (an SQLite file) cannot be used, every file is read. As in git, files changed in the last two seconds are
-    not remembered, since a further change might not show in their times.
-    """
+    """Digests of pictures' bytes, remembered between runs: no picture is read twice."""
 
     def __init__(self, memory: Path) -> None:
-        self.memory = memory
+        self.memory = FileMemory("digest", memory)
 
     def known(self, pictures: Sequence[Stored]) -> list[str | None]:
         """Digests of those pictures that are remembered; opens none of them."""
-        if not self.memory.exists():
-            return [None] * len(pictures)
-        query = "SELECT digest FROM pictures WHERE path = ? AND stamp = ?"
-        try:
-            with contextlib.closing(sqlite3.connect(self.memory)) as memory:
-                rows = [memory.execute(query, (_name(p), _stamp(p))).fetchone() for p in pictures]
-        except sqlite3.Error:
-            return [None] * len(pictures)
-        return [row[0] if row else None for row in rows]
+        return self.memory.get([stored_name(p) for p in pictures], stamps(map(container, pictures)))
 
     def of(self, pictures: Sequence[Stored]) -> list[str]:
         """Digests of the pictures.
@@ -102,39 +84,11 @@ class PictureDigests:
         Raises:
             IdeoflowError: when one cannot be read any more.
         """
-        known = dict(zip(pictures, self.known(pictures), strict=True))
+        versions = dict(zip(pictures, stamps(map(container, pictures)), strict=True))
+        names = {p: stored_name(p) for p in versions}
+        known = dict(zip(names, self.memory.get(list(names.values()), list(versions.values())), strict=True))
         unknown = [p for p, digest in known.items() if digest is None]
-        stamps = [_stamp(p) for p in unknown]
         with ThreadPoolExecutor(_READERS) as pool:
-            found = dict(zip(unknown, pool.map(picture_digest, unknown), strict=True))
-        self._remember([(_name(p), stamp, found[p]) for p, stamp in zip(unknown, stamps, strict=True)])
-        return [known[p] or found[p] for p in pictures]
-
-    def _remember(self, rows: Sequence[tuple[bytes, str, str]]) -> None:
-        now = time.time_ns()
-        settled = [row for row in rows if row[1] and now - int(row[1].split()[0]) > _RACY_NS]
-        if not settled:
-            return
-        with contextlib.suppress(sqlite3.Error, OSError):
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(self.memory)) as memory, memory:
-                memory.execute("CREATE TABLE IF NOT EXISTS pictures (path PRIMARY KEY, stamp, digest)")
-                memory.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?)", settled)
-
-
-def _name(picture: Stored) -> bytes:
-    if isinstance(picture, TarMember):
-        return _name(picture.tar) + b"\0%d" % picture.offset
-    if isinstance(picture, ParquetCell):
-        return _name(picture.file) + b"\0%s %d %d" % (os.fsencode(picture.column), picture.group, picture.row)
-    return os.fsencode(picture.absolute())
-
-
-def _stamp(picture: Stored) -> str:
-    """Time of the last change, size and inode of the file that holds a picture; nothing where it is gone."""
-    file: Path = getattr(picture, "tar", None) or getattr(picture, "file", None) or picture
-    try:
-        s = file.stat()
-    except OSError:
-        return ""
-    return f"{max(s.st_mtime_ns, s.st_ctime_ns)} {s.st_mtime_ns} {s.st_size} {s.st_ino}"
+            known.update(zip(unknown, pool.map(picture_digest, unknown), strict=True))
+        self.memory.put((names[p], versions[p], known[p]) for p in unknown)
+        return [known[p] for p in pictures]

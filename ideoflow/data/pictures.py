@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.data import BAD_PICTURE
@@ -194,7 +194,7 @@ def open_picture(picture: Stored) -> Iterator[Image.Image]:
         fail(BAD_PICTURE, f"{picture.name} is too large: {error}", Span(str(picture)), cure=cure)
     except _DAMAGE as error:
         reason = str(error) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             reason = "not a picture that can be read"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
@@ -218,7 +218,7 @@ def picture_digest(picture: Stored) -> str:
     """
     try:
         with picture.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
         message = f"{picture.name} cannot be read: {error.strerror or error}"
         fail(BAD_PICTURE, message, Span(str(picture)), cure="put it back, or run again without it")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ideoflow.data.memory import FileMemory
+from ideoflow.data.memory import FileMemory, stamps
 from ideoflow.data.pictures import PICTURE_SUFFIXES, TarMember, find_pictures
 from ideoflow.data.tables import read_list
 from ideoflow.data.texts import CAPTION_SUFFIXES, Entry, Text, sidecar_texts
@@ -16,6 +16,7 @@ from ideoflow.diagnostics.codes.data import BAD_LIST, EMPTY_DATASET, NO_HUB_DATA
 from ideoflow.model.download import snapshot
 from ideoflow.recipe import Recipe, SourceSettings
 from ideoflow.recipe.sources import HUB_PREFIX, SHARD_SUFFIX, TABLE_SUFFIXES, matching_files
+from ideoflow.resources import user_cache
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -110,13 +111,15 @@ def _folder(root: Path, source: SourceSettings, problems: Collector) -> list[Ent
     """Pictures of a folder; where it has a metadata file of Hugging Face's imagefolder, with its captions."""
     entries = {p: Entry(p, p.relative_to(root).as_posix()) for p in find_pictures(root)}
     if source.caption in ("auto", "column"):
-        for name in METADATA:
-            for file in sorted(root.rglob(name)):
-                for listed in _listed(file, source, problems):
-                    picture = listed.picture
-                    own = isinstance(picture, Path) and picture in entries
-                    if own and not (source.caption == "auto" and _has_sidecar(picture)):  # type: ignore[arg-type]
-                        entries[picture] = Entry(picture, entries[picture].name, listed.texts)  # type: ignore[index]
+        parents = {p.parent for p in entries}
+        folders = parents | {f for p in parents for f in p.parents if f.is_relative_to(root)}
+        lists = [f / name for f in sorted(folders) for name in METADATA if (f / name).is_file()]
+        for listed in (entry for file in lists for entry in _listed(file, source, problems)):
+            picture = listed.picture
+            if not isinstance(picture, Path) or picture not in entries:
+                continue
+            if source.caption == "column" or not _has_sidecar(picture):
+                entries[picture] = Entry(picture, entries[picture].name, listed.texts)
     return list(entries.values())
 
 
@@ -137,7 +140,7 @@ def _listed(file: Path, source: SourceSettings, problems: Collector) -> Iterator
 def _shard(file: Path, root: Path, source: SourceSettings, problems: Collector) -> Iterator[Entry]:
     """Pictures of a tar file with the captions under their names: NAME.jpg with NAME.icap, .json or .txt."""
     members = _members(file)
-    pictures: dict[str, tuple[str, int, int]] = {}
+    pictures: list[tuple[str, tuple[str, int, int]]] = []
     texts: dict[str, dict[str, tuple[str, int, int]]] = {}
     for member in members:
         path = PurePosixPath(member[0])
@@ -145,10 +148,10 @@ def _shard(file: Path, root: Path, source: SourceSettings, problems: Collector) 
         if path.name.startswith("."):
             continue
         if suffix in PICTURE_SUFFIXES:
-            pictures[key] = member
+            pictures.append((key, member))
         elif suffix in CAPTION_SUFFIXES:
             texts.setdefault(key, {})[suffix] = member
-    for key, (name, offset, length) in pictures.items():
+    for key, (name, offset, length) in pictures:
         picture = TarMember(file, name, offset, length)
         inside = f"{file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name}/{name}"
         found: tuple[Text, ...] = ()
@@ -187,9 +190,9 @@ def _shard_texts(
 
 def _members(file: Path) -> list[tuple[str, int, int]]:
     """(name, offset, length) of every file in a tar; remembered while the tar does not change."""
-    memory = FileMemory("members")
-    known = memory.get([(str(file.absolute()), file)])[0]
-    if known is not None:
+    memory, name = FileMemory("members", user_cache() / "files.sqlite"), str(file.absolute())
+    version = stamps([file])
+    if (known := memory.get([name], version)[0]) is not None:
         return [(str(name), int(offset), int(length)) for name, offset, length in known]
     try:
         with tarfile.open(file, "r:") as tar:
@@ -197,5 +200,5 @@ def _members(file: Path) -> list[tuple[str, int, int]]:
     except (OSError, tarfile.TarError) as error:
         cure = "shards are plain, uncompressed tar files"
         fail(BAD_LIST, f"{file} cannot be read: {error}", Span(str(file)), cure=cure)
-    memory.put([(str(file.absolute()), file, members)])
+    memory.put([(name, version[0], members)])
     return members

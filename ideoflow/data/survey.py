@@ -29,7 +29,7 @@ from ideoflow.diagnostics.codes.caption_tools import WORKER_DIED
 from ideoflow.diagnostics.codes.data import EMPTY_DATASET, LEFT_OUT, NOT_MIRRORED, UPSCALED
 from ideoflow.plan.document import Bucket, DataSummary
 from ideoflow.recipe import Recipe
-from ideoflow.recipe.load import matching_files
+from ideoflow.recipe.sources import matching_files
 
 # Characters of canonical caption JSON per token of Qwen's tokenizer, and tokens of the chat template; only
 # used where the tokenizer itself is not at hand.
@@ -142,15 +142,6 @@ def _identity(picture: Stored, root: Path) -> tuple[str, int]:
 def estimate_tokens(caption: str) -> int:
     """Tokens of a canonical caption in the chat template, from its length alone."""
     return round(len(caption) / _CHARACTERS_PER_TOKEN) + _TEMPLATE_TOKENS
-
-
-def survey(recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> DataSummary:
-    """Counts of the recipe's dataset, for the plan.
-
-    Raises:
-        IdeoflowError: when there is nothing to train on, or something in it is wrong.
-    """
-    return read_dataset(recipe, say).summary()
 
 
 def read_dataset(recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Dataset:

@@ -110,7 +110,7 @@ class CaptionFinder:
             cure = "write one, or set data.caption" if entry.texts is not None else "set caption = 'auto'"
             self.problems.add(NO_CAPTION, f"{entry.name} has no caption", Span(str(entry.picture)), cure=cure)
             return ()
-        found = []
+        found: list[Mapping[str, Any]] = []
         for text in entry.texts:
             result = read_caption(text.content, text.place.path, text.kind, self.recipe, size)
             if text.place.line:  # places in a text are none in the table that it is a cell of

@@ -62,7 +62,7 @@ def pictures(tmp_path):
 @pytest.fixture
 def settled(monkeypatch):
     """Files that were just made count as old enough to be remembered."""
-    monkeypatch.setattr(module, "_RACY_NS", -1)
+    monkeypatch.setattr("ideoflow.data.memory._RACY_NS", -1)
 
 
 def read_again(monkeypatch):

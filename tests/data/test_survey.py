@@ -8,7 +8,7 @@ import pytest
 from ideoflow.captions import decompile_caption
 from ideoflow.data import survey as survey_module
 from ideoflow.data.headers import read_sizes
-from ideoflow.data.survey import estimate_tokens, read_dataset, read_prompts, survey
+from ideoflow.data.survey import estimate_tokens, read_dataset, read_prompts
 from ideoflow.diagnostics import Diagnostic, IdeoflowError
 from ideoflow.diagnostics.codes import data as codes
 from ideoflow.diagnostics.codes.caption_tools import WORKER_DIED
@@ -164,14 +164,14 @@ def test_a_faulty_prompt_is_told_once_at_its_place(add, recipe):
 def test_the_summary_counts(add, recipe, folder):
     for name, width, height in (("a.png", 64, 64), ("b.png", 128, 128), ("c/d.png", 128, 64)):
         add(name, width=width, height=height, txt=f"words of {name}")
-    summary = survey(recipe())
+    summary = read_dataset(recipe()).summary()
     assert summary.pictures == 3 and summary.warnings == 0
     assert {(b.width, b.height): b.count for b in summary.buckets} == {(64, 64): 2, (96, 64): 1}
     low, middle, high = summary.text_tokens
     assert low <= middle <= high and summary.text_tokens_estimated
-    assert survey(recipe()).digest == summary.digest
+    assert read_dataset(recipe()).summary().digest == summary.digest
     (folder / "a.txt").write_text("other words")
-    assert survey(recipe()).digest != summary.digest
+    assert read_dataset(recipe()).summary().digest != summary.digest
 
 
 def test_enlarging_is_told(add, recipe):

@@ -20,7 +20,9 @@ def _precision(draft: Draft, value: Any) -> None:
 
 
 def _optimizer(draft: Draft, value: Any) -> None:
-    if not str(value).lower().startswith("adamw"):
+    if str(value).lower() == "adamw8bit":
+        draft.set("memory.optimizer_state", "8bit", "optimizer")
+    elif not str(value).lower().startswith("adamw"):
         draft.lost("optimizer", value, "training is with AdamW, whose learning rate may have to be another")
 
 

@@ -15,7 +15,9 @@ _FLAGS = re.compile(r"\s--\w+\s+\S+")
 
 
 def _optimizer(draft: Draft, value: Any) -> None:
-    if not str(value).lower().startswith("adamw"):
+    if str(value).lower() == "adamw8bit":
+        draft.set("memory.optimizer_state", "8bit", "optimizer_type")
+    elif not str(value).lower().startswith("adamw"):
         draft.lost(
             "optimizer_type", value, "training is with AdamW, whose learning rate may have to be another"
         )
@@ -47,7 +49,7 @@ def _checkpointing(draft: Draft, value: Any) -> None:
 
 def _swap(draft: Draft, value: Any) -> None:
     if value:
-        draft.set("memory.offload", "block", "blocks_to_swap")
+        draft.set("memory.offload", "stream", "blocks_to_swap")
 
 
 _TRAINING = (

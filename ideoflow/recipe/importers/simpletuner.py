@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ideoflow.recipe.importers.draft import Draft, Row, on_grid
 from ideoflow.recipe.importers.simpletuner_loader import DataBackend, side_of
+
+Take = Callable[[Draft, Any], None]
 
 BASES = {"fp8": "ideogram-ai/ideogram-4-fp8", "nf4": "ideogram-ai/ideogram-4-nf4"}
 _PRECISIONS = {"nf4-bnb": "nf4", "fp8-torchao": "fp8", "fp8-quanto": "fp8", "fp8uz-quanto": "fp8",
@@ -65,12 +67,15 @@ def _scheduler(draft: Draft, value: Any) -> None:
 
 
 def _optimizer(draft: Draft, value: Any) -> None:
-    if not str(value).startswith("adamw"):
+    name = str(value).lower()
+    if "adamw" in name and ("8bit" in name or "paged" in name):
+        draft.set("memory.optimizer_state", "paged" if "paged" in name else "8bit", "optimizer")
+    elif "adamw" not in name:
         why = "training is with AdamW, whose learning rate may have to be another"
         draft.lost("optimizer", value, why)
 
 
-def _beta(number: int) -> Any:
+def _beta(number: int) -> Take:
     def take(draft: Draft, value: Any) -> None:
         betas = list(draft.values.get("train.betas", (0.9, 0.999)))
         betas[number] = float(value)
@@ -116,9 +121,30 @@ def _offload(draft: Draft, value: Any) -> None:
         draft.set("memory.offload", "block", "enable_group_offload")
 
 
+def _with_offload(key: str, ours: str) -> Take:
+    """Carries a setting over that has a meaning only where groups are offloaded."""
+
+    def take(draft: Draft, value: Any) -> None:
+        if "memory.offload" in draft.values:
+            draft.set(ours, value, key)
+
+    return take
+
+
 def _offload_type(draft: Draft, value: Any) -> None:
     if "memory.offload" in draft.values and value == "leaf_level":
         draft.set("memory.offload", "leaf", "group_offload_type")
+
+
+def _offload_disk(draft: Draft, value: Any) -> None:
+    if "memory.offload" in draft.values and value:
+        draft.set("memory.offload", "disk", "group_offload_to_disk_path")
+        draft.set("memory.offload_folder", draft.path(str(value)), "group_offload_to_disk_path")
+
+
+def _quantize_via(draft: Draft, value: Any) -> None:
+    if "memory.precision" in draft.values:  # weights that are kept as stored are not quantised
+        draft.set("memory.quantize_via", "cpu" if value == "cpu" else "gpu", "quantize_via")
 
 
 def _compile(draft: Draft, value: Any) -> None:
@@ -179,9 +205,7 @@ CONFIG: tuple[Row, ...] = (
         _precision,
     ),
     Row("base_model_default_dtype", "", "bf16 where the card has it; the plan says why not", quiet=True),
-    Row(
-        "quantize_via", "", "tensor by tensor as they load, so that neither side holds both forms", quiet=True
-    ),
+    Row("quantize_via", "memory.quantize_via", "`cpu`, or `gpu` for the others", _quantize_via),
     Row("mixed_precision", "", "bf16, with float32 where the model needs it", quiet=True),
     Row(
         "lora_type", "adapter.kind", "`standard` is `lora`; `lycoris` is what lycoris_config says", _lora_type
@@ -195,7 +219,9 @@ CONFIG: tuple[Row, ...] = (
     Row("lr_scheduler", "train.decay", "`constant`, `linear`, `cosine`", _scheduler),
     Row("lr_warmup_steps", "train.warmup"),
     Row("lr_end", "", "decay ends at zero", quiet=True),
-    Row("optimizer", "", "AdamW", _optimizer),
+    Row(
+        "optimizer", "memory.optimizer_state", "AdamW; in 8 bits or paged where the name says so", _optimizer
+    ),
     Row("optimizer_config", "", "AdamW's settings are train.betas and train.weight_decay"),
     Row("adam_beta1", "train.betas", "the first of the two", _beta(0)),
     Row("adam_beta2", "train.betas", "the second of the two", _beta(1)),
@@ -218,11 +244,23 @@ CONFIG: tuple[Row, ...] = (
     Row("ideogram_prompt_enhancer_head_id", "", "see ideogram_prompt_upsample", quiet=True),
     Row("gradient_checkpointing", "memory.checkpointing", "true is left to the plan", _checkpointing),
     Row("gradient_checkpointing_interval", "memory.activation_budget", "the plan chooses it", quiet=True),
-    Row("enable_group_offload", "memory.offload", "", _offload),
+    Row(
+        "enable_group_offload", "memory.offload", "`block`; `stream` is faster, in the fused engine", _offload
+    ),
     Row("group_offload_type", "memory.offload", "`block_level` or `leaf_level`", _offload_type),
-    Row("group_offload_blocks_per_group", "", "the plan's affair", quiet=True),
-    Row("group_offload_use_stream", "", "always, also with recomputing", quiet=True),
-    Row("group_offload_to_disk_path", "", "weights are offloaded to host memory"),
+    Row(
+        "group_offload_blocks_per_group",
+        "memory.offload_blocks",
+        "",
+        _with_offload("group_offload_blocks_per_group", "memory.offload_blocks"),
+    ),
+    Row(
+        "group_offload_use_stream",
+        "memory.offload_streams",
+        "also with recomputing",
+        _with_offload("group_offload_use_stream", "memory.offload_streams"),
+    ),
+    Row("group_offload_to_disk_path", "memory.offload, offload_folder", "`disk`", _offload_disk),
     Row("dynamo_backend", "memory.compile", "`inductor` compiles block by block", _compile),
     Row("dynamo_use_regional_compilation", "memory.compile", "always regional", quiet=True),
     Row("dynamo_mode", "", "left alone: CUDA graphs and adapters do not go together"),
@@ -290,7 +328,10 @@ def import_simpletuner(
     """Fills the draft from the two files' data; either may be empty."""
     config = {str(key).lstrip("-"): value for key, value in config.items()}
     # Those that others build on come first, whatever the order of the file.
-    first = ("pretrained_model_name_or_path", "max_train_steps", "lora_type", "enable_group_offload")
+    first = (
+        "pretrained_model_name_or_path", "max_train_steps", "lora_type", "base_model_precision",
+        "enable_group_offload", "group_offload_type",
+    )  # fmt: skip
     ordered = {k: config[k] for k in (*first, *config) if k in config}
     if not config.get("ideogram_validation") and config:
         off = {k for k in ordered if k.startswith("validation") or k == "user_prompt_library"}

@@ -172,6 +172,22 @@ def test_what_is_not_carried_is_named_once_and_what_is_off_is_not(project):
     assert parse_recipe(made.text).tables.validate.prompts == ()
 
 
+def test_memory(project):
+    offload = {
+        "enable_group_offload": True, "group_offload_type": "block_level", "group_offload_use_stream": True,
+        "group_offload_blocks_per_group": 2, "group_offload_to_disk_path": "fast/offload",
+        "base_model_precision": "nf4-bnb", "optimizer": "bnb-adamw8bit", "gradient_checkpointing": False,
+    }  # fmt: skip
+    made = convert(project, {**GUIDE, **offload}, [LOCAL])
+    memory = parse_recipe(made.text).tables.memory
+    assert (memory.offload, memory.offload_blocks, memory.offload_streams) == ("disk", 2, True)
+    assert (memory.offload_folder, memory.precision, memory.quantize_via) == ("fast/offload", "nf4", "cpu")
+    assert (memory.optimizer_state, memory.checkpointing) == ("8bit", "off") and made.warnings == ()
+    off = {**GUIDE, **offload, "enable_group_offload": False, "optimizer": "adamw_bf16"}
+    memory = parse_recipe(convert(project, off, [LOCAL]).text).tables.memory
+    assert (memory.offload, memory.offload_blocks, memory.optimizer_state) == ("auto", 1, "auto")
+
+
 def test_values_that_a_recipe_refuses_are_left_out_and_named(project):
     made = convert(project, {**GUIDE, "lora_rank": 5000, "lr_warmup_steps": 2000, "seed": -1}, [LOCAL])
     tables = parse_recipe(made.text).tables
