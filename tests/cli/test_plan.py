@@ -57,7 +57,7 @@ def test_every_line_fits_80_columns_and_ends_without_blanks(recipe, capsys):
 
 
 def test_a_plan_that_does_not_fit_exits_with_2_and_says_what_would(recipe, capsys):
-    code, out, err = run(capsys, recipe, "--gpu", "8gb")
+    code, out, err = run(capsys, recipe, "--gpu", "4gb")
     assert code == 2
     assert "over by" in out and "What would make it fit, cheapest first" in out and "another card" in out
     assert "IP020" in err
@@ -96,7 +96,7 @@ def test_tables_of_alternatives(recipe, capsys):
         "--gpu",
         "h200",
         "--compare",
-        "rtx-4090,8gb",
+        "rtx-4090,4gb",
         "--batch",
         "1,2",
         "--resolution",
@@ -104,7 +104,7 @@ def test_tables_of_alternatives(recipe, capsys):
     )
     table = out[out.index("batch") :].splitlines()
     assert table[0].split() == ["batch", "1", "2"]
-    assert [line.split("  ")[0] for line in table[1:4]] == ["H200", "RTX 4090", "8 GB card"]
+    assert [line.split("  ")[0] for line in table[1:4]] == ["H200", "RTX 4090", "4 GB card"]
     assert "over by" in table[3]
     assert "resolution" in out
     _, alone, _ = run(capsys, recipe, "--gpu", "h200", "--compare", "rtx-4090")

@@ -1,0 +1,143 @@
+"""Does each card's recipe run within that card's memory, from encoding captions to a sample?
+
+For every recipe in ``recipes/cards``: a plan is made for a real card of that size, then a process whose share
+of the GPU's memory is capped to the card's less 1 GiB carries it out on a base of full size with random
+weights: it encodes captions and pictures, loads the transformer, trains 20 steps, and samples around that.
+Printed are the peak of each stage against what the plan said, and the step time on the GPU at hand (which is
+not that card's).
+
+    python benchmarks/cards.py --base /scratch/base --out cards.json      # 27 GB, made if it is not there
+    python benchmarks/cards.py --base /scratch/base --cards 8gb,12gb      # some of them
+    python benchmarks/cards.py --size nano --base /scratch/nano --steps 2     # a try without a GPU, not capped
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import environment, write_json
+from full_size import make_base
+
+from ideoflow.data.survey import read_dataset, read_prompts
+from ideoflow.model.base import locate_base
+from ideoflow.model.nano import make_nano
+from ideoflow.plan import detect_hardware, make_plan, named_hardware
+from ideoflow.recipe import load_recipe
+from ideoflow.resources import recipes
+from ideoflow.workflow import prepare, run
+
+# The card that each recipe is planned for.
+CARDS = {"8gb": "rtx-4060", "12gb": "rtx-4070", "16gb": "rtx-4080", "24gb": "rtx-4090", "48gb": "l40s",
+         "80gb": "h100"}  # fmt: skip
+GIB = 1 << 30
+
+
+def write_recipe(name: str, args: argparse.Namespace, folder: Path) -> Path:
+    """The shipped recipe with this base, these steps and a short sampling; nothing else is changed."""
+    text = (recipes() / "cards" / f"{name}.toml").read_text(encoding="utf-8")
+    text = re.sub(r'base = ".*"', f'base = "{args.base}"', text)
+    text = text.replace('"../quickstart', f'"{recipes() / "quickstart"}')
+    text = re.sub(r"steps = \d+", f"steps = {args.steps}\ncheckpoint_every = {args.steps}", text)
+    text = text.replace("[validate]\n", "[validate]\nsteps = 4\n")
+    if args.size == "nano":
+        text = re.sub(r'\[memory\](\n[a-z_]+ = "[a-z0-9]+".*)+\n', "", text)
+        text = text.replace("upscale_limit", "resolution = 128\nupscale_limit")
+    file = folder / f"{name}.toml"
+    file.write_text(f'{text}\n[output]\nfolder = "{folder / name}"\n', encoding="utf-8")
+    return file
+
+
+def plan_for(file: Path, card: str | None) -> Path:
+    """Plans for a card (or the machine at hand) and writes the plan beside the recipe."""
+    recipe = load_recipe(file)
+    model = recipe.tables.model
+    base = locate_base(model.base, revision=model.revision, parts=model.parts, relative_to=recipe.folder)
+    dataset, prompts = read_dataset(recipe), read_prompts(recipe)
+    summary = dataset.summary()
+    hardware = named_hardware(card) if card else detect_hardware()
+    plan = make_plan(recipe, base, summary, hardware, prompts=len(prompts))
+    written = file.with_suffix(".plan.json")
+    written.write_text(plan.to_json(), encoding="utf-8")
+    return written
+
+
+def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
+    """Runs a plan in this process, which may take ``cap`` bytes of the GPU."""
+    if torch.cuda.is_available() and cap:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+    prepared, events = prepare(plan_file), []
+    started = time.perf_counter()
+    result = run(prepared, on_event=events.append)
+    stages: dict[str, dict[str, float]] = {}
+    for e in (e for e in events if type(e).__name__ == "StageDone"):
+        stage = stages.setdefault(e.stage, {"seconds": 0.0, "peak_gib": 0.0})
+        stage["seconds"] += e.seconds
+        stage["peak_gib"] = max(stage["peak_gib"], e.peak_bytes / GIB)
+    steps = sorted(e.seconds for e in events if type(e).__name__ == "StepDone")
+    plan = prepared.plan
+    return {
+        "finished": result.finished,
+        "seconds": time.perf_counter() - started,
+        "step_ms": 1e3 * steps[len(steps) // 2],
+        "stages": stages,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else None,
+        "predicted_gib": {p: plan.ledger.peak(p) / GIB for p in ("text", "latents", "train", "sample")},  # type: ignore[arg-type]
+        "decisions": {d.id: d.value for d in plan.decisions},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=["full", "nano"], default="full")
+    parser.add_argument("--base", type=Path, required=True, help="where the base is, or is made")
+    parser.add_argument("--cards", default=",".join(CARDS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out")
+    parser.add_argument("--carry-out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cap", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.carry_out:
+        print(json.dumps(carry_out(args.carry_out, args.cap)))
+        return
+    args.base = args.base.resolve()
+    if not args.base.exists():
+        make_nano(args.base) if args.size == "nano" else make_base(args.base, "fp8", "cuda")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    rows: dict[str, Any] = {}
+    for name in args.cards.split(","):
+        with tempfile.TemporaryDirectory() as scratch:
+            card = CARDS[name] if args.size == "full" else None
+            plan = plan_for(write_recipe(name, args, Path(scratch)), card)
+            cap = (int(name.removesuffix("gb")) - 1) * GIB
+            command = [sys.executable, __file__, "--base", str(args.base), "--carry-out", str(plan)]
+            # A cache of its own, so that every card encodes by itself.
+            env = os.environ | {"IDEOFLOW_CACHE": str(Path(scratch) / "cache")}
+            done = subprocess.run(
+                [*command, "--cap", str(cap)], capture_output=True, text=True, check=False, env=env
+            )
+        if done.returncode:
+            print(f"{name}: failed\n{done.stderr[-1500:]}", flush=True)
+            rows[name] = {"failed": done.stderr[-4000:]}
+            continue
+        row = rows[name] = json.loads(done.stdout.splitlines()[-1])
+        peaks = " ".join(f"{stage} {s['peak_gib']:.1f}" for stage, s in row["stages"].items())
+        print(f"{name}: {row['step_ms']:.0f} ms a step, {row['seconds']:.0f} s; GiB: {peaks}; "
+              f"predicted {row['predicted_gib']}", flush=True)  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_json(args.out, {"environment": environment(device), "size": args.size, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""How long does a base take to load, and how much memory meanwhile? Every form, held in every precision.
+
+A transformer of full size with random weights is written in each published form (bf16; the official FP8;
+ComfyUI's single file; bitsandbytes' NF4), and loaded as it is and in other precisions, each in a process of
+its own: seconds, the host's peak above what the process had before, the GPU's peak above the final size; then
+one training step of the fused engine, to see that it works. The page cache is warm: this measures the loader.
+
+    python benchmarks/loading.py --folder /scratch/loading --out loading.json     # 19 GB at a time
+    python benchmarks/loading.py --size nano --folder /scratch/nano-loading                # a try without a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from common import SIZES, add_adapters, environment, make_layout, random_inputs, write_json
+from diffusers import Ideogram4Transformer2DModel
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from ideoflow.engine.fused import FusedTransformer
+from ideoflow.kernels.float8 import quantize_weight
+from ideoflow.model.load import PRECISIONS, load_transformer
+
+# form -> the precisions that it is loaded in; "cpu" after a colon rounds on the processor
+FORMS = {
+    "bf16": ("bf16", "fp8", "int8", "nf4"),
+    "fp8": ("fp8", "bf16", "int8", "nf4", "fp8:host"),
+    "comfy": ("fp8",),
+    "nf4": ("nf4", "fp8"),
+}
+
+
+def write(form: str, size: str, folder: Path, device: torch.device) -> None:
+    """The transformer's folder, tensor by tensor from the device to the file's buffer."""
+    part = folder / "transformer"
+    part.mkdir(parents=True)
+    with torch.device("meta"):
+        model = Ideogram4Transformer2DModel(**SIZES[size])
+    model.save_config(part)
+    generator = torch.Generator(device).manual_seed(0)
+    state: dict[str, torch.Tensor] = {}
+
+    def random(shape: torch.Size) -> torch.Tensor:
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
+        return torch.randn(shape, device=device, generator=generator, dtype=torch.bfloat16) * scale
+
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for name, shape in shapes.items():
+        if form in ("fp8", "comfy") and (".to_k." in name or ".to_v." in name):
+            continue
+        value = random(shape)
+        if form in ("fp8", "comfy"):
+            if ".to_q." in name:
+                name, value = name.replace("to_q", "qkv"), torch.cat([value, random(shape), random(shape)])
+            name = name.replace("attention.to_out.0", "attention.o")
+        _store(state, form, name, value)
+    if form == "comfy":
+        state = {f"diffusion_model.{name}": value for name, value in state.items()}
+    save_file(state, part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def _store(state: dict[str, torch.Tensor], form: str, name: str, value: torch.Tensor) -> None:
+    linear = value.ndim == 2 and "indicator" not in name
+    if form in ("fp8", "comfy") and linear:
+        values, scale = quantize_weight(value)
+        if form == "comfy":  # one scale for all
+            scale = value.float().abs().max() / 448
+            values = (value.float() / scale).to(torch.float8_e4m3fn)
+        state[name], state[f"{name}_scale"] = values.cpu(), scale.cpu()
+    elif form == "nf4" and linear and name.startswith("layers."):
+        from bitsandbytes.functional import quantize_4bit
+
+        codes, quant = quantize_4bit(value, quant_type="nf4", compress_statistics=True)
+        state[name] = codes.cpu()
+        state |= {f"{name}.{key}": t.cpu() for key, t in quant.as_dict(packed=True).items()}
+    else:
+        state[name] = value.cpu()
+
+
+class HostPeak:
+    """The most that this process held, sampled every 5 ms."""
+
+    def __init__(self) -> None:
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.before = self.peak = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def stop(self) -> float:
+        self.done.set()
+        self.thread.join()
+        return (self.peak - self.before) / 2**30
+
+
+def load(args: argparse.Namespace) -> dict[str, Any]:
+    """One form in one precision, in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, _, via = args.load.partition(":")
+    if precision == "nf4" or "nf4" in str(args.folder):
+        import bitsandbytes  # noqa: F401 - seconds to import, and memory of its own
+    if device.type == "cuda":
+        torch.zeros(1, device=device)
+        torch.cuda.reset_peak_memory_stats()
+    host, started = HostPeak(), time.perf_counter()
+    model = load_transformer(
+        args.folder, precision=precision, device=device, streamed=via == "host",
+        file=next((args.folder / "transformer").glob("*.safetensors")) if args.single else None,
+    )  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    row: dict[str, Any] = {"seconds": time.perf_counter() - started, "host_gib": host.stop()}
+    if device.type == "cuda":
+        final, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        row |= {"final_gib": final / 2**30, "above_final": peak / final - 1}
+    parameters = add_adapters(model, 32, torch.float32)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device)
+    fp8 = precision == "fp8" and device.type == "cuda"
+    fused = FusedTransformer(model, linear="fp8" if fp8 else "bf16", activation_budget=0.0,
+                             attention="flash4" if device.type == "cuda" else "sdpa",
+                             dtype=PRECISIONS[precision])  # fmt: skip
+    if via == "host":
+        fused.stream()
+    layout = make_layout(1, 1024 if args.size == "full" else 128, 320, mixed=False, multiple=64)
+    data = random_inputs(model, layout)
+    for _ in range(2):  # the first one compiles
+        started = time.perf_counter()
+        loss = functional.mse_loss(fused(data["latents"], data["timestep"], data["text"], layout).float(),
+                                   data["target"])  # fmt: skip
+        loss.backward()
+        row["loss"] = float(loss)
+        row["step_ms"] = 1e3 * (time.perf_counter() - started)
+    row["finite"] = all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=["full", "nano"], default="full")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--out")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        print(json.dumps(load(args)))
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: dict[str, Any] = {}
+    titles = ("s", "host +GiB", "GPU GiB", "peak +%", "step ms")
+    print(f"{'form -> precision':24s} " + " ".join(f"{title:>9s}" for title in titles), flush=True)
+    for form in args.forms.split(","):
+        folder = args.folder / form
+        shutil.rmtree(folder, ignore_errors=True)
+        write(form, args.size, folder, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for precision in FORMS[form]:
+            command = [
+                sys.executable,
+                __file__,
+                "--size",
+                args.size,
+                "--folder",
+                str(folder),
+                "--load",
+                precision,
+            ]
+            command += ["--single"] if form == "comfy" else []
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{form} -> {precision} failed:\n{done.stderr[-1500:]}", flush=True)
+                continue
+            row = rows[f"{form} -> {precision}"] = json.loads(done.stdout.splitlines()[-1])
+            figures = (row["seconds"], row["host_gib"], row.get("final_gib", 0.0),
+                       100 * row.get("above_final", 0.0), row["step_ms"])  # fmt: skip
+            print(f"{form + ' -> ' + precision:24s} " + " ".join(f"{x:9.2f}" for x in figures), flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    write_json(args.out, {"environment": environment(device), "size": args.size, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

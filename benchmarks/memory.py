@@ -1,0 +1,155 @@
+"""How much memory and time does each way to hold the model take? One step of the full model, random numbers.
+
+For every precision of the frozen weights: resident; with the blocks' inputs on the host; with AdamW's moments
+there too; and with the weights streamed from pinned host memory besides. Plain diffusers + PEFT (bf16, with
+gradient checkpointing) runs in the same process for comparison. Predictions are the planner's own.
+
+    python benchmarks/memory.py --out memory.json
+    python benchmarks/memory.py --size nano --pixels 128      # a try without a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from typing import Any
+
+import torch
+from common import (
+    TARGETS,
+    add_adapters,
+    environment,
+    make_layout,
+    measure,
+    random_inputs,
+    random_transformer,
+    write_json,
+)
+from torch import nn
+from torch.nn import functional
+
+from ideoflow.engine.fused import FusedTransformer
+from ideoflow.engine.offload import stream_blocks
+from ideoflow.engine.optimizer import Optimizer
+from ideoflow.engine.setup import UnpaddedAttention
+from ideoflow.kernels.float8 import Int8Linear
+from ideoflow.model.four_bit import linear_4bit, packed_pieces
+from ideoflow.model.load import is_streamed
+from ideoflow.recipe import TrainSettings
+
+# name -> (blocks' inputs on the host, moments, weights streamed)
+MODES = {
+    "resident": (False, "float32", False),
+    "inputs on the host": (True, "float32", False),
+    "and moments": (True, "cpu", False),
+    "8-bit moments": (True, "8bit", False),
+    "streamed": (False, "float32", True),
+    "streamed, inputs and moments": (True, "cpu", True),
+}
+
+
+def held(size: str, device: torch.device, precision: str, streamed: bool) -> nn.Module:
+    """A random transformer, its blocks' Linears in a precision; the large ones on the host if streamed."""
+    model = random_transformer(size, device, torch.bfloat16, fp8=precision == "fp8")
+    for name, layer in list(model.named_modules()):
+        if not (name.startswith("layers.") and isinstance(layer, nn.Linear)):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if precision == "int8":
+            layer = Int8Linear.of(layer)
+        elif precision == "nf4":
+            weight = layer.weight.data
+            packed, state = packed_pieces([(slice(0, len(weight)), weight)], weight.shape, device)
+            layer = linear_4bit(layer, packed, state)
+        if streamed and is_streamed(name):
+            layer.weight.data = layer.weight.data.cpu()
+        setattr(model.get_submodule(parent), leaf, layer)
+    return model
+
+
+def fused_step(args: argparse.Namespace, device: torch.device, precision: str, mode: str) -> dict[str, float]:
+    inputs, moments, streamed = MODES[mode]
+    model = held(args.size, device, precision, streamed)
+    parameters = add_adapters(model, args.rank, torch.float32)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device)
+    fp8 = precision == "fp8" and device.type == "cuda"
+    fused = FusedTransformer(
+        model, linear="fp8" if fp8 else "bf16", attention=args.attention, activation_budget=0.0,
+        offload=("input",) if inputs else (),
+    )  # fmt: skip
+    if streamed:
+        fused.stream()
+    return run_steps(args, device, model, parameters, moments, fused)
+
+
+def run_steps(
+    args: argparse.Namespace, device: torch.device, model: Any, parameters: list[nn.Parameter], moments: str,
+    fused: FusedTransformer | None,
+) -> dict[str, float]:  # fmt: skip
+    layout = make_layout(1, args.pixels, args.text, mixed=False, multiple=64 if fused else 1)
+    data = random_inputs(model, layout)
+    optimizer = Optimizer(moments, {str(i): p for i, p in enumerate(parameters)}, TrainSettings())
+    index = layout.tensors(device)
+
+    def step() -> None:
+        if fused:
+            velocity = fused(data["latents"], data["timestep"], data["text"], layout)
+        else:
+            inputs = layout.diffusers_inputs(data["latents"], data["text"])
+            velocity = model(timestep=data["timestep"], return_dict=False, **inputs)[0][0, index.image_index]
+        functional.mse_loss(velocity.float(), data["target"]).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step(1e-4)
+
+    return measure(step, device, warmup=2, repeat=args.repeat)
+
+
+def plain_step(args: argparse.Namespace, device: torch.device, streamed: bool) -> dict[str, float]:
+    """diffusers + PEFT in bf16, checkpointed; or with its blocks streamed."""
+    model = held(args.size, device, "bf16", streamed)
+    model.set_attn_processor(UnpaddedAttention())
+    model.t_embedding.mlp_in.register_forward_pre_hook(lambda layer, x: (x[0].to(layer.weight.dtype),))
+    parameters = add_adapters(model, args.rank, torch.float32, TARGETS)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device)
+    if streamed:
+        stream_blocks(model, device)
+    model.enable_gradient_checkpointing()
+    model.train()
+    return run_steps(args, device, model, parameters, "float32", None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=["full", "nano"], default="full")
+    parser.add_argument("--pixels", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=320)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--precisions", default="fp8,nf4,int8,bf16")
+    parser.add_argument("--attention", help="default: flash4 on a GPU, else sdpa")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.attention = args.attention or ("flash4" if device.type == "cuda" else "sdpa")
+    rows: dict[str, dict[str, float]] = {}
+
+    def record(name: str, run: Any) -> None:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        rows[name] = run()
+        gib = f"{rows[name]['allocated_gib']:6.2f} GiB" if "allocated_gib" in rows[name] else ""
+        print(f"{name:50s} {rows[name]['ms']:8.0f} ms {gib}", flush=True)
+
+    record("diffusers + PEFT, bf16", lambda: plain_step(args, device, False))
+    record("diffusers + PEFT, bf16, streamed", lambda: plain_step(args, device, True))
+    for precision in args.precisions.split(","):
+        for mode in MODES:
+            record(f"{precision}, {mode}", lambda p=precision, m=mode: fused_step(args, device, p, m))
+    write_json(args.out, {"environment": environment(device), "arguments": vars(args), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
