@@ -81,6 +81,7 @@ class Sampler:
 
     def sample(self, texts: list[Tensor]) -> list[Image.Image]:
         """One picture for each caption's text features (text tokens, hidden)."""
+        self.model.release()
         training = self.model.transformer.training
         self.model.transformer.eval()
         if self.unconditional is not None:

@@ -19,6 +19,7 @@ from ideoflow.diagnostics.codes.engine import NO_DEVICE, NO_SCRATCH
 from ideoflow.engine.adapt import add_adapter
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.attention import Kernel
+from ideoflow.engine.fused.graphs import GraphedSteps
 from ideoflow.engine.offload import offload_groups, stream_blocks
 from ideoflow.engine.step import (
     TrainingSample,
@@ -27,6 +28,7 @@ from ideoflow.engine.step import (
     predict_packed,
     predict_velocity,
 )
+from ideoflow.kernels.budget import AWAY, ROUNDING
 from ideoflow.model.load import PRECISIONS, load_transformer
 from ideoflow.plan.document import Plan
 from ideoflow.resources import user_cache
@@ -81,12 +83,14 @@ class Trainable:
         parameters: the trained tensors by name, float32.
         predict: velocity of one sample, as :func:`ideoflow.engine.step.predict_velocity` gives it.
         gradients: adds a batch's gradients, as :func:`ideoflow.engine.step.accumulate` does.
+        release: gives back memory that only training needs; training may go on afterwards.
     """
 
     transformer: Ideogram4Transformer2DModel
     parameters: dict[str, nn.Parameter]
     predict: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
     gradients: Callable[[list[TrainingSample], int], Tensor]
+    release: Callable[[], None] = lambda: None
 
 
 def build(plan: Plan) -> Trainable:
@@ -110,13 +114,19 @@ def build(plan: Plan) -> Trainable:
             linear=str(plan.value("matmul")),
             attention=cast(Kernel, plan.value("attention")),
             activation_budget=float(plan.value("activation_budget")),
-            offload=("input",) if plan.value("activation_offload") == "inputs" else (),
+            offload=AWAY[str(plan.value("activation_offload"))],
+            rounded=plan.value("activation_offload") in ROUNDING,
             dtype=plan_dtype(plan),
         )
         if offload == "stream":
             fused.stream()
+        graphs = GraphedSteps(fused, list(parameters.values())) if plan.value("graphs") == "on" else None
         return Trainable(
-            transformer, parameters, partial(predict_packed, fused), partial(accumulate_packed, fused)
+            transformer,
+            parameters,
+            partial(predict_packed, fused),
+            partial(accumulate_packed, fused, graphs=graphs),
+            graphs.release if graphs else lambda: None,
         )
     if offload == "stream":
         stream_blocks(transformer, device)

@@ -20,6 +20,15 @@ Group = Literal["attention", "ffn_output", "attention_output", "qkv", "gate_up",
 ROUNDED_GROUPS = ("ffn_output", "attention_output", "gate_up")
 # Groups that may wait on the host; "input" is the block's own. Operands in FP8 are cheaper to recompute.
 HOST_GROUPS = ("input", "attention", "ffn_output", "attention_output", "qkv", "gate_up")
+# What each setting of memory.activation_offload sends there, of every block. Where the link to the host would
+# be too slow for exact values, they are rounded.
+AWAY: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "inputs": ("input",),
+    "outputs": ("input", "attention", "ffn_output", "attention_output"),
+    "gate_up": ("input", "gate_up"),
+}
+ROUNDING = ("outputs", "gate_up")
 
 
 def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8: bool,

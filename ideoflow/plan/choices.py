@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
+from ideoflow.kernels.budget import ROUNDING
 from ideoflow.plan.document import Hardware
 from ideoflow.plan.sizes import Choice
 from ideoflow.recipe import RecipeTables
@@ -21,13 +22,14 @@ DOMAINS: dict[str, tuple[str | float, ...]] = {
     "unconditional": ("loaded", "proxy"),
     "optimizer_state": ("float32", "cpu", "8bit", "paged"),
     "offload": ("none", "stream", "block", "leaf", "disk"),
-    "activation_offload": ("none", "inputs"),
+    "activation_offload": ("none", "inputs", "outputs", "gate_up"),
+    "graphs": ("off", "on"),
 }
 # What is weighed where the recipe leaves it open; the other values are slower than these for the same memory.
 _OPEN = {
     "optimizer_state": ("float32", "cpu", "8bit"),
     "offload": ("none", "stream"),
-    "activation_offload": ("none", "inputs"),
+    "activation_offload": ("none", "inputs", "outputs", "gate_up"),
 }
 # Budgets that are weighed together with what saves memory at the price of time.
 _LEAN_BUDGETS = (0.0, 0.1, 0.2, 0.3)
@@ -43,6 +45,7 @@ SETTINGS = (
     "optimizer_state",
     "offload",
     "activation_offload",
+    "graphs",
 )
 _FP8_UNITS = (8, 9)
 # cuDNN's backward pass for heads of 256 exists for Hopper only (NVIDIA cuDNN, Attention, support matrix).
@@ -117,6 +120,8 @@ def combinations(
     budgets = {*BUDGETS, *(float(v) for k, v in fixed.items() if k == "activation_budget")}
     # On a processor, host memory is the device's own.
     open_to = {name: values if device == "cuda" else values[:1] for name, values in _OPEN.items()}
+    if not has_fp8_units(hardware):
+        open_to["activation_offload"] = open_to["activation_offload"][:2]
     unusual = {name: tuple(dict.fromkeys((*values, str(fixed.get(name, values[0])))))
                for name, values in open_to.items()}  # fmt: skip
     if not no_fused_engine(hardware, device, targets, kind):
@@ -126,6 +131,9 @@ def combinations(
         for (precision, matmul), budget in product(pairs, sorted(budgets)):
             plain = Choice(device, "fused", precision, matmul, budget, "off", "loaded")
             yield from _lean(plain, unusual, fixed)
+            if attention_kernel(hardware, "fused")[0] == "flash4":
+                for state in unusual["optimizer_state"]:
+                    yield replace(plain, optimizer_state=state, graphs="on")
     # torch.compile makes its GPU kernels with Triton too.
     compiled = hardware.kind == "cuda" and device == "cuda" and "triton" in hardware.packages
     for precision, budget, compile in product(
@@ -174,6 +182,15 @@ def _impossible(choice: Choice) -> Iterator[tuple[str, str, str]]:
                 "offload",
                 f"offload = '{offload}' moves weights from a hook, which breaks up a compiled block",
                 "set compile = 'off', or offload = 'none'",
+            )
+    if choice.graphs == "on":
+        waits = [s for s in ("offload", "activation_offload") if getattr(choice, s) != "none"]
+        if not fused or waits:
+            what = f"{waits[0]} = '{getattr(choice, waits[0])}'" if waits else "the reference engine"
+            yield (
+                "graphs",
+                f"graphs = 'on' records the fused engine's steps as they are on the device, without {what}",
+                "set graphs = 'auto' or 'off'",
             )
     if not fused and choice.activation_offload != "none":
         yield (
@@ -255,11 +272,24 @@ def _contradictions(
             or m.compile == "regional"
             or no_fused_engine(hardware, device, targets, tables.adapter.kind)
         )
-        engine = "fused" if m.activation_offload == "inputs" or not grouped else "reference"
+        waiting = m.activation_offload in ("inputs", *ROUNDING) or m.graphs == "on"
+        engine = "fused" if waiting or not grouped else "reference"
     budget = float(fixed.get("activation_budget", 0.0))
-    text = {name: str(fixed.get(name, DOMAINS[name][0])) for name in _OPEN}
+    text = {name: str(fixed.get(name, DOMAINS[name][0])) for name in (*_OPEN, "graphs")}
     compile = str(fixed.get("compile", "off"))
     yield from _impossible(Choice(device, engine, "bf16", "bf16", budget, compile, "proxy", **text))
+    if m.activation_offload in ROUNDING and device == "cuda" and not has_fp8_units(hardware):
+        yield (
+            "activation_offload",
+            f"activation_offload = '{m.activation_offload}' rounds to e4m3, which {hardware.name} has not",
+            "set activation_offload = 'inputs'",
+        )
+    if m.graphs == "on" and engine == "fused" and attention_kernel(hardware, "fused")[0] != "flash4":
+        yield (
+            "graphs",
+            "graphs = 'on' needs attention that takes lengths as data, from flash-attn-4",
+            "set graphs = 'auto' or 'off'",
+        )
     if m.quantize_via == "gpu" and device == "cpu":
         yield "quantize_via", "quantize_via = 'gpu', and there is none", "set quantize_via = 'auto' or 'cpu'"
     grouping = {

@@ -148,6 +148,7 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
         "optimizer_state",
         "offload",
         "activation_offload",
+        "graphs",
     )
     return (
         _device(problem),
@@ -302,6 +303,8 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
             return "needs-memory", "compiled blocks do not fit"
     if name in ("optimizer_state", "offload", "activation_offload"):
         return _waiting_reason(name, str(value))
+    if name == "graphs" and rejected.get("on") == "unsupported":
+        return "unsupported", "needs the fused engine and flash-attn-4"
     if name == "unconditional" and not problem.prompts:
         return "no-prompts", "no validate.prompts, nothing is sampled"
     if name == "unconditional" and value == "proxy" and not problem.base.has_unconditional:
@@ -311,6 +314,8 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
         ("matmul", "fp8"): ("fastest-that-fits", "this card has FP8 units"),
         ("compile", "regional"): ("fastest-that-fits", "compiling is repaid by faster steps"),
         ("compile", "off"): ("not-repaid", "compiling would take longer than it saves"),
+        ("graphs", "on"): ("fastest-that-fits", "the GPU would wait for the host's launches"),
+        ("graphs", "off"): ("not-repaid", "the GPU is busy for longer than launching takes"),
         ("unconditional", "loaded"): ("exact", "samples get true asymmetric guidance"),
         ("unconditional", "proxy"): ("needs-memory", "no room for the second transformer"),
     }
@@ -324,6 +329,8 @@ def _waiting_reason(name: str, value: str) -> tuple[str, str]:
         "8bit": ("needs-memory", "AdamW's moments in a quarter of their size"),
         "stream": ("needs-memory", "the blocks' weights wait on the host, fetched ahead of both passes"),
         "inputs": ("needs-memory", "the blocks' inputs wait on the host for the backward pass"),
+        "outputs": ("needs-memory", "inputs and products of the blocks wait on the host, rounded to e4m3"),
+        "gate_up": ("needs-memory", "inputs and gate and up wait on the host, rounded to e4m3"),
         "none": (
             "fastest-that-fits",
             "the weights stay on the device" if name == "offload" else "what is kept stays on the device",

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ideoflow.kernels.budget import Group, choose_kept
+from ideoflow.kernels.budget import AWAY, ROUNDED_GROUPS, ROUNDING, Group, choose_kept
 from ideoflow.kernels.budget import group_bytes as budget_groups
 from ideoflow.model.spec import TransformerSpec
 from ideoflow.plan.sizes import QUANTISED, targets_by_block
@@ -75,9 +75,31 @@ def products(spec: TransformerSpec, adapted: frozenset[str], rank: int, fp8: boo
     return found
 
 
-def group_bytes(spec: TransformerSpec, tokens: int, element: int, fp8: bool) -> dict[Group, int]:
-    """What the budget counts a block's groups as, in the order in which they are kept."""
-    return budget_groups(tokens, spec.hidden, spec.intermediate_size, element, fp8)
+def group_bytes(
+    spec: TransformerSpec, tokens: int, element: int, fp8: bool, offload: str = "none"
+) -> dict[Group, int]:
+    """What the budget counts a block's groups as, in the order in which they are kept.
+
+    ``offload`` is the plan's activation_offload: what it sends to the host is not counted.
+    """
+    rounded, away = offload in ROUNDING, AWAY[offload]
+    sizes = budget_groups(tokens, spec.hidden, spec.intermediate_size, element, fp8, rounded)
+    return {group: size for group, size in sizes.items() if group not in away}
+
+
+def _rounded_bytes(spec: TransformerSpec) -> dict[str, int]:
+    """Bytes a token of the values that may be kept as e4m3, with a scale a row."""
+    widths = {"ffn": spec.hidden, "projected": spec.hidden, "gate_up": 2 * spec.intermediate_size}
+    return {name: widths[name] + 4 for group in ROUNDED_GROUPS for name in GROUPS[group]}
+
+
+def away_bytes(spec: TransformerSpec, element: int, offload: str) -> int:
+    """Bytes a token of each block that wait on the host."""
+    value = value_bytes(spec, element, False) | {"input": element * spec.hidden}
+    if offload in ROUNDING:
+        value |= _rounded_bytes(spec)
+    names = [name for group in AWAY[offload] for name in GROUPS.get(group, ("input",))]
+    return sum(value[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -128,13 +150,23 @@ def value_bytes(spec: TransformerSpec, element: int, fp8: bool) -> dict[str, int
 
 @lru_cache(maxsize=4096)
 def block_bytes(
-    spec: TransformerSpec, adapted: frozenset[str], rank: int, element: int, fp8: bool, kept: frozenset[str]
+    spec: TransformerSpec,
+    adapted: frozenset[str],
+    rank: int,
+    element: int,
+    fp8: bool,
+    kept: frozenset[str],
+    rounded: bool = False,
 ) -> BlockBytes:
-    """Walks through a block's two passes, in the order of the engine's code."""
+    """Walks through a block's two passes, in the order of the engine's code.
+
+    ``rounded``: values of :data:`ROUNDED_GROUPS` wait as e4m3.
+    """
     e, h, f = element, spec.hidden, spec.intermediate_size
     value, product = value_bytes(spec, element, fp8), products(spec, adapted, rank, fp8)
     keeps = {name for group in kept for name in GROUPS[group]}
     thin = {f"z_{name}": e * p.parts * p.rank for name, p in product.items()}
+    small = _rounded_bytes(spec) if rounded else {}
 
     def operand(width: int) -> int:
         return width + 4 if fp8 else e * width
@@ -157,15 +189,21 @@ def block_bytes(
         if z := _THIN.get(name):
             alive.hold(pieces=2 * thin[z] if fp8 else 0, **{z: thin[z]})
             alive.drop("pieces")
-        alive.drop(*(x for x in dropped.get(name, ()) if x not in keeps))
+        for x in dropped.get(name, ()):
+            _leave(alive, x, keeps, small)
     alive.hold(out=e * h)
     forward = alive.most
-    alive.drop("out", *(x for x in ("middle", "ffn") if x not in keeps))
+    for x in ("middle", "ffn"):
+        _leave(alive, x, keeps, small)
+    alive.drop("out")
 
     total = sum(alive.sizes.values())
     alive = _Alive(**alive.sizes)
 
     def need(name: str) -> None:
+        if name in small and name in alive.sizes:
+            alive.hold(rounded=alive.sizes.pop(name), **{name: value[name]})
+            alive.drop("rounded")
         if name not in alive.sizes:
             before = _CHAIN.index(name)
             if before:
@@ -208,6 +246,16 @@ def block_bytes(
     return BlockBytes(total, forward, alive.most)
 
 
+def _leave(alive: _Alive, name: str, keeps: set[str], small: Mapping[str, int]) -> None:
+    """A value that nothing ahead reads: it goes, or waits, perhaps in its smaller form."""
+    if name not in keeps:
+        alive.drop(name)
+    elif name in small and name in alive.sizes:
+        alive.hold(rounded=small[name])
+        alive.drop("rounded")
+        alive.sizes[name] = small[name]
+
+
 @dataclass(frozen=True)
 class Peak:
     """Bytes at the peak of a pass: kept by the blocks before the one at work, alive in it, and gradients."""
@@ -231,24 +279,25 @@ def peak(
     *,
     fp8: bool,
     first_pass: bool = True,
-    inputs_away: bool = False,
+    offload: str = "none",
 ) -> Peak:
     """The most that a forward and backward pass over ``tokens`` packed tokens holds.
 
-    ``first_pass``: the adapter has no gradients yet; they come as the blocks' values go. ``inputs_away``: the
-    blocks' inputs wait on the host, but for those of two blocks that are on their way.
+    ``first_pass``: the adapter has no gradients yet; they come as the blocks' values go. ``offload``: what
+    waits on the host, but for that of two blocks, which is on its way.
     """
     blocks, sizes = targets_by_block(targets), spec.block_linears()
-    kept = choose_kept(budget, spec.num_layers, group_bytes(spec, tokens, element, fp8))
+    kept = choose_kept(budget, spec.num_layers, group_bytes(spec, tokens, element, fp8, offload))
+    elsewhere, rounded = frozenset(AWAY[offload]) - {"input"}, offload in ROUNDING
     first = min(blocks, default=spec.num_layers)
     held = [
-        block_bytes(spec, blocks.get(i, frozenset()), rank, element, fp8, kept[i])
+        block_bytes(spec, blocks.get(i, frozenset()), rank, element, fp8, kept[i] | elsewhere, rounded)
         for i in range(first, spec.num_layers)
     ]
     own = [
         4 * rank * sum(sum(sizes[name]) for name in blocks.get(i, ())) for i in range(first, spec.num_layers)
     ]
-    away = element * spec.hidden if inputs_away else 0
+    away = away_bytes(spec, element, offload)
     held = [replace(block, kept=block.kept - away) for block in held]
     moments = _moments(held, own, tokens, first_pass, 2 * away)
     return max(moments, key=lambda p: p.total, default=Peak(0, 0, 0))

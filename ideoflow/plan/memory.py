@@ -347,20 +347,21 @@ def _train_fused(
     e, budget, tokens = choice.element, choice.activation_budget, batch * shapes.tokens
     adapter, fp8 = size.parameters, choice.matmul == "fp8"
     gradients = adapter * ADAPTER_BYTES
-    away = choice.activation_offload != "none"
-    p = fused.peak(
-        spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=accumulation == 1, inputs_away=away
-    )
+    away, graphs = choice.activation_offload, choice.graphs == "on"
+    # Graphs add into gradients that are always there.
+    first = accumulation == 1 and not graphs
+    p = fused.peak(spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=first, offload=away)
     _adapter(add, "train", adapter, choice)
     options = {"precision": choice.precision, "fp8": fp8}
     copies = fused.copies_bytes(spec, targets, rank, e, **options)
     add("train", "working copies", copies, "the adapter as products read it, scales of rows")
     scratch = fused.scratch_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
     add("train", "work buffer", scratch, f"one weight, {'transposed' if fp8 else 'dequantised'}")
-    among = "of all passes" if accumulation > 1 else "at the peak, of what comes while activations go"
+    among = "at the peak, of what comes while activations go" if first else "of all passes"
+    among = "where graphs add to them" if graphs else among
     add("train", "gradients", p.gradients, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
     where = f"{tokens} tokens in {batch} sample{'s' if batch > 1 else ''}"
-    waits = ", inputs on the host" if away else ""
+    waits = f", {away} on the host" if away != "none" else ""
     words = f"activation budget {budget:g}{waits}; {where}"
     add("train", "saved activations", p.saved, words, transient=True)
     add("train", "block at work", p.work, "one block's values and their gradients", transient=True)

@@ -41,6 +41,7 @@ def planned_choice(plan: Plan) -> Choice:
             "optimizer_state",
             "offload",
             "activation_offload",
+            "graphs",
         )
     }
     return Choice(activation_budget=float(plan.value("activation_budget")), **text)

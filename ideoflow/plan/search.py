@@ -18,6 +18,7 @@ from ideoflow.plan.adapters import AdaptedModule, AdapterSize, adapted_modules, 
 from ideoflow.plan.calibration import Calibration, Factors
 from ideoflow.plan.choices import combinations, fixed_decisions
 from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, TimeEstimate
+from ideoflow.plan.fused import away_bytes
 from ideoflow.plan.memory import build_ledger
 from ideoflow.plan.sizes import Choice, Shapes, streamed_bytes, weight_bytes
 from ideoflow.plan.timing import (
@@ -137,9 +138,8 @@ class Problem:
             waiting += streamed_bytes(spec, choice.precision)
         if choice.optimizer_state in ("cpu", "paged"):
             waiting += 8 * self.adapter.parameters
-        if choice.activation_offload != "none":
-            tokens = self.tables.train.batch * self.shapes.tokens
-            waiting += tokens * spec.hidden * choice.element * spec.num_layers
+        tokens = self.tables.train.batch * self.shapes.tokens
+        waiting += tokens * away_bytes(spec, choice.element, choice.activation_offload) * spec.num_layers
         return self.base.vae.parameters() * choice.element + waiting
 
     def factors(self, choice: Choice) -> Factors:

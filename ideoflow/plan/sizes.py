@@ -27,7 +27,9 @@ class Choice:
         optimizer_state: where and how AdamW's moments are: ``float32``, ``cpu``, ``8bit`` or ``paged``.
         offload: how the blocks' weights come to the device: ``none`` (they are there), ``stream``, or by
             diffusers' group offloading ``block``, ``leaf``, ``disk``.
-        activation_offload: whether the blocks' ``inputs`` wait on the host or ``none``.
+        activation_offload: what of the blocks waits on the host for the backward pass: ``none``, the
+            ``inputs``, or with them the ``outputs`` of attention and products, or ``gate_up``.
+        graphs: whether steps are recorded as CUDA graphs, ``on`` or ``off``.
     """
 
     device: str
@@ -40,6 +42,7 @@ class Choice:
     optimizer_state: str = "float32"
     offload: str = "none"
     activation_offload: str = "none"
+    graphs: str = "off"
 
     @property
     def lean(self) -> bool:
@@ -65,7 +68,8 @@ class Choice:
         """The code that a step goes through, as measurements are kept by it."""
         words = [f"fused {self.matmul}" if self.engine == "fused" else self.engine]
         words += [self.offload] if self.offload != "none" else []
-        words += ["inputs"] if self.activation_offload != "none" else []
+        words += [self.activation_offload] if self.activation_offload != "none" else []
+        words += ["graphs"] if self.graphs == "on" else []
         return " ".join(words)
 
 

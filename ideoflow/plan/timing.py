@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ideoflow.kernels.budget import choose_kept
+from ideoflow.kernels.budget import AWAY, ROUNDING, choose_kept
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TransformerSpec, VaeSpec
 from ideoflow.plan import fused
 from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.calibration import Shares
+from ideoflow.plan.choices import attention_kernel
 from ideoflow.plan.document import Hardware, Rates, TimePart
 from ideoflow.plan.sizes import (
     ADAPTER_BYTES,
@@ -42,6 +43,9 @@ _UNKNOWN = {"cuda": Rates(70, 35, 900, 20, 140), "cpu": Rates(0.4, 0.4, 40, 40)}
 # torch.compile on a repeated block, both passes, on a usual processor; and the fused engine's kernels
 # with its attention's plans.
 _COMPILE_SECONDS, _KERNEL_SECONDS = 40.0, 15.0
+# Milliseconds a block in which the fused engine's kernels of both passes follow one another: an H200 took 12
+# for 34 blocks, whatever the number of tokens.
+_BLOCK_GAPS_MS = 0.35
 # Bytes a second from a disk: a usual NVMe drive's, well below its data sheet's.
 _DISK = 2e9
 SAMPLING_STEPS = {"quality": 48, "default": 20, "turbo": 12}
@@ -113,6 +117,8 @@ class Speed:
         fp8 = 1e12 * (rates.fp8_tflops or rates.bf16_tflops)
         # PyTorch's own attention goes through cuDNN from Hopper on.
         kind = "cudnn" if (hardware.compute_capability or (0, 0)) >= (9, 0) else "sdpa"
+        if attention_kernel(hardware, "fused")[0] == "flash4":
+            kind = "flash4"
         return cls(
             fp8 * share["matmul_fp8"] if choice.matmul == "fp8" else bf16 * share["matmul_bf16"],
             bf16 * share["adapter"],
@@ -200,8 +206,12 @@ def _waiting_parts(
     e = choice.element
     # The reference engine passes over the weights for each sample by itself.
     passes = load.passes if choice.engine == "fused" else load.samples
-    forward = sum(part.ms for part in parts) / passes / (4e3 if choice.checkpointing == "on" else 3e3)
-    backward = forward * (3 if choice.checkpointing == "on" else 2)
+    # Forward, twice that backward, and what is computed again: all of a forward pass, or with the larger
+    # values on the host about half of one.
+    again = {"on": 1.0, "off": 0.0}[choice.checkpointing]
+    again *= 0.5 if choice.activation_offload in ROUNDING else 1.0
+    forward = sum(part.ms for part in parts) / passes / (3e3 + 1e3 * again)
+    backward = forward * (2 + again)
     away = streamed_bytes(spec, choice.precision)
     fetched = {"none": 0.0, "stream": away * (1 - SLOTS / spec.num_layers)}.get(choice.offload, float(away))
     link = speed.host if choice.offload != "disk" else min(speed.host, _DISK)
@@ -214,7 +224,8 @@ def _waiting_parts(
         inputs = 0.0
         if choice.activation_offload != "none":
             tokens = sum((image + text) * share for image, text, share in load.lengths)
-            inputs = tokens * load.samples / passes * e * spec.hidden * spec.num_layers / speed.host
+            waits = fused.away_bytes(spec, e, choice.activation_offload)
+            inputs = tokens * load.samples / passes * waits * spec.num_layers / speed.host
         wait = max(0.0, max(weights, inputs) - forward) + max(0.0, weights + inputs - backward)
         moved = 2 * (fetched + inputs * speed.host)
         if wait:
@@ -301,7 +312,9 @@ def _fused_parts(
     live = 1 - first / layers
     tokens = sum((image + text) * share for image, text, share in load.lengths)
     squares = sum((image + text) ** 2 * share for image, text, share in load.lengths)
-    kept = choose_kept(choice.activation_budget, layers, fused.group_bytes(spec, int(tokens), e, fp8))[first:]
+    away = choice.activation_offload
+    counted = fused.group_bytes(spec, int(tokens), e, fp8, away)
+    kept = [g | frozenset(AWAY[away]) for g in choose_kept(choice.activation_budget, layers, counted)[first:]]
 
     def again(group: str) -> float:
         """Share of all blocks that compute a group a second time."""
@@ -324,6 +337,9 @@ def _fused_parts(
     back += o * (8 * h + 3 * f) + 2 * e * (3 * h + f) if adapter else 0
     elementwise = again("elementwise") * (there - ends) + share_again * ends
     moved = tokens * layers * (there + back * live + elementwise)
+    if away in ROUNDING:  # once to e4m3 and once back
+        widths_of = {"ffn_output": h, "attention_output": h, "gate_up": 2 * f}
+        moved += 2 * (e + 1) * tokens * layers * sum(w * (live - again(g)) for g, w in widths_of.items())
     # In every pass each weight is transposed for the backward product, or dequantised for every product.
     weights = 0.0
     if choice.precision in QUANTISED:
@@ -344,10 +360,18 @@ def _fused_parts(
             load.passes * weights / speed.memory,
             f"{weights / 1e9:.0f} GB moved a pass",
         ),
-        ("launch", load.passes * layers * speed.block_seconds, "kernels of each block"),
         ("transfer", load.samples * sent / speed.host, f"{sent / 1e6:.0f} MB a sample"),
+        ("gaps", load.passes * layers * 1e-3 * _BLOCK_GAPS_MS * live, "between the kernels of each block"),
     )
-    parts = [TimePart(name, round(1e3 * seconds, 3), evidence) for name, seconds, evidence in rows if seconds]
+    # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
+    launching = load.passes * layers * speed.block_seconds * (1 + live + share_again) / 2
+    waiting = max(0.0, launching - sum(seconds for _, seconds, _ in rows)) if choice.graphs == "off" else 0.0
+    words = f"{1e3 * launching:.0f} ms of the host, of which the device waits for the rest"
+    parts = [
+        TimePart(name, round(1e3 * seconds, 3), evidence)
+        for name, seconds, evidence in (*rows, ("launch", waiting, words))
+        if seconds
+    ]
     return (*parts, _optimizer_part(size.parameters, speed))
 
 

@@ -88,8 +88,8 @@ def test_free_memory_of_a_4090_leaves_what_torch_sees_less_a_desktop():
 def test_link_speed_against_the_raw_rates_of_the_standard():
     # Raw, one way, x16: 15.75, 31.5 and 63 GB/s for generations 3, 4 and 5.
     for generation, raw in ((3, 15.75), (4, 31.5), (5, 63.0)):
-        assert link_gbps(generation, 16) == pytest.approx(0.8 * raw, rel=0.01)
-        assert link_gbps(generation, 8) == pytest.approx(0.4 * raw, rel=0.01)
+        assert link_gbps(generation, 16) == pytest.approx(0.875 * raw, rel=0.01)
+        assert link_gbps(generation, 8) == pytest.approx(0.4375 * raw, rel=0.01)
 
 
 def test_an_unknown_name_is_none():

@@ -2,7 +2,11 @@
 
 import pytest
 
+from ideoflow.diagnostics import IdeoflowError
+from ideoflow.plan.record import NOT_ALLOCATED
+
 GIB = 1 << 30
+LONG = "[train]\nsteps = 2000\n"
 
 
 def memory(text):
@@ -38,6 +42,8 @@ def test_what_costs_only_time_comes_before_what_costs_exactness(plan_for):
 def test_each_way_to_save_memory_does(precision, plan_for):
     def peak(extra=""):
         asked = f'precision = "{precision}"\nengine = "fused"\nmatmul = "bf16"\nactivation_budget = 0\n'
+        if "activation_offload" not in extra:
+            asked += 'activation_offload = "none"\n'
         plan = plan_for("full", "h200", memory(asked + extra))
         return plan.ledger.peak("train") / GIB, plan.time.step_ms
 
@@ -68,3 +74,43 @@ def test_the_reference_engine_offloads_by_groups(offload, plan_for):
     if offload != "stream":
         serial = plan_for("fp8", "rtx-4060", memory(asked + "offload_streams = false\n"))
         assert serial.time.step_ms > plan.time.step_ms
+
+
+# What an H200 held at most, in GiB (torch.cuda.max_memory_allocated), with FP8 products at batch 1, 1024 x
+# 1024, 320 text tokens, rank 32.
+@pytest.mark.parametrize(
+    ("offload", "budget", "gib"),
+    [("none", 0, 12.1), ("inputs", 0, 11.18), ("outputs", 0, 11.06), ("gate_up", 0.18, 12.71)],
+)
+def test_what_waits_on_the_host_as_measured(offload, budget, gib, plan_for):
+    asked = f'activation_offload = "{offload}"\nactivation_budget = {budget}\ngraphs = "off"\n'
+    plan = plan_for("fp8", "h200", memory(asked + 'offload = "none"\noptimizer_state = "float32"\n'))
+    lines = [x.bytes for x in plan.ledger.of("train") if x.name not in NOT_ALLOCATED]
+    assert sum(lines) / GIB == pytest.approx(gib, rel=0.02)
+
+
+def test_graphs_are_for_steps_that_wait_for_the_host(plan_for):
+    small, large = (plan_for("fp8", "h200", LONG, resolution) for resolution in (512, 1024))
+    assert [p.value("graphs") for p in (small, large)] == ["on", "off"]
+    assert small.decision("graphs").rejected[0].delta_ms > 30
+    off = plan_for("fp8", "h200", LONG + memory('graphs = "off"'), 512)
+    assert [any(part.name == "launch" for part in p.time.parts) for p in (small, off)] == [False, True]
+    missing = plan_for("fp8", "h100, no flash-attn-4", LONG, 512)
+    assert missing.decision("graphs").reason_code == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "words"),
+    [
+        ("h100, no flash-attn-4", 'graphs = "on"', "flash-attn-4"),
+        ("rtx-4090", 'graphs = "on"', "flash-attn-4"),
+        ("h100", 'graphs = "on"\nengine = "reference"', "reference engine"),
+        ("h100", 'graphs = "on"\nactivation_offload = "inputs"', "activation_offload"),
+        ("rtx-3090", 'activation_offload = "outputs"', "e4m3"),
+    ],
+)
+def test_what_graphs_and_rounding_need_is_told(machine, asked, words, plan_for):
+    with pytest.raises(IdeoflowError) as caught:
+        plan_for("fp8", machine, LONG + memory(asked))
+    (told,) = caught.value.diagnostics
+    assert told.code.id == "IP016" and words in told.message + told.cure

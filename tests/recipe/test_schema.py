@@ -119,6 +119,7 @@ VALUES = {
     "memory.offload_streams": ("false\nmemory.offload = 'block'", "'no'"),
     "memory.offload_folder": ("'x'\nmemory.offload = 'disk'", "1"),
     "memory.activation_offload": ("'inputs'", "'all'"),
+    "memory.graphs": ("'on'", "true"),
     "validate.prompts": ("['a']", "'a'"),
     "validate.every": ("1\nvalidate.prompts = ['a']", "0"),
     "validate.preset": ("'turbo'\nvalidate.prompts = ['a']", "'fast'"),
