@@ -183,9 +183,9 @@ def alternatives(problem: Problem, best: Evaluation, decision: str) -> dict[str 
     groups: dict[str | float, list[Choice]] = {}
     for choice in candidates(problem, decision):
         groups.setdefault(getattr(choice, decision), []).append(choice)
+    allowed = set(groups)
     for choice in problem.combinations:
-        value = getattr(choice, decision)
-        if value not in groups or choice in groups[value]:
+        if (value := getattr(choice, decision)) not in allowed:
             groups.setdefault(value, []).append(choice)
     groups.pop(getattr(best.choice, decision), None)
     found = {}
