@@ -8,7 +8,7 @@ not that card's).
 
     python benchmarks/cards.py --base /scratch/base --out cards.json      # 27 GB, made if it is not there
     python benchmarks/cards.py --base /scratch/base --cards 8gb,12gb      # some of them
-    python benchmarks/cards.py --size nano --base /scratch/nano --steps 2     # a try without a GPU, not capped
+    python benchmarks/cards.py --size nano --base /scratch/nano --steps 2   # a try without a GPU, not capped
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ its own: seconds, the host's peak above what the process had before, the GPU's p
 one training step of the fused engine, to see that it works. The page cache is warm: this measures the loader.
 
     python benchmarks/loading.py --folder /scratch/loading --out loading.json     # 19 GB at a time
-    python benchmarks/loading.py --size nano --folder /scratch/nano-loading                # a try without a GPU
+    python benchmarks/loading.py --size nano --folder /scratch/nano-loading      # a try without a GPU
 """
 
 from __future__ import annotations
