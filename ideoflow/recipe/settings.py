@@ -72,6 +72,25 @@ class ModelSettings:
     revision: str | None = setting(None, doc="Commit, tag or branch of a hub id; pin it for exact re-runs.")
 
 
+# The same for data loaders.
+CAPTION_ELSEWHERE = {
+    **dict.fromkeys(("textfile", "txt"), ("is how other trainers say it", "write 'sidecar'")),
+    **dict.fromkeys(("instanceprompt", "prompt"), ("is how other trainers say it", "write 'instance'")),
+    **dict.fromkeys(
+        ("parquet", "jsonl", "csv", "huggingface", "metadata"),
+        ("is a kind of source, which images names", "write 'column', or 'auto'"),
+    ),
+}
+CROP_ELSEWHERE = {
+    "face": ("would need something that finds faces", "write 'center'"),
+    "true": ("does not say which part stays", "write 'center' or 'random'"),
+    "false": ("is how other trainers say it", "write 'off'"),
+}
+RESOLUTION_ELSEWHERE = {
+    "area": ("counts in megapixels", "leave it out, and write resolution = 1024 for one megapixel")
+}
+
+
 @dataclass(frozen=True, slots=True)
 class PictureSettings:
     """Which pictures, which captions, and how each picture is cut to the size it is trained at."""
@@ -87,6 +106,7 @@ class PictureSettings:
         doc="sidecar: PICTURE.icap, .json or .txt beside each picture. column: the column of a list or "
         "table. instance: one caption for all (instance_prompt). filename: the picture's name, as prose. "
         "auto: the column of a list or table, else sidecar.",
+        elsewhere=CAPTION_ELSEWHERE,
     )
     instance_prompt: str | None = setting(
         None, doc="The caption of every picture when caption = 'instance': .icap text, JSON or prose."
@@ -112,6 +132,7 @@ class PictureSettings:
         "pixel_area",
         doc="pixel_area: every picture gets the area of resolution squared. pixel: its shorter side is "
         "resolution, so that long pictures become larger.",
+        elsewhere=RESOLUTION_ELSEWHERE,
     )
     aspect: Literal["preserve", "square", "closest", "random"] = setting(
         "preserve",
@@ -126,6 +147,7 @@ class PictureSettings:
         "center",
         doc="Which part is kept where the picture does not have the aspect of its size: the middle, a random "
         "part, or the lower right corner. off: all of it, stretched to the grid.",
+        elsewhere=CROP_ELSEWHERE,
     )
     crop_variants: int = setting(
         1,
