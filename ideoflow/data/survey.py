@@ -37,6 +37,8 @@ _CHARACTERS_PER_TOKEN, _TEMPLATE_TOKENS = 3.4, 8
 # Pictures that one process looks at before it tells what it found; sets that are no larger need one process.
 _PART = 4096
 _PROCESSES = 8
+# Warnings of one kind that are told one by one: random crops of many pictures give many of them.
+_ALIKE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ def read_dataset(recipe: Recipe, say: Callable[[str], None] = lambda _: None) ->
     Raises:
         IdeoflowError: with up to 20 problems: no pictures, unreadable ones, missing or wrong captions.
     """
-    problems = Collector(alike=10)
+    problems = Collector(alike=_ALIKE)
     samples: list[Sample] = []
     shares = []
     for number, source in enumerate(recipe.tables.data.sources):
@@ -164,8 +166,8 @@ def read_dataset(recipe: Recipe, say: Callable[[str], None] = lambda _: None) ->
         for part in _read_parts(recipe, number, found.entries):
             samples += part.samples
             left_out, not_mirrored = left_out + part.left_out, not_mirrored + part.not_mirrored
-            # What is shared by several pictures may have been found by each process.
-            problems.extend(d for d in part.problems if d not in told)
+            # What several crops or pictures have in common is told once.
+            problems.extend(d for d in dict.fromkeys(part.problems) if d not in told)
             told.update(part.problems)
             if len(problems.errors) >= problems.limit:
                 problems.raise_if_errors()
