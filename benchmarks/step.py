@@ -46,7 +46,6 @@ from ideoflow.engine.fused.attention import make_attention
 from ideoflow.engine.fused.graphs import GraphedSteps
 from ideoflow.engine.packed import PackedLayout
 from ideoflow.engine.profile import Capture
-from ideoflow.engine.warm import keep_compiled
 from ideoflow.report.profile import terminal_table
 
 
@@ -187,7 +186,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    keep_compiled()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     fp8 = (args.linear or ("fp8" if gpu else "bf16")) == "fp8"

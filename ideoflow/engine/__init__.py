@@ -3,3 +3,8 @@
 The engine reads a :class:`~ideoflow.plan.document.Plan`, never a recipe, and tells what happens through
 :mod:`ideoflow.engine.events`.
 """
+
+from ideoflow.engine.warm import keep_compiled
+
+# Before torch is imported here: Inductor fixes its cache's folder as soon as some library imports it.
+keep_compiled()

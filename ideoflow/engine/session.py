@@ -26,7 +26,6 @@ from ideoflow.engine.meter import Meter, memory_errors_told
 from ideoflow.engine.profile import RunProfile, capture_training
 from ideoflow.engine.sampling import Sampler, write_picture
 from ideoflow.engine.setup import Trainable, build, plan_device
-from ideoflow.engine.warm import keep_compiled
 from ideoflow.model.load import PRECISIONS
 from ideoflow.plan.adapters import forms_of, rank_words, readers
 from ideoflow.plan.document import Plan
@@ -58,7 +57,6 @@ def carry_out(
     Raises:
         IdeoflowError: with what went wrong. Caches, checkpoints and samples made until then are kept.
     """
-    keep_compiled()
     with memory_errors_told(plan):
         return _Session(plan, folder, emit, stop, profile).run(dataset, prompts)
 

@@ -10,7 +10,6 @@ import os
 
 from ideoflow.resources import user_cache
 
-# Read by Triton and Inductor whenever they compile, so they may be set after the imports.
 _FOLDERS = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
