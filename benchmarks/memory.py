@@ -1,8 +1,8 @@
 """How much memory and time does each way to hold the model take? One step of the full model, random numbers.
 
-For every precision of the frozen weights: resident; with the blocks' inputs on the host; with AdamW's moments
-there too; and with the weights streamed from pinned host memory besides. Plain diffusers + PEFT (bf16, with
-gradient checkpointing) runs in the same process for comparison. Predictions are the planner's own.
+For every precision of the frozen weights: resident; with the blocks' inputs on the host, or more of their
+values; with AdamW's moments there too, or in 8 bits; and with the weights streamed from pinned host memory.
+Plain diffusers + PEFT (bf16, with gradient checkpointing) runs in the same process for comparison.
 
     python benchmarks/memory.py --out memory.json
     python benchmarks/memory.py --size nano --pixels 128      # a try without a GPU
@@ -32,19 +32,22 @@ from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.offload import stream_blocks
 from ideoflow.engine.optimizer import Optimizer
 from ideoflow.engine.setup import UnpaddedAttention
+from ideoflow.kernels.budget import AWAY, ROUNDING
 from ideoflow.kernels.float8 import Int8Linear
 from ideoflow.model.four_bit import linear_4bit, packed_pieces
 from ideoflow.model.load import is_streamed
 from ideoflow.recipe import TrainSettings
 
-# name -> (blocks' inputs on the host, moments, weights streamed)
+# name -> (activation_offload, optimizer_state, weights streamed)
 MODES = {
-    "resident": (False, "float32", False),
-    "inputs on the host": (True, "float32", False),
-    "and moments": (True, "cpu", False),
-    "8-bit moments": (True, "8bit", False),
-    "streamed": (False, "float32", True),
-    "streamed, inputs and moments": (True, "cpu", True),
+    "resident": ("none", "float32", False),
+    "inputs on the host": ("inputs", "float32", False),
+    "and moments": ("inputs", "cpu", False),
+    "8-bit moments": ("inputs", "8bit", False),
+    "outputs on the host, 8-bit moments": ("outputs", "8bit", False),
+    "streamed": ("none", "float32", True),
+    "streamed, inputs and moments": ("inputs", "cpu", True),
+    "streamed, outputs and 8-bit moments": ("outputs", "8bit", True),
 }
 
 
@@ -68,7 +71,7 @@ def held(size: str, device: torch.device, precision: str, streamed: bool) -> nn.
 
 
 def fused_step(args: argparse.Namespace, device: torch.device, precision: str, mode: str) -> dict[str, float]:
-    inputs, moments, streamed = MODES[mode]
+    away, moments, streamed = MODES[mode]
     model = held(args.size, device, precision, streamed)
     parameters = add_adapters(model, args.rank, torch.float32)
     for parameter in parameters:
@@ -76,7 +79,7 @@ def fused_step(args: argparse.Namespace, device: torch.device, precision: str, m
     fp8 = precision == "fp8" and device.type == "cuda"
     fused = FusedTransformer(
         model, linear="fp8" if fp8 else "bf16", attention=args.attention, activation_budget=0.0,
-        offload=("input",) if inputs else (),
+        offload=AWAY[away], rounded=away in ROUNDING,
     )  # fmt: skip
     if streamed:
         fused.stream()
@@ -128,6 +131,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--precisions", default="fp8,nf4,int8,bf16")
+    parser.add_argument("--modes", default=",".join(map(str, range(len(MODES)))), help="numbers of modes")
+    parser.add_argument("--no-plain", action="store_true", help="leave plain diffusers out")
     parser.add_argument("--attention", help="default: flash4 on a GPU, else sdpa")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -143,10 +148,11 @@ def main() -> None:
         gib = f"{rows[name]['allocated_gib']:6.2f} GiB" if "allocated_gib" in rows[name] else ""
         print(f"{name:50s} {rows[name]['ms']:8.0f} ms {gib}", flush=True)
 
-    record("diffusers + PEFT, bf16", lambda: plain_step(args, device, False))
-    record("diffusers + PEFT, bf16, streamed", lambda: plain_step(args, device, True))
+    if not args.no_plain:
+        record("diffusers + PEFT, bf16", lambda: plain_step(args, device, False))
+        record("diffusers + PEFT, bf16, streamed", lambda: plain_step(args, device, True))
     for precision in args.precisions.split(","):
-        for mode in MODES:
+        for mode in (list(MODES)[int(number)] for number in args.modes.split(",")):
             record(f"{precision}, {mode}", lambda p=precision, m=mode: fused_step(args, device, p, m))
     write_json(args.out, {"environment": environment(device), "arguments": vars(args), "rows": rows})
 
