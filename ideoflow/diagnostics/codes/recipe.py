@@ -91,7 +91,8 @@ OTHER_TRAINER = define(
       minutes.
     - `reduce-overhead` and `max-autotune` record CUDA graphs. A graph writes its outputs to the same memory
       each time, while PEFT's layers still hold the outputs of the call before: PyTorch stops with "accessing
-      tensor output of CUDAGraphs that has been overwritten by a subsequent run".
+      tensor output of CUDAGraphs that has been overwritten by a subsequent run". The fused engine records
+      graphs of its own: `memory.graphs`.
     - `fullgraph` makes an error of every place that torch.compile cannot follow, where it would otherwise go
       on uncompiled. It makes nothing faster.
     """,
