@@ -40,8 +40,9 @@ from ideoflow.captions.boxes import Geometry
 from ideoflow.data import shards
 from ideoflow.data.cache import SHARD_BYTES, TensorCache
 from ideoflow.data.encode import Encoded, release
+from ideoflow.data.keys import cache_key
 from ideoflow.data.pixels import load_pixels
-from ideoflow.data.shards import Index, Shard, cache_key
+from ideoflow.data.shards import Index, Shard
 from ideoflow.data.survey import Sample, Share
 from ideoflow.engine.batches import Batches
 from ideoflow.model import text

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ideoflow import __version__
+from ideoflow.data.keys import with_encoding
 from ideoflow.data.survey import Dataset, Prompt, read_dataset, read_prompts
 from ideoflow.diagnostics import IdeoflowError, fail
 from ideoflow.diagnostics.codes.engine import DOES_NOT_FIT
@@ -77,7 +78,7 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
         model.base, revision=model.revision, parts=model.parts, relative_to=recipe.folder, span=span
     )
     base = fetch_base(base, model.revision, span=span, say=say)
-    summary = dataset.summary()
+    summary = with_encoding(dataset.summary(), recipe, dataset, prompts, base.digest)
     if planned is None:
         hardware = detect_hardware(recipe.tables.memory.device, span=recipe.span("memory.device"))
         calibration, _ = load_calibration()

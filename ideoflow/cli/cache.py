@@ -73,7 +73,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from ideoflow.data.shards import cache_folder
+    from ideoflow.data.keys import cache_folder
     from ideoflow.data.upkeep import stats
     from ideoflow.plan.render import disk
 
@@ -103,7 +103,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from ideoflow.cli.console import Console
-    from ideoflow.data.shards import cache_folder
+    from ideoflow.data.keys import cache_folder
     from ideoflow.data.upkeep import verify
     from ideoflow.plan.render import disk
 
@@ -123,7 +123,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _prune(args: argparse.Namespace) -> int:
     from ideoflow.cli.console import Console
-    from ideoflow.data.shards import cache_folder
+    from ideoflow.data.keys import cache_folder
     from ideoflow.data.upkeep import keys_of_recipe, prune
     from ideoflow.plan.render import disk
     from ideoflow.recipe import load_recipe

@@ -53,6 +53,7 @@ class _Planner:
     """Makes the plans of one call: for the recipe as it is, and for variants of it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        from ideoflow.data.keys import with_encoding
         from ideoflow.data.survey import read_dataset, read_prompts
         from ideoflow.model.base import locate_base
         from ideoflow.plan import detect_hardware, named_hardware
@@ -71,10 +72,11 @@ class _Planner:
         self.base = locate_base(
             model.base, revision=model.revision, parts=model.parts, relative_to=self.recipe.folder, span=at
         )
-        dataset = read_dataset(self.recipe)
+        dataset, prompts = read_dataset(self.recipe), read_prompts(self.recipe)
         show(dataset.warnings)
-        self.data: DataSummary | None = dataset.summary()
-        self.prompts = len(read_prompts(self.recipe))
+        here = None if args.gpu else self.base.digest  # what is cached here is not on another machine
+        self.data: DataSummary | None = with_encoding(dataset.summary(), self.recipe, dataset, prompts, here)
+        self.prompts = len(prompts)
         self.calibration, warnings = load_calibration()
         show(warnings)
 

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ideoflow.data.captions import caption_variants
 from ideoflow.data.memory import FileMemory, stamps
 from ideoflow.data.pictures import Stored, container, picture_digest, stored_name
-from ideoflow.data.shards import cache_key
 from ideoflow.data.survey import Dataset, Prompt, Sample
-from ideoflow.recipe import CaptionSettings
+from ideoflow.plan.document import Cached, DataSummary
+from ideoflow.recipe import CaptionSettings, Recipe
+from ideoflow.resources import user_cache
 
+# Raise when the meaning of cached values changes.
+FORMAT = 2
 # Types that anything is encoded in: the arithmetic's, whatever the precision of the weights.
 DTYPES = ("float32", "bfloat16")
 # Where a cache keeps the digests of the pictures that it has met.
 DIGESTS = "pictures.sqlite"
 
 _READERS = 8
+# Captions with their variants that a plan looks up.
+_LOOK_AT_MOST = 50_000
+
+
+def cache_key(kind: str, **facts: Any) -> str:
+    """128 bits of SHA-256, as 32 digits, over all that a value depends on; ``facts`` must be JSON data."""
+    plain = json.dumps({"kind": kind, "format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def cache_folder(asked: str | None) -> Path:
+    """The folder that ``cache.folder`` names; by default the one that all recipes of a user share."""
+    return Path(asked).expanduser() if asked else user_cache() / "encoded"
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,37 @@ def needed_keys(
     texts |= {keys.text(p.caption) for p in prompts}
     latents = {keys.latents(s, digest) for s, digest in zip(dataset.samples, digests, strict=True)}
     return texts, latents
+
+
+def with_encoding(
+    summary: DataSummary, recipe: Recipe, dataset: Dataset, prompts: Sequence[Prompt], base: str | None
+) -> DataSummary:
+    """The summary of a data set with how much there is to encode, and what of it is cached.
+
+    ``base`` is the base's digest, or None to leave the cache aside. Reads no picture: one whose digest is not
+    remembered counts as not cached. Sets so large that looking would take seconds are only counted.
+    """
+    captions, samples = recipe.tables.captions, dataset.samples
+    if len(samples) * captions.most_variants > _LOOK_AT_MOST:
+        return replace(summary, captions=sum(max(len(s.captions), captions.most_variants) for s in samples))
+    texts = {c for s in samples for c in caption_variants(s.captions, captions)}
+    summary = replace(summary, captions=len(texts))
+    folder = cache_folder(recipe.tables.cache.folder)
+    if base is None or not any(folder.glob("*.safetensors")):
+        return summary
+    from ideoflow.data.shards import Index  # numpy, which plans otherwise do without
+
+    index = Index(folder)
+    index.refresh()
+    digests = PictureDigests(folder / DIGESTS).known([s.picture for s in samples])
+    texts |= {p.caption for p in prompts}
+    found = []
+    for dtype in DTYPES:
+        keys = Keys(base, dtype, captions.max_tokens)
+        latents = {keys.latents(s, digest) for s, digest in zip(samples, digests, strict=True) if digest}
+        counts = (int(index.has(wanted).sum()) for wanted in (list(map(keys.text, texts)), list(latents)))
+        found.append(Cached(dtype, *counts))
+    return replace(summary, cached=tuple(c for c in found if c.captions or c.crops))
 
 
 class PictureDigests:

@@ -28,7 +28,6 @@ file an entry, which is 20 million files for 10 million pictures.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -38,15 +37,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ideoflow.data.keys import FORMAT
 from ideoflow.model.base import safetensors_header
-from ideoflow.resources import user_cache, whole_file
+from ideoflow.resources import whole_file
 
-# Raise when the meaning of cached values changes.
-FORMAT = 2
 SUFFIX = ".safetensors"
 _SNAPSHOT = "index.npz"
 # Headers read in one go that are worth a snapshot.
@@ -54,17 +52,6 @@ _SNAPSHOT_AFTER = 256
 _COLUMNS = {"high": "<u8", "low": "<u8", "shard": "<u4", "begin": "<u4", "length": "<u4", "crc": "<u4"}
 
 Arrays = dict[str, np.ndarray]
-
-
-def cache_key(kind: str, **facts: Any) -> str:
-    """128 bits of SHA-256, as 32 digits, over all that a value depends on; ``facts`` must be JSON data."""
-    plain = json.dumps({"kind": kind, "format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def cache_folder(asked: str | None) -> Path:
-    """The folder that ``cache.folder`` names; by default the one that all recipes of a user share."""
-    return Path(asked).expanduser() if asked else user_cache() / "encoded"
 
 
 @dataclass(frozen=True, slots=True)

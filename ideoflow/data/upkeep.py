@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ideoflow.data.keys import DIGESTS, DTYPES, Keys, PictureDigests, needed_keys
-from ideoflow.data.shards import Index, Shard, cache_folder, join_keys, places, read_bytes, read_shard
+from ideoflow.data.keys import DIGESTS, DTYPES, Keys, PictureDigests, cache_folder, needed_keys
+from ideoflow.data.shards import Index, Shard, join_keys, places, read_bytes, read_shard
 from ideoflow.data.survey import read_dataset, read_prompts
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.data import CACHE_UNWRITABLE

@@ -19,8 +19,7 @@ import torch.distributed as dist
 
 from ideoflow.data.cache import TensorCache
 from ideoflow.data.encode import Encoder
-from ideoflow.data.keys import needed_keys
-from ideoflow.data.shards import cache_folder
+from ideoflow.data.keys import cache_folder, needed_keys
 from ideoflow.data.survey import Dataset, Prompt
 from ideoflow.diagnostics import Diagnostic, IdeoflowError
 from ideoflow.engine.events import Emit, Progress, StageDone

@@ -118,7 +118,7 @@ def disk_sizes(
         area = sum(b.width * b.height * b.count for b in data.buckets)
         # float32 latents: in_channels numbers for each 16 x 16 pixels.
         latents = area * spec.in_channels * 4 // 256
-        text = data.crops * data.text_tokens[1] * spec.hidden * 2
+        text = data.texts * data.text_tokens[1] * spec.hidden * 2
     checkpoint = 3 * problem.adapter.parameters * ADAPTER_BYTES
     return DiskSizes(in_file * element, checkpoint, latents, text)
 

@@ -72,11 +72,21 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """What of a data set is encoded already, in one type of numbers: captions (prompts too) and crops."""
+
+    dtype: str
+    captions: int
+    crops: int
+
+
+@dataclass(frozen=True)
 class DataSummary:
     """Facts about the data set.
 
     ``text_tokens`` is the (least, median, greatest) length of its captions in tokens, and ``digest`` changes
-    with any picture or caption.
+    with any picture or caption. ``captions`` counts the different texts that are encoded, variants included
+    (None: one a crop), and ``cached`` says what of all this the machine at hand has encoded before.
     """
 
     pictures: int
@@ -85,6 +95,17 @@ class DataSummary:
     text_tokens: tuple[int, int, int]
     text_tokens_estimated: bool
     digest: str
+    captions: int | None = None
+    cached: tuple[Cached, ...] = ()
+
+    @property
+    def texts(self) -> int:
+        """Different texts that are encoded."""
+        return self.crops if self.captions is None else self.captions
+
+    def cached_as(self, dtype: str) -> Cached:
+        """What is encoded already in numbers of type ``dtype``, as torch calls it."""
+        return next((c for c in self.cached if c.dtype == dtype), Cached(dtype, 0, 0))
 
     @property
     def crops(self) -> int:

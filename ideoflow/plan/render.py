@@ -99,7 +99,16 @@ def _data(plan: Plan) -> str:
     warned = f", {data.warnings} warning{'s' if data.warnings != 1 else ''}" if data.warnings else ""
     sizes = f"{len(data.buckets)} size{'s' if len(data.buckets) != 1 else ''}"
     crops = f", {data.crops:,} crops" if data.crops != data.pictures else ""
-    return f"{data.pictures:,} pictures with captions{crops}, {sizes}{warned}"
+    texts = f" in {data.texts:,} forms" if data.texts > data.crops else ""
+    return f"{data.pictures:,} pictures with captions{texts}{crops}, {sizes}{warned}{_cached(plan, data)}"
+
+
+def _cached(plan: Plan, data: DataSummary) -> str:
+    """What need not be encoded again."""
+    cached = data.cached_as("float32" if plan.value("precision") == "float32" else "bfloat16")
+    if not cached.captions and not cached.crops:
+        return ""
+    return f"; encoded before: {cached.captions:,} captions, {cached.crops:,} pictures"
 
 
 def _sizes(data: DataSummary) -> RenderableType:

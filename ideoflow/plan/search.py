@@ -99,7 +99,7 @@ class Problem:
         validate, side = self.tables.validate, self.tables.data.resolution
         sampled = (validate.width or side) * (validate.height or side) if self.prompts else 0
         per_token = PIXELS_PER_TOKEN**2
-        captions = (self.data.crops if self.data else 1) + self.prompts
+        captions = (self.data.texts if self.data else 1) + self.prompts
         return Shapes(
             largest // per_token,
             self.text_tokens[2],
@@ -335,6 +335,16 @@ def times_known(problem: Problem, choice: Choice) -> bool:
     return rates or bool(problem.factors(choice).source)
 
 
+def _to_encode(problem: Problem, choice: Choice) -> tuple[int, float]:
+    """Captions, and pixels of pictures, that are not cached yet."""
+    data = problem.data
+    if data is None:
+        return problem.prompts, 0.0
+    cached = data.cached_as("float32" if choice.precision == "float32" else "bfloat16")
+    pixels = sum(b.width * b.height * b.count for b in data.buckets)
+    return max(0, data.texts + problem.prompts - cached.captions), pixels * (1 - cached.crops / data.crops)
+
+
 def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     """The whole run's time; None where nothing is known of the device's speed."""
     choice, tables = best.choice, problem.tables
@@ -348,8 +358,7 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     parts = step_parts(
         base.transformer, targets, problem.rank, problem.load, choice, speed, size, _group(problem)
     )
-    crops = problem.data.crops if problem.data else 0
-    pixels = float(sum(b.width * b.height * b.count for b in problem.buckets)) if problem.data else 0.0
+    captions, pixels = _to_encode(problem, choice)
     prompts = problem.prompts
     samplings = 2 + (tables.train.steps - 1) // tables.validate.every if prompts else 0
     per_picture = sampling_seconds(
@@ -367,7 +376,7 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     return TimeEstimate(
         tuple(replace(p, ms=round(p.ms * factors.time, 3)) for p in parts),
         best.compile_seconds,
-        round(encoding_seconds(base, crops + prompts, problem.text_tokens[1], pixels, eager), 3),
+        round(encoding_seconds(base, captions, problem.text_tokens[1], pixels, eager), 3),
         round(best.step_ms * tables.train.steps / 1e3, 3),
         round(samplings * prompts * per_picture * factors.time, 3),
         bool(factors.source),

@@ -24,7 +24,8 @@ def at_resolution(data: DataSummary | None, old: int, new: int) -> DataSummary |
     for b in data.buckets:
         size = scaled(b.width), scaled(b.height)
         merged[size] = merged.get(size, 0) + b.count
-    return replace(data, buckets=tuple(Bucket(w, h, n) for (w, h), n in merged.items()))
+    # What is cached was made at the old resolution.
+    return replace(data, buckets=tuple(Bucket(w, h, n) for (w, h), n in merged.items()), cached=())
 
 
 def with_axis(

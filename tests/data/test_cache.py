@@ -11,7 +11,7 @@ import torch
 
 from ideoflow.data import cache as module
 from ideoflow.data.cache import TensorCache
-from ideoflow.data.shards import cache_key
+from ideoflow.data.keys import cache_key
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import data as codes
 

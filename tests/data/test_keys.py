@@ -5,13 +5,17 @@ import sqlite3
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ideoflow.captions.boxes import Geometry
 from ideoflow.data import keys as module
-from ideoflow.data.keys import Keys, PictureDigests, share_of
+from ideoflow.data.cache import TensorCache
+from ideoflow.data.encode import Encoder
+from ideoflow.data.keys import Keys, PictureDigests, share_of, with_encoding
 from ideoflow.data.pictures import TarMember, picture_digest
-from ideoflow.data.survey import Sample
+from ideoflow.data.survey import Prompt, Sample, read_dataset
 from ideoflow.diagnostics import IdeoflowError
+from ideoflow.plan.document import Cached
 
 KEYS = Keys("base", "bfloat16", 2048)
 
@@ -116,3 +120,44 @@ def test_a_picture_that_is_gone_is_told(pictures, tmp_path):
     pictures[2].unlink()
     with pytest.raises(IdeoflowError):
         PictureDigests(tmp_path / "m.sqlite").of(pictures)
+
+
+@pytest.fixture
+def project(folder, picture, recipe):
+    """Three pictures, one with elements to shuffle, and a recipe whose cache is its own."""
+    for n in range(3):
+        picture(64, 64, seed=n).save(folder / f"{n}.png")
+        os.utime(folder / f"{n}.png", (1e9, 1e9))
+        (folder / f"{n}.icap").write_text(
+            "A boat.\n" + "".join(f"obj: Thing {m}.\n" for m in range(4 * (n == 0)))
+        )
+    return recipe(
+        "", f'[captions]\nshuffle = true\nvariants = 5\n[cache]\nfolder = "{folder.parent / "cache"}"\n'
+    )
+
+
+def test_a_plan_counts_what_is_to_be_encoded(project, folder, nano_base, settled):
+    dataset, prompts = read_dataset(project), (Prompt("p", "a prompt"), Prompt("q", "another"))
+
+    def summary(base=nano_base.digest):
+        return with_encoding(dataset.summary(), project, dataset, prompts, base)
+
+    assert summary().captions == 5 + 1, "two pictures share a caption without elements"
+    assert summary().cached == ()
+    encoder = Encoder(nano_base.folder, nano_base.digest, TensorCache(folder.parent / "cache"),
+                      dtype=torch.float32, device=torch.device("cpu"),
+                      captions=project.tables.captions)  # fmt: skip
+    encoder.encode_captions([*encoder.texts(dataset.samples[0]), "a prompt"])
+    encoder.encode_pictures(dataset.samples[:2])
+    assert summary().cached == (Cached("float32", 6, 2),)
+    assert summary().cached_as("bfloat16") == Cached("bfloat16", 0, 0)
+    assert summary("another base").cached == () and summary(None).cached == ()
+    (folder / "1.png").touch()  # may have changed: unknown until it is read
+    assert summary().cached == (Cached("float32", 6, 1),)
+
+
+def test_very_large_sets_are_only_counted(project, nano_base, monkeypatch):
+    monkeypatch.setattr(module, "_LOOK_AT_MOST", 10)
+    dataset = read_dataset(project)
+    found = with_encoding(dataset.summary(), project, dataset, (), nano_base.digest)
+    assert found.captions == 15 and found.cached == ()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ideoflow.data import shards
 from ideoflow.data.cache import read_entry, rewrite_shard, write_shard
-from ideoflow.data.shards import Index, cache_key, join_keys, read_shard, split_keys
+from ideoflow.data.keys import cache_key
+from ideoflow.data.shards import Index, join_keys, read_shard, split_keys
 
 KEYS = [cache_key("latents", number=n) for n in range(60)]
 

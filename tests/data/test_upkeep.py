@@ -8,8 +8,7 @@ import torch
 
 from ideoflow.data import cache as cache_module
 from ideoflow.data.cache import TensorCache
-from ideoflow.data.keys import Keys
-from ideoflow.data.shards import cache_key
+from ideoflow.data.keys import Keys, cache_key
 from ideoflow.data.survey import read_dataset
 from ideoflow.data.upkeep import keys_of_recipe, prune, stats, verify
 from ideoflow.diagnostics import IdeoflowError

@@ -5,7 +5,7 @@ import torch
 
 from ideoflow.data.cache import TensorCache
 from ideoflow.data.encode import Encoded
-from ideoflow.data.shards import cache_key
+from ideoflow.data.keys import cache_key
 from ideoflow.data.survey import Share
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.engine.batches import Batches

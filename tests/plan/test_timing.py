@@ -1,10 +1,13 @@
 """The time model against measured steps, and against arithmetic done another way."""
 
+from dataclasses import replace
+
 import pytest
 
 from ideoflow.model.spec import TransformerSpec, target_modules
-from ideoflow.plan import named_hardware
+from ideoflow.plan import make_plan, named_hardware
 from ideoflow.plan.calibration import shipped
+from ideoflow.plan.document import Cached
 from ideoflow.plan.sizes import Choice
 from ideoflow.plan.timing import Load, Speed, linear_parameters, pointwise_bytes, step_parts
 
@@ -155,3 +158,28 @@ def test_the_fused_engine_packs_samples_and_pays_for_weights_once_a_pass():
     assert packed["matmul"] == pytest.approx(4 * single["matmul"], rel=1e-3)
     assert packed["transpose"] == single["transpose"]
     assert separate["transpose"] == pytest.approx(4 * single["transpose"], rel=1e-3)
+
+
+def test_what_is_cached_is_not_encoded_again(full_base, write_recipe, summarize):
+    def seconds(data):
+        plan = make_plan(write_recipe(), full_base, data, named_hardware("h100"), prompts=2)
+        return plan.time.encode_seconds
+
+    plain = summarize(pictures=100)
+    none, captions, both = (
+        seconds(replace(plain, cached=(Cached("bfloat16", *cached),)))
+        for cached in ((0, 0), (102, 0), (102, 100))
+    )
+    assert none == seconds(plain) > captions > both == 0
+    half = seconds(replace(plain, cached=(Cached("bfloat16", 102, 50),)))
+    assert half == pytest.approx(captions / 2, rel=1e-3)
+    assert seconds(replace(plain, cached=(Cached("float32", 102, 100),))) == none, "of another type"
+
+
+def test_every_form_of_a_caption_is_encoded(full_base, write_recipe, summarize):
+    def made(data):
+        plan = make_plan(write_recipe(), full_base, data, named_hardware("h100"), prompts=0)
+        return plan.time.encode_seconds, plan.sizes
+
+    (one, sizes), (eight, more) = made(summarize()), made(replace(summarize(), captions=8 * 48))
+    assert eight > one and more.text == 8 * sizes.text and more.latents == sizes.latents
