@@ -110,21 +110,27 @@ def cache(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
             made.put(key, value, kind="latents", base="b")
         made.flush()
 
-    def read_plain() -> None:
+    def read_plain(shuffled: bool = False) -> None:
+        """By pieces as large as an entry, in the order of the file or in any."""
         buffer = bytearray(value.nbytes)
-        for file in plain.iterdir():
+        pieces = [(f, n) for f in plain.iterdir() for n in range(0, f.stat().st_size, value.nbytes)]
+        for place in np.random.default_rng(1).permutation(len(pieces)) if shuffled else range(len(pieces)):
+            file, begin = pieces[place]
             with file.open("rb", buffering=0) as stream:
-                while stream.readinto(buffer):
-                    pass
+                stream.seek(begin)
+                stream.readinto(buffer)
 
     rates = {"disk_write": size / timed(write_plain) / 1e9, "cache_write": size / timed(write_cache) / 1e9}
+    files = [p for p in folder.iterdir() if p.suffix == shards.SUFFIX]
+    header = timed(lambda: [shards.read_shard(f) for f in files]) / len(files)
     read = TensorCache(folder)
     for temperature in ("cold", "warm"):
         if temperature == "cold":
             forget(plain), forget(folder)
         rates[f"disk_read_{temperature}"] = size / timed(read_plain) / 1e9
         rates[f"cache_read_{temperature}"] = size / timed(lambda: [read.get(k) for k in keys]) / 1e9
-    forget(folder)
+    forget(plain), forget(folder)
+    rates["disk_read_cold_random_order"] = size / timed(partial(read_plain, True)) / 1e9
     shuffled = np.random.default_rng(0).permutation(keys).tolist()
     rates["cache_read_cold_random_order"] = size / timed(lambda: [read.get(k) for k in shuffled]) / 1e9
 
@@ -134,9 +140,14 @@ def cache(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         text.put(cache_key("text", number=n), features, kind="text", base="b")
     text.flush()
     stored = sum(p.stat().st_size for p in (scratch / "text").iterdir())
-    return {"gigabytes": size / 1e9, "gb_per_s": rates, "text_bytes_per_token": stored / (100 * TEXT_TOKENS),
-            "raw_text_bytes_per_token": 13 * 4096 * 2,
-            "entry_bytes_beside_the_numbers": stored / 100 - TEXT_TOKENS * HIDDEN * 2}  # fmt: skip
+    return {
+        "gigabytes": size / 1e9,
+        "gb_per_s": rates,
+        "header_of_a_shard_ms": 1e3 * header,
+        "text_bytes_per_token": stored / (100 * TEXT_TOKENS),
+        "raw_text_bytes_per_token": 13 * 4096 * 2,
+        "entry_bytes_beside_the_numbers": stored / 100 - TEXT_TOKENS * HIDDEN * 2,
+    }
 
 
 def synthetic(entries: int, kind: str, size: int, seed: int) -> list[tuple[Shard, shards.Arrays]]:
