@@ -108,7 +108,7 @@ def add_adapters(model: nn.Module, rank: int, dtype: torch.dtype, targets: list[
     parameters = []
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+            parameter.data = torch.empty(parameter.shape, dtype=dtype, device=generator.device)
             scale = parameter.shape[1] ** -0.5 if "lora_A" in name else 0.01
             parameter.data.normal_(0, scale, generator=generator)
             parameters.append(parameter.requires_grad_(True))

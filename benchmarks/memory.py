@@ -144,9 +144,14 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        rows[name] = run()
+        try:
+            rows[name] = run()
+        except RuntimeError as error:
+            print(f"{name:50s} {str(error).splitlines()[0]}", flush=True)
+            return
         gib = f"{rows[name]['allocated_gib']:6.2f} GiB" if "allocated_gib" in rows[name] else ""
         print(f"{name:50s} {rows[name]['ms']:8.0f} ms {gib}", flush=True)
+        write_json(args.out, {"environment": environment(device), "arguments": vars(args), "rows": rows})
 
     if not args.no_plain:
         record("diffusers + PEFT, bf16", lambda: plain_step(args, device, False))
@@ -154,7 +159,6 @@ def main() -> None:
     for precision in args.precisions.split(","):
         for mode in (list(MODES)[int(number)] for number in args.modes.split(",")):
             record(f"{precision}, {mode}", lambda p=precision, m=mode: fused_step(args, device, p, m))
-    write_json(args.out, {"environment": environment(device), "arguments": vars(args), "rows": rows})
 
 
 if __name__ == "__main__":
