@@ -79,6 +79,8 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """``NAME/step`` and the moments of every parameter that has been updated."""
+        if self.kind == "cpu" and self.guarded:
+            torch.cuda.synchronize()  # the host's copies may still be on their way
         saved = {}
         for name, parameter in self.parameters.items():
             state = self.inner.state.get(parameter) or {}

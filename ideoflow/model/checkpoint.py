@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ideoflow.model.base import read_safetensors_header, weight_files
+from ideoflow.model.quiet import import_library
 
 _PREFIX = re.compile(r"^(?:model\.)?diffusion_model\.")
 _FUSED = ("to_q", "to_k", "to_v")
@@ -173,7 +174,8 @@ class Checkpoint:
         return _third(scale, source)
 
     def _four_bit(self, source: _Source, device: torch.device) -> Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit  # seconds to import
+        import_library("bitsandbytes", "a checkpoint in NF4")  # seconds
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = {f"weight{side}": _tensor(place, device) for side, place in source.sides.items()}
         packed = _tensor(source.place, device)

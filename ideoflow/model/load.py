@@ -22,7 +22,7 @@ from ideoflow.kernels.float8 import Float8Linear, Int8Linear, ScaledLinear
 from ideoflow.model.base import read_safetensors_header, weight_files
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.forms import infer_transformer
-from ideoflow.model.quiet import disable_progress_bars
+from ideoflow.model.quiet import disable_progress_bars, import_library
 
 # Type of everything that is not quantised, and of the arithmetic.
 PRECISIONS = {"float32": torch.float32, **dict.fromkeys(("bf16", "fp8", "int8", "nf4"), torch.bfloat16)}
@@ -163,7 +163,7 @@ class _Filler:
         self._check(weight, self.checkpoint.shape(weight), empty.weight.shape)
         cls = _QUANTISED[self.precision]
         if cls is None:
-            return self._four_bit(name, empty, into)
+            return self._four_bit(name, empty, into, device)
         stored = self.checkpoint.float8(weight, into) if cls is Float8Linear else None
         values, scale = stored or self._rows(cls, weight, empty, into)
         layer = cls(empty.in_features, empty.out_features, empty.bias is not None, "meta", self.dtype)
@@ -182,15 +182,18 @@ class _Filler:
             values[rows], scale[rows] = (part.to(device) for part in cls.quantize(piece))
         return values, scale
 
-    def _four_bit(self, name: str, empty: nn.Linear, device: torch.device) -> nn.Linear:
+    def _four_bit(self, name: str, empty: nn.Linear, into: torch.device, device: torch.device) -> nn.Linear:
+        """The codes go ``into`` where weights wait, their scales and tables to the device in any case."""
+        import_library("bitsandbytes", "weights in NF4")
         from ideoflow.model.four_bit import linear_4bit, packed_pieces, stored_state
 
         weight = f"{name}.weight"
-        if stored := self.checkpoint.four_bit(weight, device):
+        if stored := self.checkpoint.four_bit(weight, into):
             packed, state = stored[0], stored_state(stored[1], self.dtype, device)
         else:
             pieces = self.checkpoint.pieces(weight, self.dtype, self.quantize_on)
-            packed, state = packed_pieces(pieces, empty.weight.shape, device)
+            packed, state = packed_pieces(pieces, empty.weight.shape, into)
+            state.to(device)
         self._check(weight, state.shape, empty.weight.shape)
         return linear_4bit(empty, packed, state)
 
