@@ -25,6 +25,7 @@ from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.linear import AdaptedLinear
 from ideoflow.engine.fused.weights import FrozenWeight
 from ideoflow.engine.setup import Trainable
+from ideoflow.plan.adapters import adapted_modules
 from ideoflow.plan.document import Plan
 from ideoflow.resources import write_whole
 
@@ -142,7 +143,8 @@ def capture_training(plan: Plan, model: Trainable) -> Capture:
     # The fused engine is what its prediction is bound to.
     bound = getattr(model.predict, "args", ())
     fused = next((engine for engine in bound if isinstance(engine, FusedTransformer)), None)
-    return Capture(model.transformer.device, fused, {plan.tables.adapter.rank})
+    modules = adapted_modules(plan.tables.adapter, plan.base.transformer, plan.targets)
+    return Capture(model.transformer.device, fused, {m.rank for m in modules})
 
 
 class RunProfile:

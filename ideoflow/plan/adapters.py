@@ -103,12 +103,13 @@ def kronecker(settings: AdapterSettings, module: AdaptedModule) -> Kronecker:
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """What an adapter costs in the reference engine, where PEFT computes it.
+    """What an adapter costs where PEFT computes it.
 
     Args:
         parameters: numbers that are learnt.
         outputs, weights: sums over the adapted Linears of their outputs, and of out x in; ``block_outputs``
             and ``block_weights`` are those of the block that has most, ``largest`` the largest out x in.
+        workspace: bytes of the matrices of a weight's size that are alive at once in the reference engine.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class AdapterSize:
     block_outputs: int = 0
     weights: int = 0
     block_weights: int = 0
+    largest: int = 0
     workspace: int = 0
 
     @property
@@ -148,10 +150,11 @@ def adapter_size(settings: AdapterSettings, modules: Sequence[AdaptedModule]) ->
         blocks.setdefault(module.name.split(".")[1], []).append(module)
     outputs = [sum(m.outputs for m in block) for block in blocks.values()]
     weights = [sum(m.outputs * m.inputs for m in block) for block in blocks.values()]
+    largest = max((m.outputs * m.inputs for m in modules), default=0)
     workspace = max((_workspace(settings.kind, m) for m in modules), default=0)
     parameters = learnt_numbers(settings, modules)
     return AdapterSize(settings.kind, parameters, sum(outputs), max(outputs, default=0), sum(weights),
-                       max(weights, default=0), workspace)  # fmt: skip
+                       max(weights, default=0), largest, workspace)  # fmt: skip
 
 
 def _workspace(kind: str, m: AdaptedModule) -> int:

@@ -67,8 +67,8 @@ def fixed_decisions(tables: RecipeTables) -> dict[str, str | float]:
     return fixed
 
 
-def no_fused_engine(hardware: Hardware, device: str, targets: Iterable[str], kind: str = "lora") -> str:
-    """Why the fused engine cannot train such an adapter on these modules, or nothing where it can."""
+def no_fused_engine(hardware: Hardware, device: str, targets: Iterable[str]) -> str:
+    """Why the fused engine cannot train adapters on these modules, or nothing where it can."""
     if device != "cuda":
         return "the fused engine needs an NVIDIA GPU"
     if hardware.kind == "rocm":
@@ -80,8 +80,6 @@ def no_fused_engine(hardware: Hardware, device: str, targets: Iterable[str], kin
     # It computes all blocks' modulations before the first block, outside what it differentiates.
     if any(target.endswith(".adaln_modulation") for target in targets):
         return "the fused engine has no adapters on adaln_modulation"
-    if kind != "lora":
-        return f"the fused engine computes plain LoRA; {kind} is left to PEFT"
     return ""
 
 
@@ -115,7 +113,8 @@ def combinations(
 ) -> Iterator[Choice]:
     """Everything that the engines can do on a machine, guidance apart (``loaded`` throughout).
 
-    ``fixed`` are the recipe's decisions: unusual values are there only if they are asked for.
+    ``fixed`` are the recipe's decisions: unusual values are there only if they are asked for. ``kind`` is the
+    adapter's.
     """
     budgets = {*BUDGETS, *(float(v) for k, v in fixed.items() if k == "activation_budget")}
     # On a processor, host memory is the device's own.
@@ -124,14 +123,14 @@ def combinations(
         open_to["activation_offload"] = open_to["activation_offload"][:2]
     unusual = {name: tuple(dict.fromkeys((*values, str(fixed.get(name, values[0])))))
                for name, values in open_to.items()}  # fmt: skip
-    if not no_fused_engine(hardware, device, targets, kind):
+    if not no_fused_engine(hardware, device, targets):
         pairs = [(precision, "bf16") for precision in ("bf16", "fp8", "int8", "nf4")]
         if has_fp8_units(hardware):
             pairs.append(("fp8", "fp8"))
         for (precision, matmul), budget in product(pairs, sorted(budgets)):
             plain = Choice(device, "fused", precision, matmul, budget, "off", "loaded")
-            yield from _lean(plain, unusual, fixed)
-            if attention_kernel(hardware, "fused")[0] == "flash4":
+            yield from _lean(plain, unusual, fixed, kind)
+            if attention_kernel(hardware, "fused")[0] == "flash4" and kind == "lora":
                 for state in unusual["optimizer_state"]:
                     yield replace(plain, optimizer_state=state, graphs="on")
     # torch.compile makes its GPU kernels with Triton too.
@@ -143,26 +142,26 @@ def combinations(
             continue  # Triton reads e4m3 only where there are such units
         matmul = "float32" if precision == "float32" else "bf16"
         plain = Choice(device, "reference", precision, matmul, budget, compile, "loaded")
-        yield from _lean(plain, unusual, fixed)
+        yield from _lean(plain, unusual, fixed, kind)
 
 
 def _lean(
-    plain: Choice, values: Mapping[str, tuple[str, ...]], fixed: Mapping[str, str | float]
+    plain: Choice, values: Mapping[str, tuple[str, ...]], fixed: Mapping[str, str | float], kind: str
 ) -> Iterator[Choice]:
     """A combination, and those that do the same in less memory on the device and more time."""
     asked = {name for name in values if name in fixed}
     for state, offload, inputs in product(*(values[name] for name in _OPEN)):
         choice = replace(plain, optimizer_state=state, offload=offload, activation_offload=inputs)
-        if _possible(choice) and (choice == plain or asked or plain.activation_budget in _LEAN_BUDGETS):
+        if _possible(choice, kind) and (choice == plain or asked or plain.activation_budget in _LEAN_BUDGETS):
             yield choice
 
 
-def _possible(choice: Choice) -> bool:
-    return not any(_impossible(choice))
+def _possible(choice: Choice, kind: str) -> bool:
+    return not any(_impossible(choice, kind))
 
 
-def _impossible(choice: Choice) -> Iterator[tuple[str, str, str]]:
-    """(setting, why it cannot be carried out with the others, what to do)."""
+def _impossible(choice: Choice, kind: str) -> Iterator[tuple[str, str, str]]:
+    """(setting, why it cannot be carried out with the others or the kind of adapter, what to do)."""
     offload, fused = choice.offload, choice.engine == "fused"
     if fused and offload in GROUPED:
         yield (
@@ -198,6 +197,24 @@ def _impossible(choice: Choice) -> Iterator[tuple[str, str, str]]:
             "activation_offload is for the fused engine: autograd decides what the reference engine keeps",
             "set activation_offload = 'none', or engine = 'fused'",
         )
+    if kind == "dora" and offload != "none":
+        yield (
+            "offload",
+            f"a dora measures rows of the frozen weights at moments when offload = '{offload}' has them away",
+            "set offload = 'none', or adapter.kind = 'lora'",
+        )
+    if kind != "lora" and choice.graphs == "on":
+        yield (
+            "graphs",
+            f"graphs = 'on' records the engine's own launches, and PEFT computes part of a {kind}",
+            "set graphs = 'auto' or 'off', or adapter.kind = 'lora'",
+        )
+    if kind in ("lokr", "loha") and choice.precision == "nf4":
+        yield (
+            "precision",
+            f"PEFT takes the sizes of a {kind} from the weight, and 4-bit weights are packed flat",
+            "set precision = 'fp8' or 'int8', or adapter.kind = 'lora'",
+        )
     if choice.device == "cpu" and choice.optimizer_state == "paged":
         yield (
             "optimizer_state",
@@ -231,7 +248,7 @@ def refusals(tables: RecipeTables, hardware: Hardware, device: str, targets: Ite
             refuse(key, message, f"remove {key}, or set engine = 'fused'")
     elif m.engine == "fused" or fused_only:
         key = "engine" if m.engine == "fused" else fused_only[0]
-        if missing := no_fused_engine(hardware, device, targets, tables.adapter.kind):
+        if missing := no_fused_engine(hardware, device, targets):
             refuse(key, missing, f"set engine = 'auto', and leave {key} out")
         if m.precision == "float32":
             refuse("precision", "the fused engine computes in bf16, and precision is 'float32'",
@@ -268,16 +285,16 @@ def _contradictions(
     if engine == "auto":
         # Only the reference engine has these, only the fused one has that, and on some machines it alone is.
         grouped = (
-            m.offload in GROUPED
-            or m.compile == "regional"
-            or no_fused_engine(hardware, device, targets, tables.adapter.kind)
+            m.offload in GROUPED or m.compile == "regional" or no_fused_engine(hardware, device, targets)
         )
         waiting = m.activation_offload in ("inputs", *ROUNDING) or m.graphs == "on"
         engine = "fused" if waiting or not grouped else "reference"
     budget = float(fixed.get("activation_budget", 0.0))
     text = {name: str(fixed.get(name, DOMAINS[name][0])) for name in (*_OPEN, "graphs")}
     compile = str(fixed.get("compile", "off"))
-    yield from _impossible(Choice(device, engine, "bf16", "bf16", budget, compile, "proxy", **text))
+    precision = str(fixed.get("precision", "bf16"))
+    choice = Choice(device, engine, precision, "bf16", budget, compile, "proxy", **text)
+    yield from _impossible(choice, tables.adapter.kind)
     if m.activation_offload in ROUNDING and device == "cuda" and not has_fp8_units(hardware):
         yield (
             "activation_offload",

@@ -281,9 +281,7 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
     if name == "activation_budget":
         return _budget_reason(best, over)
     if name == "engine" and not fused:
-        if missing := no_fused_engine(
-            problem.hardware, problem.device, problem.targets, problem.tables.adapter.kind
-        ):
+        if missing := no_fused_engine(problem.hardware, problem.device, problem.targets):
             return "only-choice", missing
         return "fastest-that-fits", "plain diffusers and PEFT are as fast here"
     if name == "matmul" and value != "fp8":

@@ -29,6 +29,7 @@ from functools import lru_cache
 from ideoflow.kernels.budget import AWAY, ROUNDED_GROUPS, ROUNDING, Group, choose_kept
 from ideoflow.kernels.budget import group_bytes as budget_groups
 from ideoflow.model.spec import TransformerSpec
+from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.sizes import QUANTISED, targets_by_block
 
 GROUPS = {
@@ -316,6 +317,21 @@ def _moments(
         saved -= block.kept
         come += gradient
         yield Peak(tokens * saved, tokens * block.backward, before + gradient if before else come)
+
+
+def foreign_bytes(spec: TransformerSpec, size: AdapterSize, tokens: int, element: int, fp8: bool) -> int:
+    """The most that adapters which PEFT computes add to a pass, beside gradients: nothing of it is kept.
+
+    Their dense matrices, and of each token the operands and gradients of the product at work in their own
+    types: in FP8 an operand of the feed-forward is dequantised by way of float32, and a DoRA computes in it.
+    Constants are the least that cover what was alive in the engine (``tests/plan/test_fused.py``).
+    """
+    h, f = spec.hidden, spec.intermediate_size
+    if size.kind == "lora":
+        return 0
+    if size.kind == "dora":
+        return tokens * (28 * f + 2 * h) + size.workspace
+    return tokens * (2 * element * h + (10 * f if fp8 else 0)) + size.workspace + 4 * size.largest
 
 
 @lru_cache(maxsize=64)

@@ -359,16 +359,20 @@ def _train_fused(
     add("train", "work buffer", scratch, f"one weight, {'transposed' if fp8 else 'dequantised'}")
     among = "at the peak, of what comes while activations go" if first else "of all passes"
     among = "where graphs add to them" if graphs else among
-    add("train", "gradients", p.gradients, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
+    own = fused.foreign_bytes(spec, size, tokens, e, fp8)
+    held = p.gradients if size.kind == "lora" else gradients
+    add("train", "gradients", held, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
     where = f"{tokens} tokens in {batch} sample{'s' if batch > 1 else ''}"
     waits = f", {away} on the host" if away != "none" else ""
     words = f"activation budget {budget:g}{waits}; {where}"
     add("train", "saved activations", p.saved, words, transient=True)
     add("train", "block at work", p.work, "one block's values and their gradients", transient=True)
+    words = f"what PEFT's {size.kind} makes, one Linear at a time"
+    add("train", "adapter workspace", own, words, transient=True)
     # Rotary tables, seven index tensors, the velocity with its target and gradient.
     ends = tokens * (e * spec.attention_head_dim + 60 + 14 * spec.in_channels)
     add("train", "inputs and loss", ends, "rotary tables, indices, velocity", transient=True)
-    _optimizer_step(add, gradients, p.total + ends)
+    _optimizer_step(add, gradients, p.total - p.gradients + held + own + ends)
 
 
 def _optimizer_step(add: _Add, gradients: int, before: int) -> None:

@@ -289,6 +289,24 @@ def _reference_parts(
     return (*parts, _optimizer_part(size.parameters, speed))
 
 
+def _foreign_seconds(
+    size: AdapterSize, tokens: float, share_again: float, fp8: bool, speed: Speed, load: Load
+) -> float:
+    """A sample's share of adapters that PEFT computes over the fused frozen products.
+
+    A LoKr or LoHa is a product with a dense update, forward once more than a frozen weight (nothing is kept)
+    and backward for both factors; a DoRA has thin products in float32, and the frozen one once more. Dense
+    matrices of float32 are written and read about six times each time that they are made.
+    """
+    rate = speed.matmul / 2 if fp8 else speed.matmul  # of bf16
+    passes = 2 + share_again
+    built = 4 * 6 * size.built * (passes + 1) / speed.memory * load.passes / load.samples
+    if size.kind == "dora":
+        thin = 2 * tokens * size.parameters * (passes + 2) / (speed.adapter / 3)
+        return thin + 2 * tokens * size.weights / rate + built
+    return 2 * tokens * size.multiplied * (passes + 2) / rate + built
+
+
 def _optimizer_part(adapter: int, speed: Speed) -> TimePart:
     """AdamW reads the weight, its gradient and two moments, and writes three of them; clipping reads once."""
     return TimePart("optimizer", round(1e3 * adapter * 4 * 9 / speed.memory, 3), "once a step")
@@ -329,7 +347,9 @@ def _fused_parts(
     forward = 4 * squares * h * layers * (1 + again("attention"))
     backward = 10 * squares * h * layers * live
     adapter = size.parameters
-    own = 2 * tokens * adapter * (3 + 0.5 * share_again)
+    own = 2 * tokens * adapter * (3 + 0.5 * share_again) / speed.adapter
+    if size.kind != "lora":
+        own = _foreign_seconds(size, tokens, share_again, fp8, speed, load)
     # Reads and writes: norms, attention's operand, rotary, gated residuals, SwiGLU; adapters add to results.
     ends = 2 * e * (5 * h + 2 * f) if adapter else 0
     there = 2 * (e + o) * h + (e + o) * h + 4 * e * h + 6 * e * h + (2 * e + o) * f + ends
@@ -348,7 +368,7 @@ def _fused_parts(
     sent = sum((image * spec.in_channels * 8 + text * h * e) * s for image, text, s in load.lengths)
     rows = (
         ("matmul", load.samples * dense / speed.matmul, f"{dense / 1e12:.0f} TFLOP a sample"),
-        ("adapter", load.samples * own / speed.adapter, f"{adapter / 1e6:.0f} M numbers"),
+        ("adapter", load.samples * own, f"{adapter / 1e6:.0f} M numbers"),
         (
             "attention",
             load.samples * (forward / speed.attention_forward + backward / speed.attention_backward),

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ideoflow.diagnostics import IdeoflowError
 from ideoflow.model.spec import TransformerSpec, target_modules
 from ideoflow.plan import make_plan
 from ideoflow.plan.adapters import AdaptedModule, adapted_modules, adapter_size, factorise
@@ -178,16 +179,36 @@ def test_a_full_matrix_lokr_says_its_size_before_the_run(full_base: Any) -> None
     assert f"{one.sizes.adapter / 1e9:.1f} GB" in warning.message and "factor" in warning.cure
 
 
-def test_the_plan_says_why_the_fused_engine_does_not_train_it(full_base: Any) -> None:
+def test_other_kinds_are_planned_on_the_fused_engine_with_what_they_take(full_base: Any) -> None:
     card = hardware_from_profile("h200")
-    plan = plan_for('kind = "loha"\nrank = 16', full_base, card)
-    engine = plan.decision("engine")
-    assert engine.value == "reference" and "loha" in engine.reason
-    lora = plan_for("rank = 16", full_base, card)
-    memory, more = (p.ledger.peak("train") for p in (lora, plan))
-    assert lora.value("engine") == "fused" and more > memory
+    plain = plan_for("rank = 16", full_base, card)
     dense = sum(o * i for n, (o, i) in TransformerSpec().linears().items() if "adaln" not in n)
-    size = adapter_size(
-        plan.tables.adapter, adapted_modules(plan.tables.adapter, TransformerSpec(), plan.targets)
-    )
-    assert size.multiplied == dense
+    for kind in ("dora", "lokr", "loha"):
+        fused = '[memory]\nengine = "fused"'
+        plan = plan_for(f'kind = "{kind}"\nrank = 16', full_base, card, fused)
+        assert plan.time.step_ms > plain.time.step_ms
+        lines = {line.name: line.bytes for line in plan.ledger.of("train")}
+        assert lines["adapter workspace"] > 4 * 12288 * 4608
+        adapter = plan.tables.adapter
+        size = adapter_size(adapter, adapted_modules(adapter, TransformerSpec(), plan.targets))
+        assert (size.multiplied == dense) == (kind != "dora")
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "words"),
+    [
+        ("dora", 'offload = "stream"', "measures rows of the frozen weights"),
+        ("lokr", 'precision = "nf4"', "sizes of a lokr from the weight"),
+        ("loha", 'precision = "nf4"', "sizes of a loha from the weight"),
+    ],
+)
+def test_pairs_that_cannot_work_are_refused_with_the_reason(
+    full_base: Any, kind: str, memory: str, words: str
+) -> None:
+    card = hardware_from_profile("24gb")
+    with pytest.raises(IdeoflowError) as caught:
+        plan_for(f'kind = "{kind}"\nrank = 16', full_base, card, f"[memory]\n{memory}")
+    assert any(words in d.message and d.cure for d in caught.value.diagnostics)
+    # Left open, the planner does not choose them.
+    plan = plan_for(f'kind = "{kind}"\nrank = 16', full_base, hardware_from_profile("8gb"))
+    assert plan.value("precision") != "nf4" if kind != "dora" else plan.value("offload") == "none"

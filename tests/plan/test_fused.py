@@ -46,7 +46,8 @@ def adapted_model(targets, fp8_weights, dtype, rank=4):
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(dtype)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
+    if targets:
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
@@ -265,3 +266,39 @@ def test_more_budget_keeps_more_and_recomputes_less():
         for first in (True, False)
     ]
     assert passes[1] > passes[0]
+
+
+@pytest.mark.parametrize("tokens", [128, 512])
+@pytest.mark.parametrize("kind", ["dora", "lokr", "loha"])
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_that_peft_computes_fit_into_what_is_planned_for_them(mode, kind, tokens):
+    import torch
+
+    from ideoflow.engine.adapt import peft_config
+    from ideoflow.engine.fused import FusedTransformer
+    from ideoflow.plan.adapters import adapted_modules, adapter_size
+    from ideoflow.recipe import AdapterSettings
+
+    matmul, weights, dtype = MODES[mode]
+    settings, names = AdapterSettings(kind=kind, rank=4), target_modules("all", SPEC)
+    modules = adapted_modules(settings, SPEC, names)
+    plain = adapted_model([], weights, getattr(torch, dtype))
+    plain.add_adapter(peft_config(settings, modules))
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad_(
+            any(part in name for part in (".lora_", ".lokr_", ".hada_"))
+        ).requires_grad:
+            parameter.data = parameter.data.float()
+    options = {"linear": "fp8" if matmul else "bf16", "attention": "sdpa", "dtype": getattr(torch, dtype)}
+    model = FusedTransformer(plain, **options)
+    given = inputs(layout_of(tokens), model.dtype)
+    model(*given).float().square().mean().backward()
+    for parameter in plain.parameters():
+        parameter.grad = None
+    alive = Alive(model)
+    with alive.mode:
+        model(*given).float().square().mean().backward()
+    size, element = adapter_size(settings, modules), model.dtype.itemsize
+    predicted = fused.peak(SPEC, names, 0, tokens, 1.0, element, fp8=matmul).total + 4 * size.parameters
+    predicted += fused.foreign_bytes(SPEC, size, tokens, element, matmul)
+    assert 1 <= predicted / alive.most < 1.3, (predicted, alive.most)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ideoflow.engine.fused.attention import Attention
+from ideoflow.engine.fused.foreign import ForeignLinear, is_foreign
 from ideoflow.engine.fused.linear import AdaptedLinear
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
@@ -84,7 +85,8 @@ class FusedBlock:
 
         def group(*layers: tuple[str, nn.Module], joined: bool = True) -> AdaptedLinear:
             named = [(f"{name}.{part}", layer) for part, layer in layers]
-            return AdaptedLinear(named, dtype=dtype, fp8=fp8, ops=ops, scratch=scratch,
+            kind = ForeignLinear if any(is_foreign(layer) for _, layer in layers) else AdaptedLinear
+            return kind(named, dtype=dtype, fp8=fp8, ops=ops, scratch=scratch,
                                  keep_transposed=keep_transposed, joined=joined)  # fmt: skip
 
         self.qkv = group(
