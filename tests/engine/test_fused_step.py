@@ -66,3 +66,15 @@ def test_predictions_are_the_reference_paths(plan_of: Any) -> None:
             for p in (with_fused(plan), plan)
         )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr", "loha"])
+def test_adapters_that_peft_computes_learn_the_same_on_both_engines(plan_of: Any, kind: str) -> None:
+    plan = plan_of(**{"adapter.rank": 4, "adapter.kind": kind})
+    expected, theirs = loss_and_gradients(build(plan))
+    loss, ours = loss_and_gradients(build(with_fused(plan, activation_budget=0.4)))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        size = float(theirs[name].abs().max())
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * size + 1e-9, msg=name)
