@@ -48,7 +48,7 @@ _NAMES = [
         (POINTWISE, r"^triton_\w*fused|Torch-Compiled Region|CompiledFunction"),
         (POINTWISE, r"aten::(mul|silu|sigmoid|rsqrt|pow|mean|neg|cat|tanh|rms_norm|_fused_rms_norm)"),
         (FROZEN, r"nvjet|gemm|cutlass|aten::(mm|addmm|bmm|_scaled_mm|matmul|linear)|mkldnn"),
-        (COPIES, r"Memcpy (HtoD|DtoH)|pin_memory"),
+        (COPIES, r"pin_memory"),
     )
 ]
 _PRODUCT = re.compile(r"aten::(mm|addmm|bmm|matmul|linear)\b")
@@ -98,6 +98,8 @@ def part_of(name: str, launch: Iterable[tuple[str, Sequence[Any]]] = (), ranks: 
         launch: (name, shapes of its inputs) of every operator and range around it, innermost first.
         ranks: the adapter's ranks; a product with such a side, outside all ranges, is the adapter's.
     """
+    if name.startswith(("Memcpy HtoD", "Memcpy DtoH")):
+        return COPIES
     around = list(launch)
     for outer, _ in around:
         if outer.startswith(RANGE):

@@ -24,6 +24,7 @@ from ideoflow.engine.events import Emit, Note, Profiled
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.linear import AdaptedLinear
 from ideoflow.engine.fused.weights import FrozenWeight
+from ideoflow.engine.optimizer import Optimizer
 from ideoflow.engine.setup import Trainable
 from ideoflow.plan.adapters import adapted_modules
 from ideoflow.plan.document import Plan
@@ -66,6 +67,7 @@ def ranges(fused: FusedTransformer | None) -> Iterator[None]:
             stack.callback(delattr, owner, name) if own is None else stack.callback(setattr, owner, name, own)
 
         put(nn.utils, "clip_grad_norm_", parts.OPTIMISER)
+        put(Optimizer, "step", parts.OPTIMISER)
         if fused:
             for op in kernels.OPS:
                 part = next((part for start, part in _OPS.items() if op.startswith(start)), parts.POINTWISE)

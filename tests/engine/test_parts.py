@@ -55,6 +55,7 @@ def test_what_is_around_a_kernel_decides_before_its_name() -> None:
     assert part_of(add, [("aten::mul", ())]) == parts.POINTWISE
     inner, outer = (parts.RANGE + parts.WEIGHTS, ()), (parts.RANGE + parts.FROZEN, ())
     assert part_of("nvjet_sm90_tst_1", [inner, outer]) == parts.WEIGHTS
+    assert part_of("Memcpy DtoH (Device -> Pinned)", [inner, outer]) == parts.COPIES
 
 
 def test_thin_products_are_the_adapters() -> None:
