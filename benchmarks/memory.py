@@ -46,6 +46,7 @@ MODES = {
     "8-bit moments": ("inputs", "8bit", False),
     "outputs on the host, 8-bit moments": ("outputs", "8bit", False),
     "streamed": ("none", "float32", True),
+    "streamed, outputs on the host": ("outputs", "float32", True),
     "streamed, inputs and moments": ("inputs", "cpu", True),
     "streamed, outputs and 8-bit moments": ("outputs", "8bit", True),
 }
