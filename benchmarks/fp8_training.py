@@ -177,6 +177,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                     "of_means": apart(statistics.fmean(a[key] for a, _ in pairs),
                                       statistics.fmean(b[key] for _, b in pairs)),
                 }  # fmt: skip
+        if pairs:  # a base that learns little makes all losses alike; so also by what was learnt
+            learnt = [(a["before"] - a["after"], b["before"] - b["after"]) for a, b in pairs]
+            found[way]["share_of_what_was_learnt"] = max(apart(a, b) for a, b in learnt)
     after = [ways["bf16"]["after"] for ways in by_seed.values() if "bf16" in ways]
     if len(after) > 1:
         found["bf16, between seeds"] = {"largest": (max(after) - min(after)) / min(after)}
