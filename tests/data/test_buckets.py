@@ -67,8 +67,6 @@ def test_a_turned_picture_has_the_turned_size(width, height, resolution, kind):
     size = bucket_size(width / height, resolution, kind)
     turned = bucket_size(height / width, resolution, kind)[::-1]
     assert all(abs(a - b) <= 16 for a, b in zip(size, turned, strict=True))  # ties may fall either way
-    if width / height == 1 / (height / width):
-        assert size == turned
 
 
 @given(SIDES, SIDES, SETTINGS, st.text(max_size=5), st.integers(0, 9), st.booleans())
