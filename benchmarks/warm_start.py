@@ -129,7 +129,8 @@ def make(args: argparse.Namespace, device: Any) -> tuple[Callable[[int], Any], C
     from ideoflow.engine.fused.graphs import GraphedSteps
     from ideoflow.engine.packed import PackedLayout
     from ideoflow.engine.setup import UnpaddedAttention
-    from ideoflow.engine.step import PACKED_MULTIPLE, TrainingSample, accumulate
+    from ideoflow.engine.step import TrainingSample, accumulate
+    from ideoflow.kernels.budget import PACKED_MULTIPLE
 
     gpu, fused = device.type == "cuda", args.engine == "fused"
     dtype = torch.bfloat16 if gpu else torch.float32

@@ -22,6 +22,7 @@ from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.graphs import GraphedSteps
 from ideoflow.engine.packed import PackedLayout
 from ideoflow.engine.schedule import training_time
+from ideoflow.kernels.budget import PACKED_MULTIPLE
 from ideoflow.model.spec import PIXELS_PER_TOKEN
 from ideoflow.recipe import ScheduleSettings
 
@@ -95,11 +96,6 @@ def accumulate(transformer: Ideogram4Transformer2DModel, batch: list[TrainingSam
         (loss / parts).backward()
         total += loss.detach()
     return total
-
-
-# Packed lengths are rounded up to this with inert tokens: FP8 products need rows in multiples of 16, and
-# fewer different lengths mean fewer attention plans.
-PACKED_MULTIPLE = 64
 
 
 def predict_packed(

@@ -29,6 +29,11 @@ AWAY: dict[str, tuple[str, ...]] = {
     "gate_up": ("input", "gate_up"),
 }
 ROUNDING = ("outputs", "gate_up")
+# Packed lengths are rounded up to this with inert tokens: FP8 products need rows in multiples of 16, and
+# fewer different lengths mean fewer plans of attention, and fewer CUDA graphs.
+PACKED_MULTIPLE = 64
+# Shapes of batches that get a CUDA graph of their own; further ones are launched kernel by kernel.
+MOST_GRAPHS = 64
 
 
 def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8: bool,

@@ -39,6 +39,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from ideoflow.kernels.budget import PACKED_MULTIPLE
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TAPPED_LAYERS, TransformerSpec, VaeSpec
 from ideoflow.plan import fused
@@ -363,6 +364,13 @@ def _train_fused(
     held = p.gradients if size.kind == "lora" else gradients
     add("train", "gradients", held, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
     where = f"{tokens} tokens in {batch} sample{'s' if batch > 1 else ''}"
+    if graphs:
+        # Latents and target in float32, text, rotary tables; the indices are less than a hundredth of that.
+        images, rest = batch * shapes.grid_tokens, batch * shapes.text_tokens + PACKED_MULTIPLE
+        place = images * 8 * spec.in_channels + rest * e * spec.hidden
+        place += (images + rest) * e * spec.attention_head_dim
+        words = f"{shapes.graphs} shapes of batches, a place for each"
+        add("train", "graphs", shapes.graphs * place, words)
     waits = f", {away} on the host" if away != "none" else ""
     words = f"activation budget {budget:g}{waits}; {where}"
     add("train", "saved activations", p.saved, words, transient=True)

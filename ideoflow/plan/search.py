@@ -8,10 +8,12 @@ weights, or letting them wait on the host, is no equal: it is only done where no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+from ideoflow.kernels.budget import MOST_GRAPHS, PACKED_MULTIPLE
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import PIXELS_PER_TOKEN, target_modules
 from ideoflow.plan.adapters import AdaptedModule, AdapterSize, adapted_modules, adapter_size
@@ -107,7 +109,15 @@ class Problem:
             sampled // per_token,
             sampled,
             captions * self.text_tokens[1],
+            self._graph_shapes(),
         )
+
+    def _graph_shapes(self) -> int:
+        """Each size of picture with each 64 text tokens; a batch may combine them in any way."""
+        least, _, greatest = self.text_tokens
+        one = len(self.buckets) * (greatest // PACKED_MULTIPLE - least // PACKED_MULTIPLE + 1)
+        combined = math.prod([min(one, MOST_GRAPHS)] * min(self.tables.train.batch, MOST_GRAPHS))
+        return min(MOST_GRAPHS, combined)
 
     @cached_property
     def load(self) -> Load:

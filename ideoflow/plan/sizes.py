@@ -79,7 +79,8 @@ class Shapes:
 
     ``grid_tokens`` and ``text_tokens`` are the greatest numbers of image and text tokens of a sample;
     ``pixels`` its greatest area; ``sample_tokens`` and ``sample_pixels`` those of a validation picture, or 0.
-    ``caption_tokens`` are those of all captions together, or 0 for a single one.
+    ``caption_tokens`` are those of all captions together, or 0 for a single one. ``graphs`` are the shapes of
+    batches that come, as far as CUDA graphs tell them apart.
     """
 
     grid_tokens: int
@@ -88,6 +89,7 @@ class Shapes:
     sample_tokens: int
     sample_pixels: int
     caption_tokens: int = 0
+    graphs: int = 1
 
     @property
     def tokens(self) -> int:

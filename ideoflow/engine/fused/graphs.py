@@ -26,9 +26,9 @@ from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import GRAPH_FAILED
 from ideoflow.engine.fused.transformer import FusedTransformer
 from ideoflow.engine.packed import PackedLayout
+from ideoflow.kernels.budget import MOST_GRAPHS
 
 _EAGER_STEPS = 2  # a shape that comes back this often will come back more
-_MOST_GRAPHS = 64  # each takes about 20 MB for its batch and 10 for its launches
 
 
 class Place:
@@ -127,7 +127,7 @@ class GraphedSteps:
             graph.replay()
             return place.loss.clone()
         self._seen[key] += 1
-        if self._seen[key] <= _EAGER_STEPS or len(self._graphs) >= _MOST_GRAPHS:
+        if self._seen[key] <= _EAGER_STEPS or len(self._graphs) >= MOST_GRAPHS:
             return self.fused.add_gradients(noisy, target, time, text, layout, parts, batch[-1])
         return self._record(key, layout, batch, parts)
 
