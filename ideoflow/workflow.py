@@ -23,6 +23,7 @@ from ideoflow.model.quiet import hush_libraries
 from ideoflow.plan import check_digests, detect_hardware, make_plan
 from ideoflow.plan.calibration import append_runs, load_calibration
 from ideoflow.plan.document import Plan, load_plan
+from ideoflow.plan.lock import LOCK, lock_of, version_changes
 from ideoflow.plan.record import RunMeter
 from ideoflow.recipe import Recipe, load_recipe
 from ideoflow.report.html import write_report
@@ -44,12 +45,16 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before the first tensor is touched."""
+    """Everything that is known before the first tensor is touched.
+
+    ``lock`` is where the versions of an earlier run are, if a plan.json of one is to be run again.
+    """
 
     recipe: Recipe
     dataset: Dataset
     prompts: tuple[Prompt, ...]
     plan: Plan
+    lock: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
         return Prepared(recipe, dataset, prompts, plan)
     if changed := check_digests(planned, recipe, base, summary):
         raise IdeoflowError(changed)
-    return Prepared(recipe, dataset, prompts, replace(planned, base=base))
+    again = replace(planned, base=base)
+    return Prepared(recipe, dataset, prompts, again, Path(path).with_name(LOCK))
 
 
 def build_cache(prepared: Prepared, *, on_event: Callable[[Any], None] = lambda _: None) -> Built:
@@ -131,9 +137,14 @@ def run(
         need, free = (n / 2**30 for n in (plan.ledger.peak_bytes, plan.hardware.free_bytes))
         cure = "`ideoflow plan` lists changes that make it fit; --force tries it all the same"
         fail(DOES_NOT_FIT, f"the run needs {need:.1f} GiB, and {free:.1f} GiB are free", cure=cure)
+    lock = lock_of(plan)
+    # An earlier run's: of the plan.json that is run again, or of the one that goes on.
+    earlier = prepared.lock or (None if fresh else folder / LOCK)
+    changes = version_changes(earlier, lock) if earlier else []
     if fresh:
         set_aside(folder)
-    prepare_output(folder, {"plan.json": plan.to_json(), "recipe.toml": prepared.recipe.text})
+    texts = {"plan.json": plan.to_json(), "recipe.toml": prepared.recipe.text, LOCK: lock.to_json()}
+    prepare_output(folder, texts)
     recorder, meter = Recorder(folder), RunMeter(plan)
 
     def emit(event: Any) -> None:
@@ -142,6 +153,8 @@ def run(
             recorder.write(kind, **asdict(event), **({"version": __version__} if kind == "run" else {}))
         on_event(event)
 
+    for change in changes:
+        emit(Note(change))
     outcome = None
     try:
         outcome = carry_out(

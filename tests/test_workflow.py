@@ -300,3 +300,17 @@ def test_plans_of_runs_use_what_was_measured_before(project: Path, monkeypatch: 
     )
     plan = prepare("try.toml").plan
     assert plan.time is not None and plan.time.calibrated
+
+
+def test_a_run_leaves_a_lock_and_another_version_is_told(project: Path) -> None:
+    text = RECIPE.replace("steps = 4", "steps = 1")
+    Path("try.toml").write_text(text[: text.index("[validate]")])
+    train()
+    lock = Path("outputs/try/recipe.lock")
+    locked = json.loads(lock.read_text())
+    assert locked["seed"] == 3 and locked["versions"]["torch"] == torch.__version__
+    lock.write_text(json.dumps(locked | {"versions": locked["versions"] | {"torch": "1.0"}}))
+    events: list[Any] = []
+    run(prepare("outputs/try/plan.json"), fresh=True, on_event=events.append)
+    assert any("torch: 1.0 -> " in e.text for e in events if isinstance(e, Note))
+    assert lock.read_text() == json.dumps(locked, indent=1) + "\n"
