@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _KINDS = {
     "RunStarted": "run",
     "StageDone": "stage",
+    "LinesMeasured": "lines",
     "StepDone": "step",
     "SampleMade": "sample",
     "CheckpointSaved": "checkpoint",
@@ -166,6 +167,8 @@ def run(
             except OSError as error:
                 emit(Note(f"what was measured is not kept for later plans: {error}"))
     finally:
+        for sentence in meter.wrong_lines():
+            emit(Note(sentence))
         end = asdict(outcome) if outcome else {"finished": False}
         recorder.write("end", seconds=perf_counter() - started, **end)
         report = write_report(folder, plan)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from ideoflow.cli import main
 from ideoflow.engine.events import CheckpointSaved, Note, StepDone
 from ideoflow.engine.loop import Stop
+from ideoflow.plan import load_plan
 from ideoflow.resources import recipes
 from ideoflow.workflow import Result, prepare, run
 
@@ -314,3 +316,32 @@ def test_a_run_leaves_a_lock_and_another_version_is_told(project: Path) -> None:
     run(prepare("outputs/try/plan.json"), fresh=True, on_event=events.append)
     assert any("torch: 1.0 -> " in e.text for e in events if isinstance(e, Note))
     assert lock.read_text() == json.dumps(locked, indent=1) + "\n"
+
+
+@pytest.mark.parametrize("more", ['kind = "lora"', 'kind = "lokr"'])
+def test_lines_of_the_ledger_are_what_their_tensors_take(project: Path, more: str) -> None:
+    text = RECIPE.replace("steps = 4", "steps = 1").replace("rank = 4", f"rank = 4\n{more}")
+    Path("try.toml").write_text(text[: text.index("[validate]")])
+    train()
+    lines = [json.loads(text) for text in Path("outputs/try/metrics.jsonl").read_text().splitlines()]
+    (measured,) = (line["lines"] for line in lines if line["kind"] == "lines")
+    predicted = {x.name: x.bytes for x in load_plan("outputs/try/plan.json").ledger.of("train")}
+    rotary = 64  # bytes of frequencies: a buffer, not a weight
+    predicted["weights"] += rotary
+    assert measured == {name: predicted[name] for name in ("weights", "adapter", "optimizer state")}
+    page = Path("outputs/try/report.html").read_text(encoding="utf-8")
+    assert f"{measured['weights'] / 2**20:.1f} MiB" in page
+
+
+def test_the_log_and_the_report_say_which_line_was_wrong(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with as little free memory as the process takes: nearness is all that a CPU can show."""
+    Path("try.toml").write_text(RECIPE[: RECIPE.index("[validate]")].replace("steps = 4", "steps = 1"))
+    prepared = prepare("try.toml")
+    hardware = replace(prepared.plan.hardware, free_bytes=prepared.plan.ledger.peak_bytes)
+    events: list[Any] = []
+    run(replace(prepared, plan=replace(prepared.plan, hardware=hardware)), on_event=events.append)
+    told = [e.text for e in events if isinstance(e, Note) and "below the limit" in e.text]
+    assert any(text.startswith("train: the peak was ") for text in told)
+    assert "below the limit" in Path("outputs/try/report.html").read_text(encoding="utf-8")

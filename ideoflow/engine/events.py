@@ -36,6 +36,16 @@ class StageDone:
 
 
 @dataclass(frozen=True)
+class LinesMeasured:
+    """Bytes on the device of the tensors that lines of the plan's ledger are about, by the lines' names.
+
+    A name with commas stands for several lines, of which only the sum is known.
+    """
+
+    lines: dict[str, int]
+
+
+@dataclass(frozen=True)
 class StepDone:
     """One optimiser step: its mean loss, learning rate, gradient norm before clipping, and wall time."""
 
@@ -78,5 +88,15 @@ class Profiled:
     table: dict[str, Any]
 
 
-Event = Progress | RunStarted | StageDone | StepDone | CheckpointSaved | SampleMade | Note | Profiled
+Event = (
+    Progress
+    | RunStarted
+    | StageDone
+    | LinesMeasured
+    | StepDone
+    | CheckpointSaved
+    | SampleMade
+    | Note
+    | Profiled
+)
 Emit = Callable[[Event], None]

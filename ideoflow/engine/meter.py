@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import psutil
 import torch
+from torch import Tensor, nn
 
 from ideoflow.data.encode import release
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import OUT_OF_MEMORY
+from ideoflow.engine.optimizer import Optimizer
+from ideoflow.engine.setup import Trainable
 from ideoflow.plan.document import Plan
 
 _INTERVAL = 0.05  # seconds between looks at the process's memory
@@ -38,6 +41,44 @@ class Meter:
         finally:
             bytes_ = peak.stop()
             self.report(name, time.perf_counter() - started, bytes_)
+
+
+def measure_lines(model: Trainable, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes on the device by line of the ledger, for :class:`ideoflow.engine.events.LinesMeasured`.
+
+    Where weights wait elsewhere, those that are fetched cannot be told from those that stay.
+    """
+    transformer = model.transformer
+    trained = {id(p) for p in model.parameters.values()}
+    frozen = [t for t in _tensors(transformer) if id(t) not in trained]
+    device = next(iter(model.parameters.values())).device
+    names = "weights, fetched weights" if model.streamed else "weights"
+    lines = {
+        names: frozen,
+        "adapter": model.parameters.values(),
+        "optimizer state": optimizer.device_tensors(),
+    }
+    return {name: _bytes(tensors, device) for name, tensors in lines.items()}
+
+
+def _tensors(transformer: nn.Module) -> Iterator[Tensor]:
+    yield from transformer.parameters()
+    yield from transformer.buffers()
+    for module in transformer.modules():
+        state = getattr(
+            getattr(module, "weight", None), "quant_state", None
+        )  # bitsandbytes' scales and tables
+        while state is not None:
+            yield from (t for t in (state.absmax, state.code, state.offset) if t is not None)
+            state = state.state2
+
+
+def _bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
+    """What they occupy there; tensors that share memory count once."""
+    storages = {
+        s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors if t.device == device)
+    }
+    return sum(storages.values())
 
 
 @contextmanager

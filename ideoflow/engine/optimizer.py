@@ -77,6 +77,14 @@ class Optimizer:
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
 
+    def device_tensors(self) -> Iterator[Tensor]:
+        """What it keeps on the device between steps, without the counters of steps."""
+        if self.kind == "cpu":
+            yield from (moment for slot in self.inner.slots for moment in slot)
+            return
+        for state in self.inner.state.values():
+            yield from (v for key, v in state.items() if key != "step" and isinstance(v, Tensor))
+
     def state(self) -> dict[str, Tensor]:
         """``NAME/step`` and the moments of every parameter that has been updated."""
         if self.kind == "cpu" and self.guarded:
@@ -172,7 +180,7 @@ class HostAdamW:
         self._in, self._out = (torch.cuda.Stream(self.device) if cuda else None for _ in range(2))
         size = max(sum(p.numel() for p in bucket) for bucket in self._buckets)
         # [which of the two][exp_avg or exp_avg_sq]
-        self._slots = [[torch.empty(size, device=self.device) for _ in range(2)] for _ in range(2)]
+        self.slots = [[torch.empty(size, device=self.device) for _ in range(2)] for _ in range(2)]
         self._free: list[torch.cuda.Event | None] = [None, None]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -192,7 +200,7 @@ class HostAdamW:
 
     def _step(self, bucket: list[nn.Parameter], which: int) -> None:
         states = [self._host(p) for p in bucket]
-        exp_avgs, squares = (list(_views(slot, bucket)) for slot in self._slots[which])
+        exp_avgs, squares = (list(_views(slot, bucket)) for slot in self.slots[which])
         moved = [(view, s["exp_avg"]) for view, s in zip(exp_avgs, states, strict=True)]
         moved += [(view, s["exp_avg_sq"]) for view, s in zip(squares, states, strict=True)]
         with _on(self._in):

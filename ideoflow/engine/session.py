@@ -20,9 +20,9 @@ from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
 from ideoflow.engine.adapt import base_weight, trained_updates
 from ideoflow.engine.caches import fill_caches, make_encoder
-from ideoflow.engine.events import Emit, Note, Progress, RunStarted, SampleMade, StageDone
+from ideoflow.engine.events import Emit, LinesMeasured, Note, Progress, RunStarted, SampleMade, StageDone
 from ideoflow.engine.loop import Stop, Trainer, run_identity
-from ideoflow.engine.meter import Meter, memory_errors_told
+from ideoflow.engine.meter import Meter, measure_lines, memory_errors_told
 from ideoflow.engine.profile import RunProfile, capture_training
 from ideoflow.engine.sampling import Sampler, write_picture
 from ideoflow.engine.setup import Trainable, build, plan_device
@@ -106,13 +106,16 @@ class _Session:
         """Trains from one sampling to the next; samples before the first step and after the last."""
         total = self.plan.tables.train.steps
         every = self.plan.tables.validate.every if sampler else total
-        self.stop.listening = True
+        self.stop.listening, measured = True, False
         if sampler and trainer.step == 0:
             self._sample(sampler, prompts, 0)
         while trainer.step < total and not self.stop.requested:
             until = min(total, (trainer.step // every + 1) * every)
             with self.meter.stage("train"):
                 trainer.train(until)
+            if not measured:
+                self.emit(LinesMeasured(measure_lines(trainer.model, trainer.optimizer)))
+                measured = True
             if sampler and trainer.step == until and not self.stop.requested:
                 self._sample(sampler, prompts, until)
         self.stop.listening = False

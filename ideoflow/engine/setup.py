@@ -84,6 +84,7 @@ class Trainable:
         predict: velocity of one sample, as :func:`ideoflow.engine.step.predict_velocity` gives it.
         gradients: adds a batch's gradients, as :func:`ideoflow.engine.step.accumulate` does.
         release: gives back memory that only training needs; training may go on afterwards.
+        streamed: weights wait elsewhere, and come to the device when they are needed.
     """
 
     transformer: Ideogram4Transformer2DModel
@@ -91,6 +92,7 @@ class Trainable:
     predict: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
     gradients: Callable[[list[TrainingSample], int], Tensor]
     release: Callable[[], None] = lambda: None
+    streamed: bool = False
 
 
 def build(plan: Plan) -> Trainable:
@@ -127,6 +129,7 @@ def build(plan: Plan) -> Trainable:
             partial(predict_packed, fused),
             partial(accumulate_packed, fused, graphs=graphs),
             graphs.release if graphs else lambda: None,
+            offload != "none",
         )
     if offload == "stream":
         stream_blocks(transformer, device)
@@ -137,7 +140,11 @@ def build(plan: Plan) -> Trainable:
     if plan.value("compile") == "regional":
         transformer.compile_repeated_blocks()
     return Trainable(
-        transformer, parameters, partial(predict_velocity, transformer), partial(accumulate, transformer)
+        transformer,
+        parameters,
+        partial(predict_velocity, transformer),
+        partial(accumulate, transformer),
+        streamed=offload != "none",
     )
 
 

@@ -10,13 +10,22 @@ from statistics import median
 from typing import Any
 
 from ideoflow.plan.calibration import Measured, shipped
-from ideoflow.plan.document import Plan
+from ideoflow.plan.document import PHASES, Phase, Plan
 from ideoflow.plan.memory import TRANSIENT
 from ideoflow.plan.search import Problem, evaluate
 from ideoflow.plan.sizes import Choice
 
 # Lines that are no tensors, which an allocator's figures do not hold.
 NOT_ALLOCATED = frozenset({"CUDA context", "Python and torch", "fragmentation"})
+# The stage of a run in which each phase of the ledger happens.
+STAGE_OF: Mapping[Phase, str] = {
+    "text": "captions",
+    "latents": "pictures",
+    "train": "train",
+    "sample": "samples",
+}
+# A peak is worth a word when it is this much above the prediction, or comes this near to what was free.
+_ABOVE, _NEAR = 0.05, 0.03
 
 
 def engine_digest() -> str:
@@ -82,18 +91,66 @@ def measured_run(
     )
 
 
-class RunMeter:
-    """Gathers a run's own figures from the engine's events; on processors nothing is gathered.
+def wrong_lines(plan: Plan, peaks: Mapping[str, int], lines: Mapping[str, int]) -> list[str]:
+    """A sentence for each phase whose peak was over 5 % above the prediction, or within 3 % of what was free.
 
-    There the peak is the whole process', of which the formulas describe only a part.
+    It names the line of the ledger, or those that were measured together, that was too small by most. What
+    was not measured line by line is what is left of the peak.
+
+    Args:
+        peaks: bytes by stage, as the engine's meter tells them: allocated on a GPU, the process' on a CPU. Of
+            a CPU only nearness counts: the libraries that a process holds are no formula's.
+        lines: bytes by line in the train phase, as ``LinesMeasured`` tells them.
+    """
+    sentences, free = [], plan.hardware.free_bytes
+    cpu = plan.value("device") == "cpu"
+    for phase in PHASES:
+        ledger, peak = plan.ledger.of(phase), peaks.get(STAGE_OF[phase], 0)
+        outside = 0 if cpu else sum(x.bytes for x in ledger if x.name in NOT_ALLOCATED)
+        predicted = plan.ledger.peak(phase) - outside
+        above, room = peak > (1 + _ABOVE) * predicted and not cpu, free - peak - outside
+        if not ledger or not peak or not (above or room < _NEAR * free):
+            continue
+        counted = {x.name: x.bytes for x in ledger if cpu or x.name not in NOT_ALLOCATED}
+        parts, left = [], peak
+        for names, found in lines.items() if phase == "train" else ():
+            if expected := sum(counted.pop(name, 0) for name in names.split(", ")):
+                parts.append((names, expected, found))
+                left -= found
+        rest = ", ".join(sorted(counted, key=lambda name: -counted[name]))
+        parts.append((rest, sum(counted.values()), left))
+        names, expected, found = max(parts, key=lambda part: part[2] - part[1])
+        sentences.append(
+            f"{phase}: the peak was {_mib(peak)} where {_mib(predicted)} were predicted "
+            f"({peak / predicted - 1:+.1%}), {_mib(max(room, 0))} below the limit; "
+            + (
+                f"'{names}' took {_mib(found)}, not {_mib(expected)}"
+                if found > expected
+                else "no line was larger"
+            )
+        )
+    return sentences
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):,.1f} MiB"
+
+
+class RunMeter:
+    """Gathers a run's own figures from the engine's events.
+
+    Those of processors are not kept for later plans: there the peak is the whole process', of which the
+    formulas describe only a part.
     """
 
     # Kernels are compiled, and attention planned, in the first steps after a start.
     _SKIPPED, _FEWEST = 5, 5
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.peak, self.torch = plan, 0, ""
+        self.plan, self.torch = plan, ""
         self.seconds: list[float] = []
+        self.peaks: dict[str, int] = {}
+        self.lines: dict[str, int] = {}
 
     def see(self, event: Any) -> None:
         """Takes what counts from an event of :mod:`ideoflow.engine.events`."""
@@ -102,17 +159,23 @@ class RunMeter:
             self.torch = event.torch
         elif kind == "StepDone":
             self.seconds.append(event.seconds)
-        elif kind == "StageDone" and event.stage == "train":
-            self.peak = max(self.peak, event.peak_bytes)
+        elif kind == "LinesMeasured":
+            self.lines = event.lines
+        elif kind == "StageDone":
+            self.peaks[event.stage] = max(self.peaks.get(event.stage, 0), event.peak_bytes)
+
+    def wrong_lines(self) -> list[str]:
+        """What :func:`wrong_lines` says of the run so far."""
+        return wrong_lines(self.plan, self.peaks, self.lines)
 
     def measured(self) -> Measured | None:
         """The run as a measurement; None where there is too little of it."""
-        later = self.seconds[self._SKIPPED :]
-        if self.plan.value("device") != "cuda" or not self.peak or len(later) < self._FEWEST:
+        later, peak = self.seconds[self._SKIPPED :], self.peaks.get("train", 0)
+        if self.plan.value("device") != "cuda" or not peak or len(later) < self._FEWEST:
             return None
         return measured_run(
             self.plan,
-            train_peak_bytes=self.peak,
+            train_peak_bytes=peak,
             step_ms=1e3 * median(later),
             engine_digest=engine_digest(),
             versions={"torch": self.torch},

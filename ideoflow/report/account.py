@@ -10,19 +10,13 @@ from typing import Any
 
 from ideoflow.diagnostics import Diagnostic
 from ideoflow.plan.document import PHASES, Decision, Phase, Plan, Rejected, Value
+from ideoflow.plan.record import STAGE_OF
 from ideoflow.report.charts import Bars, Segment, bar_chart
 from ideoflow.report.history import History
 from ideoflow.report.markup import Child, Html, tag
 from ideoflow.report.parts import NOTHING, remark, section, table
 from ideoflow.report.units import duration, number, plural, share, signed, size, without_home
 
-# The stage in which each phase of the ledger happens.
-STAGE_OF: Mapping[Phase, str] = {
-    "text": "captions",
-    "latents": "pictures",
-    "train": "train",
-    "sample": "samples",
-}
 STAGE_NAMES = {
     "captions": "Encoding captions",
     "pictures": "Encoding pictures",
@@ -61,7 +55,9 @@ def memory(plan: Plan, history: History) -> Html:
         remark(_how_measured(plan), f" {free[1]} of {size(hardware.total_bytes)}. ", _uncalibrated(plan)),
         tag("figure", chart, _legend(names), class_="plot"),
         table(("phase", "predicted", "measured", "measured against predicted"), summary, (1, 2, 3)),
-        tag("details", tag("summary", "The ledger, line by line"), _ledger(plan, names)) if names else None,
+        tag("details", tag("summary", "The ledger, line by line"), _ledger(plan, names, history.lines))
+        if names
+        else None,
     )
 
 
@@ -99,14 +95,17 @@ def _compared(predicted: int | None, measured: int | None) -> tuple[str, str, st
     return texts[0], texts[1], against
 
 
-def _ledger(plan: Plan, names: Sequence[str]) -> Html:
+def _ledger(plan: Plan, names: Sequence[str], measured: Mapping[str, int]) -> Html:
+    """Every line; what was measured of it stands in the train phase, in which it was measured."""
     rows: list[tuple[Child, ...]] = []
     for phase in PHASES:
         for line in sorted(plan.ledger.of(phase), key=lambda line: -line.bytes):
             swatch = tag("i", class_=f"swatch c{names.index(line.name) % 8}")
+            found = measured.get(line.name) if phase == "train" else None
+            seen = size(found) if found else NOTHING
             rows.append((STAGE_NAMES[STAGE_OF[phase]], tag("span", swatch, line.name), size(line.bytes),
-                         _certainty(line.calibrated), line.evidence))  # fmt: skip
-    return table(("phase", "line", "predicted", "", "where the figure is from"), rows, (2,))
+                         seen, _certainty(line.calibrated), line.evidence))  # fmt: skip
+    return table(("phase", "line", "predicted", "measured", "", "where the figure is from"), rows, (2, 3))
 
 
 def _certainty(calibrated: bool) -> Html:

@@ -61,7 +61,8 @@ class History:
     """A run from its first start to now.
 
     ``ending`` is "finished", "stopped" (by request, at a step of its own choosing) or "open": the last start
-    has no end line, because it still runs or died. ``seconds`` is the wall time of all starts that ended.
+    has no end line, because it still runs or died. ``seconds`` is the wall time of all starts that ended,
+    ``lines`` what was measured of the ledger's lines, in bytes.
     """
 
     starts: tuple[Start, ...]
@@ -74,6 +75,7 @@ class History:
     adapter: str | None
     seconds: float | None
     checkpoint: int | None
+    lines: Mapping[str, int]
 
     @property
     def resumed_at(self) -> tuple[int, ...]:
@@ -109,6 +111,7 @@ def read_history(folder: Path) -> History:
         adapter=str(end["adapter"]) if end.get("adapter") else None,
         seconds=sum(spent) if spent else None,
         checkpoint=max(checkpoints, default=None),
+        lines=_lines(_of(lines, "lines")),
     )
 
 
@@ -162,6 +165,12 @@ def _sample(line: Line) -> Sample:
         caption if isinstance(caption, str) else "",
         None if seed is None else int(seed),
     )
+
+
+def _lines(measured: Sequence[Line]) -> dict[str, int]:
+    """Bytes by line of the ledger, as they were measured last."""
+    found = measured[-1].get("lines") if measured else None
+    return {str(k): _count(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
 
 
 def _stages(lines: Sequence[Line]) -> list[Stage]:

@@ -10,7 +10,7 @@ from ideoflow.report.markup import Html
 from ideoflow.report.parts import masthead, remark, section, table
 from ideoflow.report.units import duration, plural, signed, size
 
-_NOTHING_RAN = History((), (), (), (), (), "open", 0, None, None, None)
+_NOTHING_RAN = History((), (), (), (), (), "open", 0, None, None, None, {})
 
 
 def render_plan(plan: Plan) -> str:

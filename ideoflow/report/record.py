@@ -4,6 +4,7 @@
 |---|---|
 | run | version, torch, device, from_step, seed: a start or a resumption |
 | stage | stage (captions, pictures, load, train, samples), seconds, peak_bytes (null where unknown) |
+| lines | lines: bytes on the device by line of the plan's ledger, measured from the tensors themselves |
 | step | step, loss, learning_rate, grad_norm, seconds |
 | sample | step, prompt, file (relative to the output folder); caption (JSON) and seed, where known |
 | checkpoint | step, file |

@@ -7,7 +7,7 @@ import pytest
 
 from ideoflow.plan import make_plan, named_hardware
 from ideoflow.plan.calibration import Calibration, Measured, append_runs, load_calibration, shipped, user_file
-from ideoflow.plan.record import RunMeter, measured_run
+from ideoflow.plan.record import NOT_ALLOCATED, STAGE_OF, RunMeter, measured_run, wrong_lines
 
 RUN = Measured("H200", "reference", "abc", {"torch": "2.13"}, False, 1000, 1100, 500.0, 600.0)
 
@@ -152,3 +152,69 @@ def test_what_is_too_little_or_no_gpus_is_not_kept(full_base, nano_base, process
     assert measured(card, 10) and not measured(card, 9) and not measured(card, 10, peak=0)
     host = make_plan(write_recipe("", "nano", 256), nano_base, summarize(size=256), processor)
     assert measured(host, 10) is None
+
+
+def peaks_of(plan, **factors):
+    """Peaks by stage as an allocator would see them, each a multiple of what was predicted."""
+    return {
+        STAGE_OF[phase]: int(
+            factor * sum(x.bytes for x in plan.ledger.of(phase) if x.name not in NOT_ALLOCATED)
+        )
+        for phase, factor in factors.items()
+    }
+
+
+def line(plan, name):
+    return next(x.bytes for x in plan.ledger.of("train") if x.name == name)
+
+
+def test_a_run_as_predicted_says_nothing(plan_for):
+    plan = plan_for("full", "h200")
+    weights = {"weights": line(plan, "weights")}
+    assert wrong_lines(plan, peaks_of(plan, text=1.04, latents=0.5, train=1.049), weights) == []
+    assert wrong_lines(plan, {}, {}) == []
+
+
+@pytest.mark.parametrize("name", ["weights", "adapter", "optimizer state"])
+def test_a_measured_line_that_was_wrong_is_named_with_what_it_took(plan_for, name):
+    plan = plan_for("full", "h200")
+    lines = {n: line(plan, n) for n in ("weights", "adapter", "optimizer state")}
+    (peak,) = peaks_of(plan, train=1.06).values()
+    lines[name] += peak - peaks_of(plan, train=1.0)["train"]
+    (told,) = wrong_lines(plan, {"train": peak}, lines)
+    taken, expected = (f"{b / 2**20:,.1f} MiB" for b in (lines[name], line(plan, name)))
+    assert told.startswith("train: ") and "+6.0%" in told
+    assert told.endswith(f"'{name}' took {taken}, not {expected}")
+
+
+def test_what_no_line_explains_came_and_went(plan_for):
+    plan = plan_for("full", "h200")
+    lines = {n: line(plan, n) for n in ("weights", "adapter", "optimizer state")}
+    (told,) = wrong_lines(plan, peaks_of(plan, train=1.2), lines)
+    assert "'saved activations, " in told and "weights" not in told
+    # The other phases have one sum each.
+    (told,) = wrong_lines(plan, peaks_of(plan, latents=1.2), lines)
+    assert told.startswith("latents: ") and "autoencoder" in told
+
+
+def test_weights_that_were_fetched_count_with_those_that_stay(plan_for):
+    plan = plan_for("full", "8gb")
+    both = line(plan, "weights") + line(plan, "fetched weights")
+    (told,) = wrong_lines(plan, peaks_of(plan, train=1.3), {"weights, fetched weights": both + (9 << 30)})
+    assert f"'weights, fetched weights' took {(both + (9 << 30)) / 2**20:,.1f} MiB" in told
+
+
+@pytest.mark.parametrize(("left", "told"), [(0.029, True), (0.031, False)])
+def test_near_the_limit_something_is_said_of_an_exact_prediction_too(plan_for, left, told):
+    plan = plan_for("full", "h200")
+    limit = int(plan.ledger.peak("train") / (1 - left))
+    tight = dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, free_bytes=limit))
+    found = wrong_lines(tight, peaks_of(plan, train=1.0), {"weights": line(plan, "weights")})
+    assert bool(found) is told and all("no line was larger" in sentence for sentence in found)
+
+
+def test_libraries_of_a_process_are_no_lines_fault(nano_base, processor, write_recipe, summarize):
+    plan = make_plan(write_recipe("", "nano", 256), nano_base, summarize(size=256), processor)
+    assert wrong_lines(plan, {"train": 2 * plan.ledger.peak("train")}, {}) == []
+    (told,) = wrong_lines(plan, {"train": processor.free_bytes}, {"weights": line(plan, "weights")})
+    assert "0.0 MiB below the limit" in told
