@@ -19,7 +19,8 @@ from peft import LoraConfig
 from torch import nn
 
 from ideoflow.engine.packed import PackedLayout
-from ideoflow.kernels.float8 import quantize_blocks
+from ideoflow.kernels.float8 import Int8Linear, quantize_blocks
+from ideoflow.model.load import is_streamed
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
 SIZES: dict[str, dict[str, Any]] = {
@@ -98,6 +99,28 @@ def random_transformer(size: str, device: torch.device, dtype: torch.dtype, *, f
         mrope_section=model.config.mrope_section,
     ).to(device)  # fmt: skip
     return model.requires_grad_(False)
+
+
+def held(size: str, device: torch.device, precision: str, streamed: bool = False) -> nn.Module:
+    """A random transformer, its blocks' Linears in a precision; the large ones on the host if streamed."""
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    model = random_transformer(size, device, dtype, fp8=precision == "fp8")
+    for name, layer in list(model.named_modules()):
+        if not (name.startswith("layers.") and isinstance(layer, nn.Linear)):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if precision == "int8":
+            layer = Int8Linear.of(layer)
+        elif precision == "nf4":
+            from ideoflow.model.four_bit import linear_4bit, packed_pieces  # needs bitsandbytes
+
+            weight = layer.weight.data
+            packed, state = packed_pieces([(slice(0, len(weight)), weight)], weight.shape, device)
+            layer = linear_4bit(layer, packed, state)
+        if streamed and is_streamed(name):
+            layer.weight.data = layer.weight.data.cpu()
+        setattr(model.get_submodule(parent), leaf, layer)
+    return model
 
 
 def add_adapters(model: nn.Module, rank: int, dtype: torch.dtype, targets: list[str] = TARGETS,

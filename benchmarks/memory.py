@@ -15,16 +15,7 @@ import gc
 from typing import Any
 
 import torch
-from common import (
-    TARGETS,
-    add_adapters,
-    environment,
-    make_layout,
-    measure,
-    random_inputs,
-    random_transformer,
-    write_json,
-)
+from common import TARGETS, add_adapters, environment, held, make_layout, measure, random_inputs, write_json
 from torch import nn
 from torch.nn import functional
 
@@ -33,9 +24,6 @@ from ideoflow.engine.offload import stream_blocks
 from ideoflow.engine.optimizer import Optimizer
 from ideoflow.engine.setup import UnpaddedAttention
 from ideoflow.kernels.budget import AWAY, ROUNDING
-from ideoflow.kernels.float8 import Int8Linear
-from ideoflow.model.four_bit import linear_4bit, packed_pieces
-from ideoflow.model.load import is_streamed
 from ideoflow.recipe import TrainSettings
 
 # name -> (activation_offload, optimizer_state, weights streamed)
@@ -50,25 +38,6 @@ MODES = {
     "streamed, inputs and moments": ("inputs", "cpu", True),
     "streamed, outputs and 8-bit moments": ("outputs", "8bit", True),
 }
-
-
-def held(size: str, device: torch.device, precision: str, streamed: bool) -> nn.Module:
-    """A random transformer, its blocks' Linears in a precision; the large ones on the host if streamed."""
-    model = random_transformer(size, device, torch.bfloat16, fp8=precision == "fp8")
-    for name, layer in list(model.named_modules()):
-        if not (name.startswith("layers.") and isinstance(layer, nn.Linear)):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        if precision == "int8":
-            layer = Int8Linear.of(layer)
-        elif precision == "nf4":
-            weight = layer.weight.data
-            packed, state = packed_pieces([(slice(0, len(weight)), weight)], weight.shape, device)
-            layer = linear_4bit(layer, packed, state)
-        if streamed and is_streamed(name):
-            layer.weight.data = layer.weight.data.cpu()
-        setattr(model.get_submodule(parent), leaf, layer)
-    return model
 
 
 def fused_step(args: argparse.Namespace, device: torch.device, precision: str, mode: str) -> dict[str, float]:

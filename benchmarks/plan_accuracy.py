@@ -1,79 +1,161 @@
-"""How right is the plan? Predicted against measured peak memory and step time of both engines.
+"""How right is the plan? Predicted against measured peak memory and step time, over what a plan may decide.
 
-    python benchmarks/plan_accuracy.py --json out.json     # the full model on this GPU, 168 configurations
-    python benchmarks/plan_accuracy.py --quick             # a few of them
-    python benchmarks/plan_accuracy.py --engine fused      # one engine only
-    python benchmarks/plan_accuracy.py --size nano --device cpu --quick   # a try without a GPU: times only
+    python benchmarks/plan_accuracy.py --json out.json               # 63 configurations of the full model
+    python benchmarks/plan_accuracy.py --list                        # those, with what each should take
+    python benchmarks/plan_accuracy.py --shard 1/2 --seconds 400 --json a.json   # half of them, within a time
+    python benchmarks/plan_accuracy.py --merge a.json b.json --json all.json     # one summary of several
+    python benchmarks/plan_accuracy.py --size nano --device cpu --configurations 12   # a try without a GPU
 
-Each configuration is planned as a recipe that sets everything, built from the engine's own parts on random
-weights, and run for a few steps. Predicted is what the formulas and the shares of peak that
-ship say, without any correction; every third configuration is marked *held out*, for whoever fits shares to
-the rest.
+The configurations are a covering: values of every two decisions meet, where both are possible together, and
+mostly several times (`--list` counts those that do not). Each is a recipe that sets everything, planned for
+this machine, set up by the engine's own `set_up` and trained by its own `Trainer` on cached random numbers:
+all that differs from a run is that the frozen weights are random, and one copy of them serves all
+configurations of a precision. Predicted is what the formulas and the shares of peak that ship say, without
+any correction. Every third configuration is *held out*: whoever fits shares may fit them to the rest only.
+A configuration that ran out of memory, or that the planner says does not fit, is a row too.
+
+Without a GPU, plans are made for an H200 and carried out on the processor without graphs: a try of the code,
+whose times mean nothing and are compared with nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
+import json
+import random
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, make_layout, random_inputs, random_transformer, write_json
+from common import environment, held, write_json
+from torch import nn
 
-from ideoflow.data.order import Draw
-from ideoflow.engine.fused import FusedTransformer
-from ideoflow.engine.setup import UnpaddedAttention, add_adapter
-from ideoflow.engine.step import accumulate, prepare
+from ideoflow.artifacts import Checkpoints
+from ideoflow.data.cache import TensorCache
+from ideoflow.data.encode import Encoded
+from ideoflow.data.keys import cache_key
+from ideoflow.data.survey import Share
+from ideoflow.diagnostics import IdeoflowError
+from ideoflow.engine.loop import Stop, Trainer
+from ideoflow.engine.meter import Meter, memory_errors_told
+from ideoflow.engine.setup import set_up
 from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE, BaseFacts
+from ideoflow.model.load import is_streamed
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
-from ideoflow.plan import Plan, detect_hardware, make_plan
-from ideoflow.plan.document import Bucket, DataSummary
+from ideoflow.plan import Plan, detect_hardware, make_plan, named_hardware
+from ideoflow.plan.document import Bucket, DataSummary, Decision, Hardware
 from ideoflow.plan.record import NOT_ALLOCATED
 from ideoflow.recipe import parse_recipe
 
 TEXT_TOKENS = 320
-GIB = 1 << 30
+# Packages that an attention kernel needs; without them, the planner takes the next one.
+ATTENTION = {"flash4": (), "cudnn_varlen": ("flash-attn-4",), "sdpa": ("flash-attn-4", "cudnn")}
+# Seconds: making the weights of a precision, setting up a configuration, and compiling one.
+MAKING, SETTING_UP, STREAMING, COMPILING = 6.0, 1.5, 4.0, 25.0
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is varied; ``budget`` is the activation budget, 0 or 1 (checkpointing on or off) in the reference
-    engine."""
+    """What is varied. In the reference engine a budget of 0 is checkpointing, and 1 none."""
 
     engine: str
     precision: str
     matmul: str
+    attention: str
     budget: float
+    activation_offload: str
+    offload: str
+    optimizer_state: str
+    graphs: str
     compile: str
     batch: int
     pixels: int
     rank: int
-    targets: str = "all"
+
+    @property
+    def possible(self) -> bool:
+        """Whether both engines and the planner can do all this together, in seconds a step."""
+        if (self.matmul == "fp8" and self.precision != "fp8") or self.batch * self.pixels**2 > 8 * 1024**2:
+            return False
+        if self.graphs == "on" and (
+            self.offload != "none" or self.activation_offload != "none" or self.attention != "flash4"
+        ):
+            return False
+        if self.engine == "fused":
+            return self.compile == "off"
+        plain = (self.matmul, self.activation_offload, self.graphs, self.attention)
+        if plain != ("bf16", "none", "off", "sdpa") or self.budget not in (0.0, 1.0):
+            return False
+        return self.offload == "none" or (self.budget == 0 and self.compile == "off")
+
+    @property
+    def cost(self) -> float:
+        """Roughly its work: pixels in millions, more for attention's square and for what is recomputed."""
+        area = (self.pixels / 1024) ** 2
+        work = self.batch * area * (1 + 0.15 * area) * (1.5 if self.precision != "fp8" else 1)
+        return 1 + work + (40 if self.compile == "regional" else 0) + (1 if self.offload == "stream" else 0)
 
 
-def configurations(quick: bool, gpu: bool, engines: list[str]) -> list[Configuration]:
-    small, large = (512, 1024) if gpu else (64, 128)
-    precision = "bf16" if gpu else "float32"
-    compiled = ["off", "regional"] if gpu else ["off"]
-    reference = [
-        Configuration("reference", precision, precision, budget, mode, 1, pixels, rank)
-        for budget, mode, pixels, rank in product([0.0, 1.0], compiled, [small, large], [8, 32, 128])
-    ]
-    fused = [
-        Configuration("fused", *weights, budget, "off", batch, pixels, rank)
-        for weights, budget, batch, pixels, rank in product(
-            [("fp8", "fp8"), ("fp8", "bf16"), ("bf16", "bf16")], [0.0, 0.1, 0.4, 1.0], [1, 2], [small, large],
-            [8, 32, 128],
-        )
-    ]  # fmt: skip
-    chosen = (reference if "reference" in engines else []) + (fused if "fused" in engines and gpu else [])
-    # A stride that shares no factor with the sizes of the grids meets every value of each.
-    return chosen[::5] if quick else chosen
+DOMAINS: dict[str, tuple[Any, ...]] = {
+    "engine": ("fused", "fused", "reference"),
+    "precision": ("fp8", "bf16", "nf4", "int8"),
+    "matmul": ("bf16", "fp8"),
+    "attention": ("flash4", "flash4", "cudnn_varlen", "sdpa"),
+    "budget": (0.0, 0.2, 0.5, 1.0),
+    "activation_offload": ("none", "inputs", "outputs", "gate_up"),
+    "offload": ("none", "stream"),
+    "optimizer_state": ("float32", "cpu", "8bit"),
+    "graphs": ("off", "on"),
+    "compile": ("off", "regional"),
+    "batch": (1, 2, 4),
+    "pixels": (512, 1024, 2048),
+    "rank": (8, 32, 128),
+}
+
+
+def drawn(chance: random.Random) -> Iterator[Configuration]:
+    """Possible configurations at random, for ever; the reference engine's options where it is drawn."""
+    while True:
+        c = Configuration(**{name: chance.choice(values) for name, values in DOMAINS.items()})
+        if c.engine == "reference":
+            c = replace(c, matmul="bf16", activation_offload="none", graphs="off", attention="sdpa",
+                        budget=chance.choice((0.0, 1.0)))  # fmt: skip
+        else:
+            c = replace(c, compile="off")
+        if c.possible:
+            yield c
+
+
+def pairs(c: Configuration) -> list[tuple[Any, ...]]:
+    """Every two decisions with their values."""
+    return list(combinations(asdict(c).items(), 2))
+
+
+def covering(count: int, scale: int = 1, seed: int = 7) -> list[Configuration]:
+    """``count`` configurations, always the same ones, in which pairs of values meet often and evenly.
+
+    Greedy: of many drawn at random, the next is the one whose pairs have met least, for its cost. The sizes
+    of the pictures are divided by ``scale``.
+    """
+    chance, met = random.Random(seed), Counter[tuple[Any, ...]]()
+
+    source, chosen = drawn(chance), list[Configuration]()
+    while len(chosen) < count:
+        pool = [c for c, _ in zip(source, range(400), strict=False) if c not in chosen]
+        best = max(pool, key=lambda c: sum(0.3 ** met[p] for p in pairs(c)) / c.cost**0.7)
+        met.update(pairs(best))
+        chosen.append(best)
+    return [replace(c, pixels=c.pixels // scale) for c in chosen]
 
 
 def base_facts(size: str) -> BaseFacts:
@@ -84,116 +166,205 @@ def base_facts(size: str) -> BaseFacts:
     return BaseFacts(size, None, False, *specs[size], "bf16", "random", False)
 
 
-def plan_of(c: Configuration, base: BaseFacts, device: str) -> Plan:
-    memory: dict[str, str | float] = {"engine": c.engine, "precision": c.precision}
+def plan_of(c: Configuration, base: BaseFacts, hardware: Hardware) -> Plan:
+    """The plan of a recipe that sets all of a configuration."""
+    memory: dict[str, Any] = {
+        "engine": c.engine,
+        "precision": c.precision,
+        "offload": c.offload,
+        "optimizer_state": c.optimizer_state,
+    }
     if c.engine == "fused":
-        memory |= {"matmul": c.matmul, "activation_budget": c.budget}
+        memory |= {"matmul": c.matmul, "activation_budget": c.budget, "graphs": c.graphs,
+                   "activation_offload": c.activation_offload}  # fmt: skip
     else:
         memory |= {"checkpointing": "on" if c.budget == 0 else "off", "compile": c.compile}
-    if device == "cpu":
-        memory["device"] = "cpu"
     lines = [
         '[model]\nbase = "random"\n[data]\nimages = "none"',
         f"resolution = {c.pixels}",
-        f'[adapter]\nrank = {c.rank}\ntargets = "{c.targets}"',
-        f"[train]\nbatch = {c.batch}",
+        "[captions]\ndropout = 0.0",
+        f"[adapter]\nrank = {c.rank}",
+        f"[train]\nbatch = {c.batch}\nsteps = 1000\ncheckpoint_every = 1000",
         "[memory]",
         *(f"{name} = {value!r}" for name, value in memory.items()),
     ]
     data = DataSummary(1, 0, (Bucket(c.pixels, c.pixels, 1),), (TEXT_TOKENS,) * 3, False, "random")
-    return make_plan(parse_recipe("\n".join(lines)), base, data, detect_hardware(device))
+    packages = tuple(p for p in hardware.packages if p not in ATTENTION[c.attention])
+    return make_plan(parse_recipe("\n".join(lines)), base, data, replace(hardware, packages=packages))
 
 
-def run(plan: Plan, size: str, c: Configuration, device: torch.device, steps: int) -> dict[str, float]:
-    """Median milliseconds of a step and, on a GPU, its peak in bytes."""
-    gpu = device.type == "cuda"
-    dtype = torch.float32 if c.precision == "float32" else torch.bfloat16
-    model = random_transformer(size, device, dtype, fp8=c.precision == "fp8")
-    model.t_embedding.mlp_in.register_forward_pre_hook(lambda m, args: (args[0].to(m.weight.dtype),))
-    parameters = list(add_adapter(model, plan).values())
-    backward = (fused_backward if c.engine == "fused" else reference_backward)(plan, model, c)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    times = []
-    for step in range(3 + steps):
-        if gpu and step == 3:
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if gpu:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) * 1e3)
-    found = {"ms": statistics.median(times[3:])}
-    if gpu:
-        free, total = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
-        found |= {
-            "allocated": torch.cuda.max_memory_allocated(device),
-            "reserved": torch.cuda.max_memory_reserved(device),
-            "context": total - free - reserved,
-        }
+def on_processor(plan: Plan) -> Plan:
+    """The plan as a processor can carry it out."""
+    wanted = {"device": "cpu", "graphs": "off", "attention": "sdpa", "compile": "off"}
+    kept = [d for d in plan.decisions if d.id not in wanted]
+    made = [Decision(name, value, "recipe", "test", "a try") for name, value in wanted.items()]
+    return replace(plan, decisions=(*kept, *made))
+
+
+def steps_of(plan: Plan, c: Configuration, steps: int) -> tuple[int, int]:
+    """(steps before, steps measured): graphs are recorded in the third; slow ones are done less often."""
+    slow = plan.time is not None and plan.time.step_ms > 1500
+    return 4 if c.graphs == "on" else 2, min(steps, 2) if slow else steps
+
+
+def predicted_seconds(plan: Plan, c: Configuration, steps: int) -> float:
+    """What measuring a configuration should take here."""
+    seconds = SETTING_UP + (STREAMING if c.offload == "stream" else 0)
+    seconds += COMPILING if c.compile == "regional" else 0
+    return seconds + sum(steps_of(plan, c, steps)) * (plan.time.step_ms / 1e3 if plan.time else 0.1)
+
+
+class Weights:
+    """The frozen weights of one precision at a time, on the device or with the large ones on the host."""
+
+    def __init__(self, size: str, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self.precision, self.streamed = "", False
+        self.model: nn.Module | None = None
+
+    @contextmanager
+    def of(self, precision: str, streamed: bool) -> Iterator[Any]:
+        """A model for one configuration: modules of its own around the tensors that all share."""
+        if precision != self.precision:
+            self.model = None
+            clean(self.device)
+            self.model, self.precision, self.streamed = (
+                held(self.size, self.device, precision),
+                precision,
+                False,
+            )
+            self.model.t_embedding.mlp_in.register_forward_pre_hook(_cast_to_weight)
+        assert self.model is not None
+        if streamed != self.streamed:
+            for name, layer in self.model.named_modules():
+                if is_streamed(name) and isinstance(layer, nn.Linear):
+                    layer.weight.data = layer.weight.data.to("cpu" if streamed else self.device)
+            self.streamed = streamed
+        clean(self.device)
+        shared = [*self.model.parameters(), *self.model.buffers()]
+        kept = [p.data for p in shared]
+        try:
+            yield copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared})
+        finally:
+            # A stream has put its own copies in their place.
+            for tensor, data in zip(shared, kept, strict=True):
+                tensor.data = data
+
+
+def _cast_to_weight(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0].to(module.weight.dtype),)
+
+
+def clean(device: torch.device) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+class Samples:
+    """Cached random numbers in place of encoded pictures and captions."""
+
+    def __init__(self, folder: Path, hidden: int, channels: int) -> None:
+        self.cache, self.hidden, self.channels = TensorCache(folder), hidden, channels
+        self.made: dict[int, list[Encoded]] = {}
+
+    def of(self, pixels: int) -> list[Encoded]:
+        """Four pictures of a size."""
+        if pixels not in self.made:
+            side, data = pixels // 16, []
+            for number in range(4):
+                keys = [cache_key(kind, pixels=pixels, number=number) for kind in ("latents", "text")]
+                latents = torch.randn(side * side, self.channels)
+                self.cache.put(keys[0], latents, kind="latents", base="b")
+                text = torch.randn(TEXT_TOKENS, self.hidden).bfloat16()
+                self.cache.put(keys[1], text, kind="text", base="b")
+                data.append(Encoded(keys[0], (keys[1],), (side, side)))
+            self.cache.flush()
+            self.made[pixels] = data
+        return self.made[pixels]
+
+
+def run(
+    plan: Plan, model: Any, samples: Samples, c: Configuration, steps: int, scratch: Path
+) -> dict[str, Any]:
+    """Median milliseconds of a step and, on a GPU, the training's peak in bytes, the first steps included."""
+    device = torch.device(str(plan.value("device")))
+    before, measured = steps_of(plan, c, steps)
+    events: list[Any] = []
+    peaks: dict[str, int] = {}
+    meter = Meter(device, lambda stage, seconds, peak: peaks.update({stage: peak}))
+    checkpoints = Checkpoints(scratch / "checkpoints", {}, 1)
+    data = samples.of(c.pixels)
+    with memory_errors_told(plan), meter.stage("train"):
+        trainable = set_up(plan, model)
+        trainer = Trainer(plan, trainable, data, [Share("random", 0, len(data))], samples.cache, checkpoints,
+                          events.append, Stop())  # fmt: skip
+        trainer.train(before + measured)
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            reserved = torch.cuda.memory_reserved(device)
+    times = [e.seconds for e in events if type(e).__name__ == "StepDone"][before:]
+    found: dict[str, Any] = {"ms": 1e3 * statistics.median(times)}
+    if device.type == "cuda":
+        found |= {"allocated": peaks["train"], "reserved": torch.cuda.max_memory_reserved(device),
+                  "context": total - free - reserved}  # fmt: skip
     return found
 
 
-def reference_backward(plan: Plan, model: Any, c: Configuration) -> Callable[[], None]:
-    """Forward and backward pass of one batch, sample by sample."""
-    model.set_attn_processor(UnpaddedAttention())
-    if c.budget == 0:
-        model.enable_gradient_checkpointing()
-    if c.compile == "regional":
-        torch._dynamo.reset()
-        model.compile_repeated_blocks()
-    model.train()
-    side, channels = c.pixels // 16, model.config.in_channels
-    latents, noise = torch.randn(side * side, channels), torch.randn(side * side, channels)
-    text = torch.randn(TEXT_TOKENS, model.hidden_size, dtype=model.input_proj.weight.dtype)
-    draw = Draw(uniform=0.4, noise=noise, drop_caption=False)
-    sample = prepare(latents, text, (side, side), draw, plan.tables.train.schedule)
-
-    def backward() -> None:
-        float(accumulate(model, [sample] * c.batch, 1))
-
-    return backward
-
-
-def fused_backward(plan: Plan, model: Any, c: Configuration) -> Callable[[], None]:
-    """The same, packed."""
-    attention = str(plan.value("attention"))
-    fused = FusedTransformer(model, linear=c.matmul, attention=attention, activation_budget=c.budget)
-    layout = make_layout(c.batch, c.pixels, TEXT_TOKENS, False)
-    data = random_inputs(model, layout)
-
-    def backward() -> None:
-        velocity = fused(data["latents"], data["timestep"], data["text"], layout)
-        torch.nn.functional.mse_loss(velocity.float(), data["target"]).backward()
-
-    return backward
-
-
-def compare(plan: Plan, found: dict[str, float]) -> dict[str, float]:
-    """Predicted figures and relative errors (predicted / measured - 1)."""
-    lines = plan.ledger.of("train")
-    allocated = sum(x.bytes for x in lines if x.name not in NOT_ALLOCATED)
+def predictions(plan: Plan) -> dict[str, float]:
+    allocated = sum(x.bytes for x in plan.ledger.of("train") if x.name not in NOT_ALLOCATED)
     row: dict[str, float] = {"predicted_allocated": allocated, "predicted_peak": plan.ledger.peak("train")}
-    if "allocated" in found:
-        row["memory_error"] = allocated / found["allocated"] - 1
-    if plan.time is not None:
-        row["predicted_ms"] = plan.time.step_ms
-        row["time_error"] = plan.time.step_ms / found["ms"] - 1
-    return row
+    return row | ({"predicted_ms": plan.time.step_ms} if plan.time else {})
 
 
-def summary(rows: list[dict[str, Any]], key: str) -> str:
-    """Worst and mean error, over all configurations and over those held out."""
-    words = []
+def errors(row: dict[str, Any]) -> dict[str, float]:
+    """Relative errors: predicted / measured - 1."""
+    pairs = {"memory_error": ("predicted_allocated", "allocated"), "time_error": ("predicted_ms", "ms")}
+    return {name: row[a] / row[b] - 1 for name, (a, b) in pairs.items() if a in row and b in row}
+
+
+def summary(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
+    """Worst above and below, and mean error, over all configurations and over those held out."""
+    found = {}
     for name, chosen in (("all", rows), ("held out", [r for r in rows if r["held_out"]])):
-        errors = [r[key] for r in chosen if key in r]
-        if errors:
-            worst, mean = max(errors, key=abs), statistics.mean(map(abs, errors))
-            words.append(f"{name}: worst {worst:+.1%}, least {min(errors):+.1%}, mean {mean:.1%}")
-    return f"{key}  " + ("; ".join(words) or "nothing to compare")
+        values = [r[key] for r in chosen if key in r]
+        if values:
+            found[name] = {
+                "configurations": len(values),
+                "worst_over": max(0.0, *values) if len(values) > 1 else max(0.0, values[0]),
+                "worst_under": min(0.0, *values) if len(values) > 1 else min(0.0, values[0]),
+                "mean": statistics.mean(map(abs, values)),
+            }
+    return found
+
+
+def conclude(report: dict[str, Any], path: str | None) -> None:
+    rows = report["rows"]
+    report["summary"] = {key: summary(rows, key) for key in ("memory_error", "time_error")}
+    for key, parts in report["summary"].items():
+        for name, s in parts.items():
+            print(f"{key:13} {name:9} of {s['configurations']:3}: over at most {s['worst_over']:+.1%}, "
+                  f"under at most {s['worst_under']:+.1%}, mean {s['mean']:.1%}")  # fmt: skip
+    outcomes = Counter(r["outcome"] for r in rows)
+    print("; ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "nothing measured")
+    write_json(path, report)
+
+
+def show(row: dict[str, Any]) -> str:
+    c = Configuration(**{name: row[name] for name in Configuration.__dataclass_fields__})
+    ways = [c.engine, c.precision, f"x {c.matmul}", c.attention, f"budget {c.budget:g}", c.optimizer_state]
+    ways += [f"{w} away" for w in [c.activation_offload] if w != "none"]
+    ways += [w for w, on in (("stream", c.offload), ("graphs", c.graphs), ("compiled", c.compile))
+             if on not in ("none", "off")]  # fmt: skip
+    text = f"{c.batch} x {c.pixels} r{c.rank} {' '.join(ways)}: "
+    if "ms" not in row:
+        return text + row["outcome"]
+    text += f"{row['ms']:.0f} ms" + (f" ({row['time_error']:+.1%})" if "time_error" in row else "")
+    if "allocated" in row:
+        text += f", {row['allocated'] / 2**30:.2f} GiB ({row['memory_error']:+.1%})"
+    return text
 
 
 def main() -> None:
@@ -202,32 +373,77 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=["full", "nano"], default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--quick", action="store_true", help="every fifth configuration")
-    parser.add_argument("--engine", nargs="+", choices=["reference", "fused"], default=["reference", "fused"])
+    parser.add_argument("--steps", type=int, default=3, help="measured steps; 2 where they are slow")
+    parser.add_argument("--configurations", type=int, default=63)
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th of them, from the I-th")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
+    parser.add_argument("--list", action="store_true", help="print the plans for an H200, run nothing")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="join results and print their summary")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    device, base = torch.device(args.device), base_facts(args.size)
+    if args.merge:
+        parts = [json.loads(Path(f).read_text()) for f in args.merge]
+        rows = sorted((r for p in parts for r in p["rows"]), key=lambda r: r["index"])
+        conclude({**parts[0], "rows": rows}, args.json)
+        return
+    started, device, base = time.perf_counter(), torch.device(args.device), base_facts(args.size)
+    real = device.type == "cuda" and not args.list
+    hardware = detect_hardware(args.device) if real else named_hardware("h200")
+    shard, shards = map(int, args.shard.split("/"))
+    wanted = []
+    for index, c in enumerate(covering(args.configurations, 1 if args.size == "full" else 8)):
+        if index % shards == shard - 1:
+            wanted.append((index, c, plan_of(c, base, hardware)))
+    # One precision after the other, and within it what is streamed last: weights are made and moved once.
+    wanted.sort(key=lambda w: (w[1].precision, w[1].offload == "stream", w[1].engine, w[0]))
+    expected = sum(predicted_seconds(plan, c, args.steps) for _, c, plan in wanted)
+    expected += MAKING * len({c.precision for _, c, _ in wanted})
+    print(f"{len(wanted)} configurations, about {expected:.0f} s expected", flush=True)
+    if args.list:
+        met = {p for _, c, _ in wanted for p in pairs(c)}
+        possible = {p for _, c in zip(range(20_000), drawn(random.Random(0)), strict=False) for p in pairs(c)}
+        print(f"of {len(possible)} pairs of values {len(possible - met)} do not meet")
     rows: list[dict[str, Any]] = []
     report = {"environment": environment(device), "arguments": vars(args), "rows": rows}
-    for index, c in enumerate(configurations(args.quick, device.type == "cuda", args.engine)):
-        plan = plan_of(c, base, device.type)
-        if not plan.fits:
-            print(f"{c}: does not fit, not tried", flush=True)
-            continue
-        found = run(plan, args.size, c, device, args.steps)
-        row = {**asdict(c), "held_out": index % 3 == 2, **found, **compare(plan, found)}
-        rows.append(row)
-        print(
-            " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()),
-            flush=True,
-        )
-        write_json(args.json, report)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    print(summary(rows, "memory_error"))
-    print(summary(rows, "time_error"))
+    weights = Weights(args.size, device)
+    with tempfile.TemporaryDirectory() as folder:
+        spec = base.transformer
+        samples = Samples(Path(folder) / "cache", spec.hidden, spec.in_channels)
+        for index, c, plan in wanted:
+            seconds = predicted_seconds(plan, c, args.steps)
+            row = {"index": index, "held_out": index % 3 == 2, **asdict(c), **predictions(plan)}
+            rows.append(row)
+            begun = time.perf_counter()
+            if args.list:
+                row["outcome"] = f"{seconds:.0f} s, {row.get('predicted_ms', 0):.0f} ms a step, " \
+                                 f"{row['predicted_allocated'] / 2**30:.1f} GiB"  # fmt: skip
+            elif begun - started + seconds > args.seconds:
+                rows.pop()
+                print("no time left for: " + show({**row, "outcome": f"{seconds:.0f} s"}), flush=True)
+                continue
+            elif not plan.fits:
+                row["outcome"] = "does not fit, by the plan"
+            else:
+                carried_out = plan if real else on_processor(plan)
+                row |= outcome(carried_out, weights, samples, c, args.steps, Path(folder))
+                row |= errors(row) if real else {}
+            row["seconds"], row["expected_seconds"] = time.perf_counter() - begun, seconds
+            print(f"{len(rows):3} {show(row)} [{row['seconds']:.1f} s]", flush=True)
+            write_json(args.json, report)
+    print(f"{time.perf_counter() - started:.0f} s, {expected:.0f} s expected")
+    if not args.list:
+        conclude(report, args.json)
+
+
+def outcome(
+    plan: Plan, weights: Weights, samples: Samples, c: Configuration, steps: int, scratch: Path
+) -> dict[str, Any]:
+    """What came of one configuration; running out of memory, or a refusal, is an outcome."""
+    try:
+        with weights.of(c.precision, c.offload == "stream") as model:
+            return {"outcome": "measured", **run(plan, model, samples, c, steps, scratch)}
+    except IdeoflowError as error:
+        return {"outcome": error.diagnostics[0].message}
 
 
 if __name__ == "__main__":

@@ -97,17 +97,21 @@ class Trainable:
 
 def build(plan: Plan) -> Trainable:
     """Loads the base, puts a fresh adapter on it, and sets up the engine that the plan chose."""
-    device = plan_device(plan)
     assert plan.base.folder is not None, "the base is fetched before the engine starts"
-    offload = str(plan.value("offload"))
     transformer = load_transformer(
         plan.base.folder,
         precision=str(plan.value("precision")),
-        device=device,
+        device=plan_device(plan),
         file=plan.base.files.get("transformer"),
         quantize_on=plan_quantizer(plan),
-        streamed=offload != "none",
+        streamed=plan.value("offload") != "none",
     )
+    return set_up(plan, transformer)
+
+
+def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
+    """Puts a fresh adapter on a frozen base, held as the plan says, and sets up the engine around it."""
+    device, offload = plan_device(plan), str(plan.value("offload"))
     transformer.set_attn_processor(UnpaddedAttention())
     parameters = add_adapter(transformer, plan)
     if plan.value("engine") == "fused":

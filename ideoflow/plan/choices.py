@@ -31,6 +31,8 @@ _OPEN = {
     "offload": ("none", "stream"),
     "activation_offload": ("none", "inputs", "outputs", "gate_up"),
 }
+# Those: never chosen by the planner.
+ON_REQUEST = {name: tuple(v for v in DOMAINS[name] if v not in values) for name, values in _OPEN.items()}
 # Budgets that are weighed together with what saves memory at the price of time.
 _LEAN_BUDGETS = (0.0, 0.1, 0.2, 0.3)
 GROUPED = ("block", "leaf", "disk")

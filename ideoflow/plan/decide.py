@@ -13,6 +13,7 @@ from ideoflow.plan.advise import advise, cheapest_changes
 from ideoflow.plan.calibration import Calibration, shipped
 from ideoflow.plan.choices import (
     DOMAINS,
+    ON_REQUEST,
     attention_kernel,
     fixed_by_recipe,
     fixed_decisions,
@@ -227,7 +228,10 @@ def _searched(problem: Problem, best: Evaluation, name: str) -> Decision:
         for v, e in compared.items()
     ]
     if name != "activation_budget":
-        rejected += [Rejected(v, "unsupported") for v in DOMAINS[name] if v != value and v not in compared]
+        waits = ON_REQUEST.get(name, ()) if problem.device == "cuda" else ()
+        for v in DOMAINS[name]:
+            if v != value and v not in compared:
+                rejected.append(Rejected(v, "only-on-request" if v in waits else "unsupported"))
     if name in fixed:
         code, reason = "recipe", "you set this"
         if name == "activation_budget" and "checkpointing" in fixed_by_recipe(problem.tables):

@@ -31,11 +31,12 @@ PHASE_NAMES: dict[Phase, str] = {
     "train": "train",
     "sample": "sample",
 }
-# Decisions on the page; the others have one value only, and --explain shows them.
+# Decisions on the page always, and those there where they are not left at their usual value.
 _SHOWN = {
     "fused": ("device", "engine", "precision", "matmul", "attention", "activation_budget", "unconditional"),
     "reference": ("device", "engine", "precision", "checkpointing", "compile", "unconditional"),
 }
+_USUAL = {"offload": "none", "activation_offload": "none", "optimizer_state": "float32", "graphs": "off"}
 _SIZES = 8
 _REJECTED = {
     "set-by-recipe": "",
@@ -47,6 +48,7 @@ _REJECTED = {
     "less-exact": "less exact",
     "no-gain": "no gain",
     "unsupported": "not on this device",
+    "only-on-request": "",
     "no-gpu": "no GPU",
 }
 
@@ -139,7 +141,8 @@ def _decisions(plan: Plan) -> RenderableType:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(style="green", no_wrap=True)
     grid.add_column(ratio=1)
-    for decision in (plan.decision(id) for id in _SHOWN[str(plan.value("engine"))]):
+    unusual = [id for id, usual in _USUAL.items() if plan.value(id) != usual]
+    for decision in (plan.decision(id) for id in (*_SHOWN[str(plan.value("engine"))], *unusual)):
         rejected = decision.rejected
         if decision.id == "activation_budget":  # of many values, the next one that would be faster
             rejected = tuple(r for r in rejected if r.value > decision.value)[:1]  # type: ignore[operator]
@@ -251,14 +254,14 @@ def print_decision(plan: Plan, decision: Decision, console: Console) -> None:
     if decision.evidence:
         console.print(f"  {decision.evidence}", markup=False, highlight=False)
     for r in decision.rejected:
-        words = rejected_words(plan, r)
+        words = rejected_words(plan, r) or r.reason_code.replace("-", " ")
         cost = []
         if r.delta_bytes is not None:
             cost.append(f"{r.delta_bytes / GIB:+.1f} GiB")
         if r.delta_ms is not None:
             cost.append(f"{milliseconds(r.delta_ms, sign=True)} a step")
         detail = f"  [{', '.join(cost)}]" if cost else ""
-        console.print(f"  not {r.value}: {words or r.reason_code}{detail}", markup=False, highlight=False)
+        console.print(f"  not {r.value}: {words}{detail}", markup=False, highlight=False)
 
 
 def print_table(
