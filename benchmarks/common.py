@@ -19,8 +19,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ideoflow.engine.packed import PackedLayout
-from ideoflow.kernels.float8 import Int8Linear, quantize_blocks
-from ideoflow.model.load import is_streamed
+from ideoflow.model import random
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
 SIZES: dict[str, dict[str, Any]] = {
@@ -62,65 +61,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def random_transformer(size: str, device: torch.device, dtype: torch.dtype, *, fp8: bool = False,
                        seed: int = 0) -> Ideogram4Transformer2DModel:  # fmt: skip
-    """A frozen transformer of random numbers, made on the device, for projected text features.
-
-    Weights are N(0, 1 / inputs) and norms near 1, so that activations keep their size through the depth. With
-    ``fp8`` the blocks' weights are quantised as they are made: no bf16 copy of the whole model ever exists.
-    """
-    config = SIZES[size]
-    with torch.device("meta"):
-        model = Ideogram4Transformer2DModel(**config)
-    model.llm_cond_norm = model.llm_cond_proj = nn.Identity()
-    model.to(dtype)
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def fill(module: nn.Module) -> None:
-        module.to_empty(device=device)
-        for name, parameter in module.named_parameters():
-            if parameter.ndim == 2:
-                parameter.data.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-            elif name.endswith("bias"):
-                parameter.data.zero_()
-            else:
-                parameter.data.normal_(1, 0.05, generator=generator)
-
-    for name, child in model.named_children():
-        if name == "layers":
-            for block in child:
-                fill(block)
-                if fp8:
-                    holder = nn.Module()
-                    holder.layers = nn.ModuleList([block])
-                    quantize_blocks(holder)
-        elif name != "rotary_emb":
-            fill(child)
-    model.rotary_emb = type(model.rotary_emb)(
-        head_dim=model.config.attention_head_dim, base=model.config.rope_theta,
-        mrope_section=model.config.mrope_section,
-    ).to(device)  # fmt: skip
-    return model.requires_grad_(False)
+    """A frozen transformer of random numbers; with ``fp8`` in the blocks' weights."""
+    precision = "fp8" if fp8 else "float32" if dtype == torch.float32 else "bf16"
+    return random.random_transformer(SIZES[size], precision=precision, device=device, seed=seed)
 
 
 def held(size: str, device: torch.device, precision: str, streamed: bool = False) -> nn.Module:
     """A random transformer, its blocks' Linears in a precision; the large ones on the host if streamed."""
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    model = random_transformer(size, device, dtype, fp8=precision == "fp8")
-    for name, layer in list(model.named_modules()):
-        if not (name.startswith("layers.") and isinstance(layer, nn.Linear)):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        if precision == "int8":
-            layer = Int8Linear.of(layer)
-        elif precision == "nf4":
-            from ideoflow.model.four_bit import linear_4bit, packed_pieces  # needs bitsandbytes
-
-            weight = layer.weight.data
-            packed, state = packed_pieces([(slice(0, len(weight)), weight)], weight.shape, device)
-            layer = linear_4bit(layer, packed, state)
-        if streamed and is_streamed(name):
-            layer.weight.data = layer.weight.data.cpu()
-        setattr(model.get_submodule(parent), leaf, layer)
-    return model
+    return random.random_transformer(SIZES[size], precision=precision, device=device, streamed=streamed)
 
 
 def add_adapters(model: nn.Module, rank: int, dtype: torch.dtype, targets: list[str] = TARGETS,

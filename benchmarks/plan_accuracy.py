@@ -233,7 +233,6 @@ class Weights:
                 precision,
                 False,
             )
-            self.model.t_embedding.mlp_in.register_forward_pre_hook(_cast_to_weight)
         assert self.model is not None
         if streamed != self.streamed:
             for name, layer in self.model.named_modules():
@@ -249,10 +248,6 @@ class Weights:
             # A stream has put its own copies in their place.
             for tensor, data in zip(shared, kept, strict=True):
                 tensor.data = data
-
-
-def _cast_to_weight(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (args[0].to(module.weight.dtype),)
 
 
 def clean(device: torch.device) -> None:

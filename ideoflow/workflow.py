@@ -6,7 +6,7 @@ imported when the engine starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,15 +17,19 @@ from ideoflow.data.keys import with_encoding
 from ideoflow.data.survey import Dataset, Prompt, read_dataset, read_prompts
 from ideoflow.diagnostics import IdeoflowError, fail
 from ideoflow.diagnostics.codes.engine import DOES_NOT_FIT
-from ideoflow.model.base import locate_base
+from ideoflow.diagnostics.codes.plan import NOTHING_MEASURED
+from ideoflow.model.base import NANO, BaseFacts, locate_base
 from ideoflow.model.hub import fetch_base
 from ideoflow.model.quiet import hush_libraries
+from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.plan import check_digests, detect_hardware, make_plan
 from ideoflow.plan.calibration import append_runs, load_calibration
-from ideoflow.plan.document import Plan, load_plan
+from ideoflow.plan.document import DataSummary, Hardware, Plan, load_plan
 from ideoflow.plan.lock import LOCK, lock_of, version_changes
-from ideoflow.plan.record import RunMeter
-from ideoflow.recipe import Recipe, load_recipe
+from ideoflow.plan.record import RunMeter, engine_digest, measured_run, predict
+from ideoflow.plan.search import Evaluation
+from ideoflow.plan.variants import trials
+from ideoflow.recipe import Recipe, load_recipe, parse_recipe
 from ideoflow.report.html import write_report
 from ideoflow.report.record import Recorder
 
@@ -94,6 +98,106 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
         raise IdeoflowError(changed)
     again = replace(planned, base=base)
     return Prepared(recipe, dataset, prompts, again, Path(path).with_name(LOCK))
+
+
+# Measured without a recipe: on a GPU random numbers in the released model's size, on a processor nano.
+_MEASURED = '[model]\nbase = "{base}"\n[data]\nimages = "none"\nresolution = {side}\n[memory]\n{memory}'
+_ON_GPU = [_MEASURED.format(base="random", side=1024, memory=f'precision = "{p}"') for p in ("bf16", "fp8")]
+_ON_CPU = [_MEASURED.format(base=NANO, side=128, memory='device = "cpu"')]
+_RELEASED = BaseFacts(
+    "random", None, False, TransformerSpec(), TextEncoderSpec(), VaeSpec(), "bf16", "random", False
+)
+_LARGE = 10**9  # parameters that are too many for a processor
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A few steps that were measured: ``before`` and ``after`` are its predictions without and with them.
+
+    ``peak_bytes`` is what was allocated at most; None on a CPU.
+    """
+
+    name: str
+    before: Evaluation
+    after: Evaluation
+    peak_bytes: int | None
+    step_ms: float
+
+
+def calibrate(path: str | Path | None, say: Callable[[str], None] = lambda _: None) -> list[Trial]:
+    """Measures a few steps of a recipe, or of the released model, here, and keeps them for later plans.
+
+    Raises:
+        IdeoflowError: when nothing can be measured, with what is wrong. What was measured until then is kept.
+    """
+    hush_libraries()
+    calibration, _ = load_calibration()
+    planned = []
+    for recipe, base, data, hardware in _calibrated(path, say):
+        for name, (variant, pictures) in trials(recipe, data).items():
+            plan = make_plan(variant, base, pictures, hardware, calibration=calibration)
+            name = f"{plan.value('precision')}, {name}"
+            if plan.value("device") == "cpu" and base.transformer.parameters() > _LARGE:
+                cure = "run it on a machine with an NVIDIA GPU, or give a recipe with the base 'nano'"
+                message = f"no GPU is used, and '{base.name}' is too large for a processor"
+                fail(NOTHING_MEASURED, message, recipe.span("model.base"), cure=cure)
+            if plan.fits:
+                planned.append((name, plan))
+            else:
+                say(f"{name}: does not fit, not measured")
+    if not planned:
+        fail(
+            NOTHING_MEASURED, "none of the trials fits", cure="free memory on the device, or take less of it"
+        )
+    measured = []
+    for name, plan in planned:
+        say(f"measuring {name}")
+        measured.append(_measure(plan))
+    after, _ = load_calibration()
+    return [
+        Trial(name, predict(plan, calibration), predict(plan, after), *found)
+        for (name, plan), found in zip(planned, measured, strict=True)
+    ]
+
+
+def _calibrated(
+    path: str | Path | None, say: Callable[[str], None]
+) -> Iterator[tuple[Recipe, BaseFacts, DataSummary, Hardware]]:
+    """What is measured: a recipe, or those that stand for one on this machine."""
+    gpu = path is None and detect_hardware().kind == "cuda"
+    texts = _ON_GPU if gpu else _ON_CPU
+    for recipe in [load_recipe(path)] if path else map(parse_recipe, texts):
+        model, span = recipe.tables.model, recipe.span("model.base")
+        base = _RELEASED
+        if not gpu:
+            base = locate_base(
+                model.base, revision=model.revision, parts=model.parts, relative_to=recipe.folder, span=span
+            )
+        if base.name == NANO:
+            base = fetch_base(base, span=span, say=say)
+        data = DataSummary(1, 0, (), (320,) * 3, False, "random")
+        if path:
+            data = read_dataset(recipe, say).summary()
+        yield recipe, base, data, detect_hardware(recipe.tables.memory.device)
+
+
+def _measure(plan: Plan) -> tuple[int | None, float]:
+    """(allocated at the peak, milliseconds of a step), kept for later plans."""
+    from importlib.metadata import version
+
+    from ideoflow.engine.calibrate import measure_steps
+
+    peak, ms = measure_steps(plan)
+    versions = {"torch": version("torch")}
+    found = measured_run(
+        plan, train_peak_bytes=peak, step_ms=ms, engine_digest=engine_digest(), versions=versions
+    )
+    try:
+        append_runs([found])
+    except OSError as error:
+        message = f"cannot keep what was measured: {error.strerror or error}"
+        fail(NOTHING_MEASURED, message, cure="make $IDEOFLOW_CACHE a folder that can be written to")
+    return peak, ms
 
 
 def build_cache(prepared: Prepared, *, on_event: Callable[[Any], None] = lambda _: None) -> Built:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 from ideoflow.cli import show
 from ideoflow.diagnostics import closest, fail
-from ideoflow.diagnostics.codes.plan import BAD_AXIS, NO_DECISION, PLAN_UNWRITABLE
+from ideoflow.diagnostics.codes.plan import (
+    BAD_AXIS,
+    NO_DECISION,
+    NO_RECIPE,
+    NOTHING_MEASURED,
+    PLAN_UNWRITABLE,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +30,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a recipe, or a plan.json to show")
+    parser.add_argument("recipe", nargs="?", help="a recipe, or a plan.json to show")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure a few steps on this machine (of the recipe, or of the released model's size in random "
+        "numbers) and keep them for later plans",
+    )
     parser.add_argument(
         "--gpu", metavar="NAME", help="plan for this card (rtx-4090, h100, 16gb), not this machine"
     )
@@ -43,10 +55,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     from ideoflow.plan import load_plan
 
+    if args.calibrate:
+        return _calibrate(args)
+    if args.recipe is None:
+        fail(NO_RECIPE, "there is no recipe to plan", cure="ideoflow plan RECIPE")
     if Path(args.recipe).suffix == ".json":
         return _report(args, load_plan(args.recipe), None)
     planner = _Planner(args)
     return _report(args, planner.plan(), planner)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    """Measures, and shows what it changed."""
+    from ideoflow.plan.render import print_trials
+    from ideoflow.workflow import calibrate
+
+    others = ("gpu", "compare", "batch", "resolution", "rank", "explain", "diff", "json", "output", "html")
+    given = [f"--{name}" for name in others if getattr(args, name)]
+    if args.recipe and Path(args.recipe).suffix == ".json":
+        given.append(args.recipe)
+    if given:
+        cure = "ideoflow plan --calibrate, with a recipe or without"
+        fail(NOTHING_MEASURED, f"--calibrate does not go with {', '.join(given)}", cure=cure)
+    found = calibrate(args.recipe, lambda text: print(text, file=sys.stderr, flush=True))
+    with _console() as console:
+        print_trials(found, console)
+    return 0
 
 
 class _Planner:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import Ideogram4Transformer2DModel
@@ -30,6 +30,7 @@ from ideoflow.engine.step import (
 )
 from ideoflow.kernels.budget import AWAY, ROUNDING
 from ideoflow.model.load import PRECISIONS, load_transformer
+from ideoflow.model.random import random_transformer
 from ideoflow.plan.document import Plan
 from ideoflow.resources import user_cache
 
@@ -96,17 +97,21 @@ class Trainable:
 
 
 def build(plan: Plan) -> Trainable:
-    """Loads the base, puts a fresh adapter on it, and sets up the engine that the plan chose."""
-    assert plan.base.folder is not None, "the base is fetched before the engine starts"
-    transformer = load_transformer(
-        plan.base.folder,
-        precision=str(plan.value("precision")),
-        device=plan_device(plan),
-        file=plan.base.files.get("transformer"),
-        quantize_on=plan_quantizer(plan),
-        streamed=plan.value("offload") != "none",
-    )
-    return set_up(plan, transformer)
+    """Loads the base, puts a fresh adapter on it, and sets up the engine that the plan chose.
+
+    A base that is not on this disk is made of random numbers, for whoever measures speed and memory; a run's
+    base is fetched before.
+    """
+    options: dict[str, Any] = {
+        "precision": str(plan.value("precision")),
+        "device": plan_device(plan),
+        "quantize_on": plan_quantizer(plan),
+        "streamed": plan.value("offload") != "none",
+    }
+    if plan.base.present and plan.base.folder:
+        file = plan.base.files.get("transformer")
+        return set_up(plan, load_transformer(plan.base.folder, file=file, **options))
+    return set_up(plan, random_transformer(asdict(plan.base.transformer), **options))
 
 
 def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -86,21 +87,54 @@ def load_transformer(
     place = file or folder / part
     with told(place):
         config = _transformer_config(folder, part, place)
-        # The rotary frequencies are a buffer that no file holds: they must be computed, not left empty.
-        with init_empty_weights(include_buffers=False):
-            model = Ideogram4Transformer2DModel.from_config(config)
-            model.llm_cond_norm = nn.Identity()
-            model.llm_cond_proj = nn.Identity()
-        checkpoint = Checkpoint(place)
-        _check_names(place, model, checkpoint)
-        host = torch.device("cpu")
-        filler = _Filler(checkpoint, precision, quantize_on or device)
-        for name, module in list(model.named_modules()):
-            waits = streamed and type(module) is nn.Linear and is_streamed(name)
-            filler.fill(name, module, host if waits else device)
-            if name.startswith("layers.") and type(module) is nn.Linear and precision in _QUANTISED:
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, filler.quantised(name, module, device, streamed))
+        return assemble(
+            config,
+            partial(_checkpoint, place),
+            precision=precision,
+            device=device,
+            quantize_on=quantize_on,
+            streamed=streamed,
+        )
+
+
+class Tensors(Protocol):
+    """Where a transformer's tensors come from, as :class:`ideoflow.model.checkpoint.Checkpoint` has them."""
+
+    def place(self, name: str) -> str: ...
+    def shape(self, name: str) -> tuple[int, ...] | None: ...
+    def dense(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+    def pieces(
+        self, name: str, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[slice, Tensor]]: ...
+    def float8(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None: ...
+    def four_bit(self, name: str, device: torch.device) -> tuple[Tensor, dict[str, Tensor]] | None: ...
+
+
+def assemble(
+    config: Any,
+    tensors_of: Callable[[Mapping[str, tuple[int, ...]]], Tensors],
+    *,
+    precision: str,
+    device: torch.device,
+    quantize_on: torch.device | None = None,
+    streamed: bool = False,
+) -> Ideogram4Transformer2DModel:
+    """The transformer of diffusers' configuration, as :func:`load_transformer` says; ``tensors_of`` is given
+    the shapes of all its tensors by name."""
+    # The rotary frequencies are a buffer that no file holds: they must be computed, not left empty.
+    with init_empty_weights(include_buffers=False):
+        model = Ideogram4Transformer2DModel.from_config(config)
+        model.llm_cond_norm = nn.Identity()
+        model.llm_cond_proj = nn.Identity()
+    tensors = tensors_of({name: tuple(p.shape) for name, p in model.named_parameters()})
+    host = torch.device("cpu")
+    filler = _Filler(tensors, precision, quantize_on or device)
+    for name, module in list(model.named_modules()):
+        waits = streamed and type(module) is nn.Linear and is_streamed(name)
+        filler.fill(name, module, host if waits else device)
+        if name.startswith("layers.") and type(module) is nn.Linear and precision in _QUANTISED:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, filler.quantised(name, module, device, streamed))
     model.t_embedding.mlp_in.register_forward_pre_hook(_cast_to_weight)
     model.requires_grad_(False).eval()
     model.rotary_emb.to(device)
@@ -127,10 +161,11 @@ def _transformer_config(folder: Path, part: str, place: Path) -> Any:
     )
 
 
-def _check_names(part: Path, model: nn.Module, checkpoint: Checkpoint) -> None:
-    wanted = dict(model.named_parameters())
+def _checkpoint(part: Path, wanted: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    checkpoint = Checkpoint(part)
     extra = [n for n in checkpoint.names() if n not in wanted and not n.startswith("llm_cond_")]
     complete(part, wanted.keys() - set(checkpoint.names()), extra, ())
+    return checkpoint
 
 
 _QUANTISED: dict[str, type[ScaledLinear] | None] = {"fp8": Float8Linear, "int8": Int8Linear, "nf4": None}
@@ -139,7 +174,7 @@ _QUANTISED: dict[str, type[ScaledLinear] | None] = {"fp8": Float8Linear, "int8":
 class _Filler:
     """Puts a checkpoint's tensors into modules that were made without memory."""
 
-    def __init__(self, checkpoint: Checkpoint, precision: str, quantize_on: torch.device) -> None:
+    def __init__(self, checkpoint: Tensors, precision: str, quantize_on: torch.device) -> None:
         self.checkpoint, self.precision, self.quantize_on = checkpoint, precision, quantize_on
         self.dtype = PRECISIONS[precision]
 

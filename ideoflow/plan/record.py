@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ideoflow.plan.calibration import Measured, shipped
-from ideoflow.plan.document import PHASES, Phase, Plan
+from ideoflow.plan.calibration import Calibration, Measured, shipped
+from ideoflow.plan.document import PHASES, Ledger, LedgerLine, Phase, Plan
 from ideoflow.plan.memory import TRANSIENT
-from ideoflow.plan.search import Problem, evaluate
+from ideoflow.plan.search import Evaluation, Problem, evaluate
 from ideoflow.plan.sizes import Choice
 
 # Lines that are no tensors, which an allocator's figures do not hold.
@@ -26,6 +26,11 @@ STAGE_OF: Mapping[Phase, str] = {
 }
 # A peak is worth a word when it is this much above the prediction, or comes this near to what was free.
 _ABOVE, _NEAR = 0.05, 0.03
+
+
+def allocated(ledger: Ledger) -> list[LedgerLine]:
+    """The lines of training that are tensors."""
+    return [line for line in ledger.of("train") if line.name not in NOT_ALLOCATED]
 
 
 def engine_digest() -> str:
@@ -56,26 +61,36 @@ def planned_choice(plan: Plan) -> Choice:
     return Choice(activation_budget=float(plan.value("activation_budget")), **text)
 
 
+def predict(plan: Plan, calibration: Calibration) -> Evaluation:
+    """Memory and time of what a plan decided for, as some calibration has it."""
+    problem = Problem(plan.tables, plan.base, plan.data, plan.hardware, calibration, 0)
+    if any(line.phase == "sample" for line in plan.ledger.lines):
+        problem = replace(problem, prompts=1)
+    return evaluate(problem, planned_choice(plan))
+
+
 def measured_run(
-    plan: Plan, *, train_peak_bytes: int, step_ms: float, engine_digest: str, versions: Mapping[str, str]
+    plan: Plan,
+    *,
+    train_peak_bytes: int | None,
+    step_ms: float,
+    engine_digest: str,
+    versions: Mapping[str, str],
 ) -> Measured:
     """One run's figures, for :func:`ideoflow.plan.calibration.append_runs`.
 
     Args:
         plan: what was run.
-        train_peak_bytes: allocated at the peak of training (``torch.cuda.max_memory_allocated``).
+        train_peak_bytes: allocated at the peak of training (``torch.cuda.max_memory_allocated``); None where
+            it was not measured, and counts as predicted.
         step_ms: median time of an optimiser step, compiling not counted.
         engine_digest: changes with the engine's code.
         versions: of torch, driver and whatever else decides speed.
 
     The prediction is made again without any correction, so that corrections do not compound.
     """
-    choice = planned_choice(plan)
-    problem = Problem(plan.tables, plan.base, plan.data, plan.hardware, shipped(), 0)
-    if any(line.phase == "sample" for line in plan.ledger.lines):
-        problem = replace(problem, prompts=1)
-    plain = evaluate(problem, choice)
-    lines = [x for x in plain.ledger.of("train") if x.name not in NOT_ALLOCATED]
+    choice, plain = planned_choice(plan), predict(plan, shipped())
+    lines = allocated(plain.ledger)
     moving = sum(x.bytes for x in lines if x.name in TRANSIENT)
     steady = sum(x.bytes for x in lines) - moving
     return Measured(
@@ -85,7 +100,7 @@ def measured_run(
         dict(versions),
         choice.compiled,
         moving,
-        max(0, train_peak_bytes - steady),
+        moving if train_peak_bytes is None else max(0, train_peak_bytes - steady),
         plain.step_ms,
         step_ms,
     )

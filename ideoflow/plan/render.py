@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -22,6 +23,8 @@ from ideoflow.plan.document import (
     Rejected,
     TimeEstimate,
 )
+from ideoflow.plan.record import allocated
+from ideoflow.plan.search import Evaluation
 
 GIB, GB = 1 << 30, 10**9
 WIDTH = 80
@@ -276,6 +279,38 @@ def print_table(
     for name, plans in rows:
         grid.add_row(name, *(_cell(plan) for plan in plans))
     console.print(Padding(grid, (1, 0, 0, 0)), highlight=False)
+
+
+class _Trial(Protocol):
+    """:class:`ideoflow.workflow.Trial`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def before(self) -> Evaluation: ...
+    @property
+    def after(self) -> Evaluation: ...
+    @property
+    def peak_bytes(self) -> int | None: ...
+    @property
+    def step_ms(self) -> float: ...
+
+
+def print_trials(trials: Sequence[_Trial], console: Console) -> None:
+    """What was predicted of short runs before they were measured, what came, and what is predicted now."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    for _ in range(4):
+        grid.add_column(justify="right")
+    grid.add_row(*(Text(word, style="bold") for word in ("", "", "predicted", "measured", "now predicted")))
+    for trial in trials:
+        sides = trial.before, trial.after
+        was, now = (milliseconds(e.step_ms) for e in sides)
+        grid.add_row(trial.name, "a step", was, milliseconds(trial.step_ms), now)
+        if trial.peak_bytes is not None:
+            was, now = (size(sum(x.bytes for x in allocated(e.ledger))) for e in sides)
+            grid.add_row("", "peak", was, size(trial.peak_bytes), now)
+    console.print(grid, highlight=False)
 
 
 def _cell(plan: Plan) -> Text:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ideoflow.model.spec import PIXELS_PER_TOKEN
 from ideoflow.plan.document import Bucket, DataSummary
-from ideoflow.recipe import RecipeTables
+from ideoflow.recipe import Recipe, RecipeTables
 
 # What the command line's tables may vary, and the recipe's key for it.
 AXES = {"batch": "train.batch", "resolution": "data.resolution", "rank": "adapter.rank"}
@@ -26,6 +26,25 @@ def at_resolution(data: DataSummary | None, old: int, new: int) -> DataSummary |
         merged[size] = merged.get(size, 0) + b.count
     # What is cached was made at the old resolution.
     return replace(data, buckets=tuple(Bucket(w, h, n) for (w, h), n in merged.items()), cached=())
+
+
+def trials(recipe: Recipe, data: DataSummary) -> dict[str, tuple[Recipe, DataSummary]]:
+    """Short runs that tell how fast a device is with a recipe, by name: at its resolution and at half of it,
+    with single pictures and with its batch; squares, with captions of the median length."""
+    side, batch = recipe.tables.data.resolution, recipe.tables.train.batch
+    half = max(PIXELS_PER_TOKEN, side // 2 // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN)
+    found = {}
+    for size in dict.fromkeys((side, half)):
+        for many in dict.fromkeys((1, batch)):
+            tables, _ = with_axis(recipe.tables, None, "resolution", size)
+            tables, _ = with_axis(tables, None, "batch", many)
+            square = Bucket(size, size, max(data.crops, 1))
+            tokens = (data.text_tokens[1],) * 3
+            chosen = replace(
+                data, buckets=(square,), text_tokens=tokens, text_tokens_estimated=False, cached=()
+            )
+            found[f"{size} px, batch {many}"] = replace(recipe, tables=tables), chosen
+    return found
 
 
 def with_axis(

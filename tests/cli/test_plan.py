@@ -166,3 +166,55 @@ def test_torch_is_not_loaded(recipe):
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "ideoflow" in loaded
     assert not loaded & {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy"}
+
+
+@pytest.fixture
+def nano(recipe):
+    """The same pictures on the nano base, in one small size."""
+    text = recipe.read_text(encoding="utf-8").replace("ideogram-ai/ideogram-4-fp8", "nano")
+    text = text[: text.index("[validate]")] + "resolution = 64\n[adapter]\nrank = 4\n[train]\nbatch = 2\n"
+    recipe.write_text(text, encoding="utf-8")
+    return recipe
+
+
+def test_calibrating_makes_later_plans_predict_what_was_measured(nano, capsys):
+    from ideoflow.plan.calibration import load_calibration
+
+    assert Plan.from_json(run(capsys, nano, "--json")[1]).time is None
+    code, out, err = run(capsys, nano, "--calibrate")
+    assert code == 0 and "measuring float32, 32 px, batch 2" in err
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert [" ".join(row[:5]) for row in rows] == [
+        f"float32, {side} px, batch {batch}" for side in (64, 32) for batch in (1, 2)
+    ]
+    runs = load_calibration()[0].runs
+    assert len(runs) == 4 and all(r.measured_moving == r.predicted_moving for r in runs)
+    assert [f"{r.measured_step_ms:.0f}" for r in runs] == [row[9] for row in rows]
+    time = Plan.from_json(run(capsys, nano, "--json")[1]).time
+    factors = sorted(r.measured_step_ms / r.predicted_step_ms for r in runs)
+    assert time.calibrated and factors[0] < factors[-1]
+    # Measured again, the predictions that are shown first are those that came of the first time.
+    _, again, _ = run(capsys, nano, "--calibrate")
+    assert [r.split()[7] for r in again.splitlines()[1:]] == [row[11] for row in rows]
+
+
+def test_calibrating_a_processor_needs_no_recipe_but_a_small_base(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("ideoflow.workflow._measure", lambda plan: (None, 12.0))
+    code, out, _ = run(capsys, "--calibrate")
+    assert code == 0 and out.count("12 ms") >= 2 and "float32, 128 px, batch 1" in out
+    code, _, err = run(capsys, recipe, "--calibrate")
+    assert code == 1 and "IP028" in err and "too large for a processor" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (("--calibrate", "--gpu", "h100"), "IP028"),
+        (("some.plan.json", "--calibrate"), "IP028"),
+        (("absent.toml", "--calibrate"), "IR"),
+        ((), "IP029"),
+    ],
+)
+def test_mistakes_in_calibrating_are_diagnostics(argv, code, capsys):
+    exit_code, _, err = run(capsys, *argv)
+    assert exit_code == 1 and f"[{code}" in err and "help" in err

@@ -222,3 +222,20 @@ PLAN_UNWRITABLE = define(
     full, or permission is missing.
     """,
 )
+NOTHING_MEASURED = define(
+    "IP028",
+    "nothing can be measured",
+    """
+    `ideoflow plan --calibrate` runs a few steps on the device of this machine, so it takes no other card, no
+    plan.json and no table. A base of the released model's size needs an NVIDIA GPU; on a processor only small
+    bases such as `nano` are measured. What it finds goes into `calibration.json` in ideoflow's cache folder
+    (`$IDEOFLOW_CACHE`), which must be writable.
+    """,
+)
+NO_RECIPE = define(
+    "IP029",
+    "no recipe to plan",
+    """
+    `ideoflow plan` takes the path of a recipe or of a plan.json. Only `--calibrate` may go without one.
+    """,
+)
