@@ -78,7 +78,14 @@ def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
     prepared, events = prepare(plan_file), []
     started = time.perf_counter()
-    result = run(prepared, on_event=events.append)
+
+    def tell(event: Any) -> None:
+        events.append(event)
+        if type(event).__name__ == "StageDone":
+            peak = f", {event.peak_bytes / GIB:.1f} GiB" if event.peak_bytes else ""
+            print(f"  {event.stage}: {event.seconds:.1f} s{peak}", file=sys.stderr, flush=True)
+
+    result = run(prepared, on_event=tell)
     stages: dict[str, dict[str, float]] = {}
     for e in (e for e in events if type(e).__name__ == "StageDone"):
         stage = stages.setdefault(e.stage, {"seconds": 0.0, "peak_gib": 0.0})
@@ -103,6 +110,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="where the base is, or is made")
     parser.add_argument("--cards", default=",".join(CARDS))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--share-cache", action="store_true", help="encode once, for the first card")
     parser.add_argument("--out")
     parser.add_argument("--carry-out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cap", type=int, default=0, help=argparse.SUPPRESS)
@@ -111,32 +119,42 @@ def main() -> None:
         print(json.dumps(carry_out(args.carry_out, args.cap)))
         return
     args.base = args.base.resolve()
-    if not args.base.exists():
-        make_nano(args.base) if args.size == "nano" else make_base(args.base, "fp8", "cuda")
+    if args.size == "full":
+        make_base(args.base, "fp8", "cuda")
+    elif not args.base.exists():
+        make_nano(args.base)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as scratch:
+        carry_out_each(args, Path(scratch))
+
+
+def carry_out_each(args: argparse.Namespace, scratch: Path) -> None:
+    """Every card's recipe in a process of its own; what is measured is written after each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {"environment": environment(device), "size": args.size}
     rows: dict[str, Any] = {}
     for name in args.cards.split(","):
-        with tempfile.TemporaryDirectory() as scratch:
-            card = CARDS[name] if args.size == "full" else None
-            plan = plan_for(write_recipe(name, args, Path(scratch)), card)
-            cap = (int(name.removesuffix("gb")) - 1) * GIB
-            command = [sys.executable, __file__, "--base", str(args.base), "--carry-out", str(plan)]
-            # A cache of its own, so that every card encodes by itself.
-            env = os.environ | {"IDEOFLOW_CACHE": str(Path(scratch) / "cache")}
-            done = subprocess.run(
-                [*command, "--cap", str(cap)], capture_output=True, text=True, check=False, env=env
-            )
+        folder = scratch / name
+        folder.mkdir()
+        plan = plan_for(write_recipe(name, args, folder), CARDS[name] if args.size == "full" else None)
+        cap = (int(name.removesuffix("gb")) - 1) * GIB
+        command = [sys.executable, __file__, "--base", str(args.base), "--carry-out", str(plan)]
+        # A cache of its own, unless one may do for all, so that every card encodes by itself.
+        cache = (scratch if args.share_cache else folder) / "cache"
+        print(f"{name}: planned, capped to {cap / GIB:.0f} GiB", flush=True)
+        # What the child tells of its stages goes to this terminal as it comes.
+        done = subprocess.run([*command, "--cap", str(cap)], stdout=subprocess.PIPE, text=True, check=False,
+                              env=os.environ | {"IDEOFLOW_CACHE": str(cache)})  # fmt: skip
+        last = done.stdout.splitlines()[-1:] or ["{}"]
+        row = rows[name] = json.loads(last[0]) if not done.returncode else {"failed": done.returncode}
+        write_json(args.out, {**about, "rows": rows})
         if done.returncode:
-            print(f"{name}: failed\n{done.stderr[-1500:]}", flush=True)
-            rows[name] = {"failed": done.stderr[-4000:]}
+            print(f"{name}: failed", flush=True)
             continue
-        row = rows[name] = json.loads(done.stdout.splitlines()[-1])
         peaks = " ".join(f"{stage} {s['peak_gib']:.1f}" for stage, s in row["stages"].items())
         print(f"{name}: {row['step_ms']:.0f} ms a step, {row['seconds']:.0f} s; GiB: {peaks}; "
               f"predicted {row['predicted_gib']}", flush=True)  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_json(args.out, {"environment": environment(device), "size": args.size, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import argparse
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -244,16 +245,21 @@ def encoders(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = args.base or scratch / "base"
-    if not base.exists():
-        make_nano(base) if args.size == "nano" else make_base(base, "fp8", str(device))
+    if args.size == "full":
+        make_base(base, "fp8", str(device), parts=("text_encoder", "vae"))
+    elif not base.exists():
+        make_nano(base)
+    release(device)
     chance = np.random.default_rng(0)
     words = AutoConfig.from_pretrained(base / "text_encoder").text_config.vocab_size
     captions = [chance.integers(0, words, n).tolist() for n in chance.integers(200, 401, args.captions)]
     results: dict[str, Any] = {"tokens": sum(map(len, captions)), "tokens_at_once": text.TOKENS_AT_ONCE}
-    streamed_text(base, captions[:2], dtype, device)  # files into the page cache, kernels loaded
+    # Files into the page cache, kernels loaded.
+    told(lambda: streamed_text(base, captions[:2], dtype, device), "the first two captions")
     made = {}
     for name, run in (("streamed", streamed_text), ("resident", resident_text)):
-        results[name], made[name] = encoding(partial(run, base, captions, dtype, device), device)
+        way = partial(encoding, partial(run, base, captions, dtype, device), device)
+        results[name], made[name] = told(way, f"{len(captions)} captions, {name}")
         results[name]["captions_per_second"] = len(captions) / results[name]["seconds"]
     results["streamed_share_of_resident_speed"] = (
         results["resident"]["seconds"] / results["streamed"]["seconds"]
@@ -262,9 +268,18 @@ def encoders(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
         for a, b in zip(made["streamed"], made["resident"], strict=True)
     )
-    rates, _ = encoding(partial(autoencoder, base, args, dtype, device), device)
+    way = partial(encoding, partial(autoencoder, base, args, dtype, device), device)
+    rates, _ = told(way, f"{args.pictures} pictures")
     results["autoencoder"] = rates | {"pictures_per_second": args.pictures / rates["seconds"]}
     return results
+
+
+def told(run: Callable[[], Any], what: str) -> Any:
+    """Runs a stage and tells its seconds."""
+    started = time.perf_counter()
+    result = run()
+    print(f"  {what}: {time.perf_counter() - started:.1f} s", flush=True)
+    return result
 
 
 def encoding(run: Callable[[], Any], device: torch.device) -> tuple[dict[str, float], Any]:
@@ -361,11 +376,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {"environment": environment(device), "cores": os.cpu_count(), "note": args.note}
     for name in args.only:
+        started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
             results[name] = PARTS[name](Path(scratch), args)
-        print(f"{name}:")
+        print(f"{name}: {time.perf_counter() - started:.0f} s")
         show(results[name])
-    write_json(args.json, results)
+        sys.stdout.flush()
+        write_json(args.json, results)
 
 
 def show(rows: dict[str, Any], indent: str = "  ") -> None:

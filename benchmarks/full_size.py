@@ -15,6 +15,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,15 @@ def fill(model: nn.Module, device: str) -> nn.Module:
     return model
 
 
-def make_base(folder: Path, form: str, device: str) -> None:
-    """A base of full size; the unconditional transformer is the same files again.
+PARTS = ("text_encoder", "vae", "transformer")
+
+
+def make_base(folder: Path, form: str, device: str, parts: Collection[str] = PARTS) -> None:
+    """A base of full size, or the parts of it that are asked for; tells the seconds of each.
 
     ``form`` is ``bf16`` (diffusers' layout) or ``fp8`` (the original layout: fused qkv, e4m3, a scale a row).
+    The unconditional transformer is the same files again. Without ``transformer``, that folder holds its
+    text projection only, which is what encoding captions needs of it. What is there is not made again.
     """
     spec = TextEncoderSpec()
     rope = {
@@ -69,20 +76,75 @@ def make_base(folder: Path, form: str, device: str) -> None:
     with torch.device("meta"):
         transformer, vae = Ideogram4Transformer2DModel(), AutoencoderKLFlux2()
         encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
-    Ideogram4Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=fill(vae, device), text_encoder=fill(encoder, device),
-        tokenizer=nano_pipeline().tokenizer, transformer=None, unconditional_transformer=None,
-    ).save_pretrained(folder)  # fmt: skip
-    del encoder
-    fill(transformer, device)
-    if form == "bf16":
-        transformer.save_pretrained(folder / "transformer")
-    else:
-        transformer.save_config(folder / "transformer")
-        state = {k: v.cpu() for k, v in original_fp8(transformer.state_dict()).items()}
-        save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    (folder / "unconditional_transformer").symlink_to("transformer")
+    if not (folder / "model_index.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = nano_pipeline().tokenizer
+        Ideogram4Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=tokenizer,
+            transformer=None, unconditional_transformer=None,
+        ).save_pretrained(folder)  # fmt: skip
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {
+            "vae": ["diffusers", "AutoencoderKLFlux2"],
+            "text_encoder": ["transformers", "Qwen3VLModel"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name, model in (("vae", vae), ("text_encoder", encoder)):
+        if name in parts and not (folder / name).exists():
+            config = model.save_config if name == "vae" else model.config.save_pretrained
+            state = fill(model, device).state_dict()
+            file = "diffusion_pytorch_model" if name == "vae" else "model"
+            write_part(folder / name, config, state, file)
+            del state
+            model.to("meta")
+    whole, there = "transformer" in parts, (folder / "transformer").exists()
+    if there and not (whole and (folder / "transformer" / PROJECTION_ONLY).exists()):
+        return
+    if not whole:
+        transformer.layers = nn.ModuleList()
+    state = fill(transformer, device).state_dict()
+    state = original_fp8(state) if form == "fp8" else state
+    write_part(folder / "transformer", transformer.save_config, state, "diffusion_pytorch_model")
+    (folder / "transformer" / PROJECTION_ONLY).unlink(missing_ok=True)
+    if not whole:
+        (folder / "transformer" / PROJECTION_ONLY).touch()
+    if not (folder / "unconditional_transformer").exists():
+        (folder / "unconditional_transformer").symlink_to("transformer")
+
+
+# Marks a transformer's folder in which the blocks are missing.
+PROJECTION_ONLY = "projection-only"
+_SHARD = 5 << 30
+
+
+def write_part(
+    folder: Path, save_config: Callable[[Path], Any], state: dict[str, torch.Tensor], name: str
+) -> None:
+    """A model's config, and its weights in shards that four threads bring from the device and write."""
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    save_config(folder)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for key, value in state.items():
+        if sum(v.nbytes for v in shards[-1].values()) > _SHARD:
+            shards.append({})
+        shards[-1][key] = value
+    files = [f"{name}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [f"{name}.safetensors"]
+
+    def write(file: str, shard: dict[str, torch.Tensor]) -> None:
+        save_file({k: v.contiguous().cpu() for k, v in shard.items()}, folder / file, {"format": "pt"})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, files, shards))
+    size = sum(v.nbytes for v in state.values())
+    if len(shards) > 1:
+        places = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+    print(f"  made {folder.name}: {size / 1e9:.1f} GB in {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def original_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
