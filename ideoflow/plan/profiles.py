@@ -1,10 +1,21 @@
 """Cards that people own: memory, abilities and speed, for plans made without the card at hand.
 
-Sources: NVIDIA's data sheets and its GA102, Ada, Blackwell, Hopper and Ampere architecture white papers,
-AMD's MI300X data sheet, Apple's product pages. Matrix rates are dense (no sparsity) with float32
-accumulation, in TFLOP/s; on GeForce cards that is half of what the same paper gives for float16
-accumulation. Memory is what ``nvidia-smi`` reports, in MiB; bandwidth in GB/s. They are peaks: what a
-training step gets of them is the time model's efficiency, which is measured.
+Matrix rates are dense (no sparsity) with float32 accumulation, in TFLOP/s. GeForce cards do half there of
+what they do with float16 accumulation: twice their float32 rate in bf16, four times in FP8. Memory is what
+``nvidia-smi`` reports, in MiB; bandwidth in GB/s. They are peaks: what a training step gets of them is the
+time model's efficiency, which is measured.
+
+| cards | sources |
+|---|---|
+| all NVIDIA | compute capability: developer.nvidia.com/cuda-gpus |
+| RTX 30 | NVIDIA's GA102 white paper; its announced figures of the 3070, 3080 and 3090 |
+| RTX 40 | NVIDIA's Ada white paper (a 4090: 82.6 float32, 165.2 bf16, 330.3 FP8) |
+| RTX 50 | NVIDIA's RTX Blackwell white paper (a 5090: 3352 sparse FP4, half of it dense) |
+| A10, A10G, A100, A6000, T4 | NVIDIA's data sheets; the A10G's as AWS gives them |
+| L4, L40S, RTX 6000 Ada, RTX PRO 6000 | NVIDIA's data sheets, whose starred or sparse figures are halved |
+| H100, H200, B200 | NVIDIA's data sheets, halved likewise; a B200's memory as DGX B200's, 180 GB |
+| MI300X | AMD's data sheet |
+| Apple | Apple's bandwidths; float32 rates are cores x clock x 256, as others measured the clocks |
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """What waits on the host, and when: what it saves, what it costs, and what comes before it."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.plan.record import NOT_ALLOCATED
+from ideoflow.plan.render import print_page
 
 GIB = 1 << 30
 LONG = "[train]\nsteps = 2000\n"
@@ -114,3 +118,16 @@ def test_what_graphs_and_rounding_need_is_told(machine, asked, words, plan_for):
         plan_for("fp8", machine, LONG + memory(asked))
     (told,) = caught.value.diagnostics
     assert told.code.id == "IP016" and words in told.message + told.cure
+
+
+@pytest.mark.parametrize("machine", ["rtx-4060", "rtx-4090"])
+def test_the_page_tells_what_waits_on_the_host(machine, plan_for):
+    """Decisions at their usual value are left out; no line is wider than a terminal."""
+    plan = plan_for("fp8", machine)
+    text = io.StringIO()
+    print_page(plan, Console(file=text, width=80))
+    shown = {line.split()[0] for line in text.getvalue().splitlines() if line.strip()}
+    assert ("offload" in shown) == (plan.value("offload") != "none") == (machine == "rtx-4060")
+    assert "optimizer_state" not in shown and max(map(len, text.getvalue().splitlines())) <= 80
+    found = {r.value: r.reason_code for r in plan.decision("offload").rejected}
+    assert {found[v] for v in ("block", "leaf", "disk")} == {"only-on-request"}
