@@ -1,7 +1,7 @@
 """RMSNorm over the heads of q and k with rotary embedding, and the backward of both, in Triton.
 
-Forward works in place on blocks of tokens of one head. Backward holds one token: its 3 * H heads share one
-quantisation scale, because they are one row of the product that follows.
+Forward works in place on blocks of tokens of one head. Backward takes one token a program: its 3 * H heads
+share one quantisation scale, because they are one row of the product that follows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,21 +43,8 @@ def engine_digest() -> str:
 
 def planned_choice(plan: Plan) -> Choice:
     """The combination that a plan decided for."""
-    text = {
-        name: str(plan.value(name))
-        for name in (
-            "device",
-            "engine",
-            "precision",
-            "matmul",
-            "compile",
-            "unconditional",
-            "optimizer_state",
-            "offload",
-            "activation_offload",
-            "graphs",
-        )
-    }
+    names = [field.name for field in fields(Choice) if field.name != "activation_budget"]
+    text = {name: str(plan.value(name)) for name in names}
     return Choice(activation_budget=float(plan.value("activation_budget")), **text)
 
 

@@ -71,6 +71,21 @@ class Load:
     adapter: int = ADAPTER_BYTES
     passes: int = 1
 
+    @property
+    def tokens(self) -> float:
+        """Tokens of a sample, on average."""
+        return sum((image + text) * share for image, text, share in self.lengths)
+
+    @property
+    def squares(self) -> float:
+        """Their squares, on average: what attention works on."""
+        return sum((image + text) ** 2 * share for image, text, share in self.lengths)
+
+    def sent(self, spec: TransformerSpec, element: int) -> float:
+        """Bytes of a sample from the host: noisy latents and target in float32, text features."""
+        latents, features = 8 * spec.in_channels, element * spec.hidden
+        return sum((image * latents + text * features) * share for image, text, share in self.lengths)
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -226,9 +241,8 @@ def _waiting_parts(
     else:
         inputs = 0.0
         if choice.activation_offload != "none":
-            tokens = sum((image + text) * share for image, text, share in load.lengths)
             waits = fused.away_bytes(spec, e, choice.activation_offload)
-            inputs = tokens * load.samples / passes * waits * spec.num_layers / speed.host
+            inputs = load.tokens * load.samples / passes * waits * spec.num_layers / speed.host
         wait = max(0.0, max(weights, inputs) - forward) + max(0.0, weights + inputs - backward)
         moved = 2 * (fetched + inputs * speed.host)
         if wait:
@@ -263,9 +277,8 @@ def _reference_parts(
         pointwise_bytes(spec, blocks.get(i, frozenset()), e, compiled=choice.compiled, adapter=load.adapter)
         for i in range(spec.num_layers)
     )
-    tokens = sum((image + text) * share for image, text, share in load.lengths)
-    squares = sum((image + text) ** 2 * share for image, text, share in load.lengths)
-    sent = sum((image * spec.in_channels * 8 + text * spec.hidden * e) * s for image, text, s in load.lengths)
+    tokens, squares = load.tokens, load.squares
+    sent = load.sent(spec, e)
 
     dense = 2 * tokens * linear_parameters(spec)
     attention = 4 * squares * spec.hidden * spec.num_layers
@@ -335,8 +348,7 @@ def _fused_parts(
     blocks = targets_by_block(targets)
     first = min(blocks, default=layers)
     live = 1 - first / layers
-    tokens = sum((image + text) * share for image, text, share in load.lengths)
-    squares = sum((image + text) ** 2 * share for image, text, share in load.lengths)
+    tokens, squares = load.tokens, load.squares
     away = choice.activation_offload
     counted = fused.group_bytes(spec, int(tokens), e, fp8, away)
     kept = [g | frozenset(AWAY[away]) for g in choose_kept(choice.activation_budget, layers, counted)[first:]]
@@ -372,7 +384,7 @@ def _fused_parts(
     if choice.precision in QUANTISED:
         moved_once = 2.5 if choice.precision == "nf4" else 3
         weights = block_weights(spec) * (2 * live if fp8 else moved_once * (1 + live + share_again))
-    sent = sum((image * spec.in_channels * 8 + text * h * e) * s for image, text, s in load.lengths)
+    sent = load.sent(spec, e)
     rows = (
         ("matmul", load.samples * dense / speed.matmul, f"{dense / 1e12:.0f} TFLOP a sample"),
         ("adapter", load.samples * own, f"{adapter / 1e6:.0f} M numbers"),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -73,8 +74,8 @@ class Place:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Where each sample starts."""
-        return tuple(sum(self.lengths[:i]) for i in range(len(self.lengths) + 1))
+        """Where each sample starts, and where the last one ends."""
+        return tuple(accumulate(self.lengths, initial=0))
 
     def tensors(self, device: torch.device | str = "cpu") -> SimpleNamespace:
         """The index tensors that the engine reads, as :meth:`PackedLayout.tensors` names them."""
@@ -161,7 +162,6 @@ class GraphedSteps:
         self._stream = self._stream or torch.cuda.Stream()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-
         with torch.cuda.stream(self._stream):
             self.in_place(place, parts)
         current.wait_stream(self._stream)
