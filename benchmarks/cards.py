@@ -3,8 +3,8 @@
 For every recipe in ``recipes/cards``: a plan is made for a real card of that size, then a process whose share
 of the GPU's memory is capped to the card's less 1 GiB carries it out on a base of full size with random
 weights: it encodes captions and pictures, loads the transformer, trains 20 steps, and samples around that.
-Printed are the peak of each stage against what the plan said, and the step time on the GPU at hand (which is
-not that card's).
+Printed are the peak of each stage against what the plan said of it, both without the CUDA context, and the
+step time on the GPU at hand (which is not that card's).
 
     python benchmarks/cards.py --base /scratch/base --out cards.json      # 27 GB, made if it is not there
     python benchmarks/cards.py --base /scratch/base --cards 8gb,12gb      # some of them
@@ -17,10 +17,12 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,9 @@ from full_size import make_base
 from ideoflow.data.survey import read_dataset, read_prompts
 from ideoflow.model.base import locate_base
 from ideoflow.model.nano import make_nano
-from ideoflow.plan import detect_hardware, make_plan, named_hardware
+from ideoflow.plan import Plan, detect_hardware, make_plan, named_hardware
+from ideoflow.plan.document import Phase
+from ideoflow.plan.record import NOT_ALLOCATED
 from ideoflow.recipe import load_recipe
 from ideoflow.resources import recipes
 from ideoflow.workflow import prepare, run
@@ -39,6 +43,8 @@ from ideoflow.workflow import prepare, run
 # The card that each recipe is planned for.
 CARDS = {"8gb": "rtx-4060", "12gb": "rtx-4070", "16gb": "rtx-4080", "24gb": "rtx-4090", "48gb": "l40s",
          "80gb": "h100"}  # fmt: skip
+# Stages of a run, and the phases of the ledger that they are.
+STAGES: dict[str, Phase] = {"captions": "text", "pictures": "latents", "train": "train", "samples": "sample"}
 GIB = 1 << 30
 
 
@@ -57,18 +63,23 @@ def write_recipe(name: str, args: argparse.Namespace, folder: Path) -> Path:
     return file
 
 
-def plan_for(file: Path, card: str | None) -> Path:
-    """Plans for a card (or the machine at hand) and writes the plan beside the recipe."""
+def plan_for(file: Path, card: str | None) -> tuple[Path, int]:
+    """Plans for a card (or the machine at hand); where the plan is written, and the card's bytes.
+
+    The card is taken to have the packages that are installed here, since the plan is carried out here.
+    """
     recipe = load_recipe(file)
     model = recipe.tables.model
     base = locate_base(model.base, revision=model.revision, parts=model.parts, relative_to=recipe.folder)
     dataset, prompts = read_dataset(recipe), read_prompts(recipe)
     summary = dataset.summary()
-    hardware = named_hardware(card) if card else detect_hardware()
+    hardware = detect_hardware()
+    if card:
+        hardware = replace(named_hardware(card), packages=hardware.packages)
     plan = make_plan(recipe, base, summary, hardware, prompts=len(prompts))
     written = file.with_suffix(".plan.json")
     written.write_text(plan.to_json(), encoding="utf-8")
-    return written
+    return written, hardware.total_bytes
 
 
 def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
@@ -76,12 +87,15 @@ def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
     if torch.cuda.is_available() and cap:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
-    prepared, events = prepare(plan_file), []
+    prepared, events, reserved = prepare(plan_file), [], 0
     started = time.perf_counter()
 
     def tell(event: Any) -> None:
+        nonlocal reserved
         events.append(event)
         if type(event).__name__ == "StageDone":
+            if torch.cuda.is_available():  # each stage starts this anew
+                reserved = max(reserved, torch.cuda.max_memory_reserved())
             peak = f", {event.peak_bytes / GIB:.1f} GiB" if event.peak_bytes else ""
             print(f"  {event.stage}: {event.seconds:.1f} s{peak}", file=sys.stderr, flush=True)
 
@@ -98,10 +112,15 @@ def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "step_ms": 1e3 * steps[len(steps) // 2],
         "stages": stages,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else None,
-        "predicted_gib": {p: plan.ledger.peak(p) / GIB for p in ("text", "latents", "train", "sample")},  # type: ignore[arg-type]
+        "reserved_gib": reserved / GIB,
+        "predicted_gib": {stage: allocated(plan, phase) / GIB for stage, phase in STAGES.items()},
         "decisions": {d.id: d.value for d in plan.decisions},
     }
+
+
+def allocated(plan: Plan, phase: Phase) -> int:
+    """What the plan says that torch allocates in a phase."""
+    return sum(line.bytes for line in plan.ledger.of(phase) if line.name not in NOT_ALLOCATED)
 
 
 def main() -> None:
@@ -111,6 +130,7 @@ def main() -> None:
     parser.add_argument("--cards", default=",".join(CARDS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--share-cache", action="store_true", help="encode once, for the first card")
+    parser.add_argument("--seconds", type=float, default=900, help="end a card's run after this time")
     parser.add_argument("--out")
     parser.add_argument("--carry-out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cap", type=int, default=0, help=argparse.SUPPRESS)
@@ -137,24 +157,39 @@ def carry_out_each(args: argparse.Namespace, scratch: Path) -> None:
     for name in args.cards.split(","):
         folder = scratch / name
         folder.mkdir()
-        plan = plan_for(write_recipe(name, args, folder), CARDS[name] if args.size == "full" else None)
-        cap = (int(name.removesuffix("gb")) - 1) * GIB
+        card = CARDS[name] if args.size == "full" else None
+        plan, total = plan_for(write_recipe(name, args, folder), card)
+        cap = total - GIB
         command = [sys.executable, __file__, "--base", str(args.base), "--carry-out", str(plan)]
         # A cache of its own, unless one may do for all, so that every card encodes by itself.
         cache = (scratch if args.share_cache else folder) / "cache"
-        print(f"{name}: planned, capped to {cap / GIB:.0f} GiB", flush=True)
-        # What the child tells of its stages goes to this terminal as it comes.
-        done = subprocess.run([*command, "--cap", str(cap)], stdout=subprocess.PIPE, text=True, check=False,
-                              env=os.environ | {"IDEOFLOW_CACHE": str(cache)})  # fmt: skip
-        last = done.stdout.splitlines()[-1:] or ["{}"]
-        row = rows[name] = json.loads(last[0]) if not done.returncode else {"failed": done.returncode}
+        print(f"{name}: planned, capped to {cap / GIB:.1f} GiB", flush=True)
+        started = time.perf_counter()
+        row = rows[name] = _child([*command, "--cap", str(cap)], cache, args.seconds)
+        shutil.rmtree(folder / name, ignore_errors=True)  # checkpoints are large
         write_json(args.out, {**about, "rows": rows})
-        if done.returncode:
-            print(f"{name}: failed", flush=True)
+        if "failed" in row:
+            print(f"{name}: failed after {time.perf_counter() - started:.0f} s: {row['failed']}", flush=True)
             continue
-        peaks = " ".join(f"{stage} {s['peak_gib']:.1f}" for stage, s in row["stages"].items())
-        print(f"{name}: {row['step_ms']:.0f} ms a step, {row['seconds']:.0f} s; GiB: {peaks}; "
-              f"predicted {row['predicted_gib']}", flush=True)  # fmt: skip
+        said = row["predicted_gib"]
+        peaks = ", ".join(f"{stage} {s['peak_gib']:.2f} ({said[stage]:.2f})"
+                          for stage, s in row["stages"].items() if stage in said)  # fmt: skip
+        print(f"{name}: {row['step_ms']:.0f} ms a step, {row['seconds']:.0f} s; GiB (as planned): {peaks}; "
+              f"reserved {row['reserved_gib']:.2f}; second transformer {row['decisions']['unconditional']}",
+              flush=True)  # fmt: skip
+
+
+def _child(command: list[str], cache: Path, seconds: float) -> dict[str, Any]:
+    """What a process of its own prints last; what it tells of its stages comes to this terminal at once."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=seconds,
+                              env=os.environ | {"IDEOFLOW_CACHE": str(cache)})  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {seconds:.0f} s"}
+    if done.returncode:
+        return {"failed": f"exit code {done.returncode}"}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 if __name__ == "__main__":

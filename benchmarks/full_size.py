@@ -118,7 +118,12 @@ _SHARD = 5 << 30
 
 
 def write_part(
-    folder: Path, save_config: Callable[[Path], Any], state: dict[str, torch.Tensor], name: str
+    folder: Path,
+    save_config: Callable[[Path], Any],
+    state: dict[str, torch.Tensor],
+    name: str,
+    *,
+    single: bool = False,
 ) -> None:
     """A model's config, and its weights in shards that four threads bring from the device and write."""
     started = time.perf_counter()
@@ -128,7 +133,7 @@ def write_part(
     save_config(folder)
     shards: list[dict[str, torch.Tensor]] = [{}]
     for key, value in state.items():
-        if sum(v.nbytes for v in shards[-1].values()) > _SHARD:
+        if sum(v.nbytes for v in shards[-1].values()) > _SHARD and not single:
             shards.append({})
         shards[-1][key] = value
     files = [f"{name}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]

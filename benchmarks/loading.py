@@ -3,9 +3,12 @@
 A transformer of full size with random weights is written in each published form (bf16; the official FP8;
 ComfyUI's single file; bitsandbytes' NF4), and loaded as it is and in other precisions, each in a process of
 its own: seconds, the host's peak above what the process had before, the GPU's peak above the final size; then
-one training step of the fused engine, to see that it works. The page cache is warm: this measures the loader.
+training steps of the fused engine, to see that it works. The page cache is warm: this measures the loader.
+A precision's own word is where it is rounded or goes: ``fp8:cpu`` is rounded by the processor, ``fp8:host``
+leaves the blocks' weights in host memory, to be streamed. What is measured is written after each load.
 
     python benchmarks/loading.py --folder /scratch/loading --out loading.json     # 19 GB at a time
+    python benchmarks/loading.py --folder /dev/shm/loading --forms fp8,nf4 --seconds 280 --out loading.json
     python benchmarks/loading.py --size nano --folder /scratch/nano-loading      # a try without a GPU
 """
 
@@ -25,29 +28,26 @@ import psutil
 import torch
 from common import SIZES, add_adapters, environment, make_layout, random_inputs, write_json
 from diffusers import Ideogram4Transformer2DModel
-from safetensors.torch import save_file
+from full_size import write_part
 from torch.nn import functional
 
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.kernels.float8 import quantize_weight
 from ideoflow.model.load import PRECISIONS, load_transformer
 
-# form -> the precisions that it is loaded in; "cpu" after a colon rounds on the processor
+# form -> the precisions that it is loaded in
 FORMS = {
-    "bf16": ("bf16", "fp8", "int8", "nf4"),
-    "fp8": ("fp8", "bf16", "int8", "nf4", "fp8:host"),
+    "bf16": ("bf16", "fp8", "fp8:cpu", "int8", "nf4"),
+    "fp8": ("fp8", "fp8:host", "nf4", "bf16", "int8"),
     "comfy": ("fp8",),
     "nf4": ("nf4", "fp8"),
 }
 
 
 def write(form: str, size: str, folder: Path, device: torch.device) -> None:
-    """The transformer's folder, tensor by tensor from the device to the file's buffer."""
-    part = folder / "transformer"
-    part.mkdir(parents=True)
+    """The transformer's folder, made on the device and written in shards; ComfyUI's is a single file."""
     with torch.device("meta"):
         model = Ideogram4Transformer2DModel(**SIZES[size])
-    model.save_config(part)
     generator = torch.Generator(device).manual_seed(0)
     state: dict[str, torch.Tensor] = {}
 
@@ -67,7 +67,9 @@ def write(form: str, size: str, folder: Path, device: torch.device) -> None:
         _store(state, form, name, value)
     if form == "comfy":
         state = {f"diffusion_model.{name}": value for name, value in state.items()}
-    save_file(state, part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    write_part(
+        folder / "transformer", model.save_config, state, "diffusion_pytorch_model", single=form == "comfy"
+    )
 
 
 def _store(state: dict[str, torch.Tensor], form: str, name: str, value: torch.Tensor) -> None:
@@ -77,15 +79,17 @@ def _store(state: dict[str, torch.Tensor], form: str, name: str, value: torch.Te
         if form == "comfy":  # one scale for all
             scale = value.float().abs().max() / 448
             values = (value.float() / scale).to(torch.float8_e4m3fn)
-        state[name], state[f"{name}_scale"] = values.cpu(), scale.cpu()
+            marker = json.dumps({"format": "float8_e4m3fn"}).encode()
+            state[name.replace("weight", "comfy_quant")] = torch.tensor(list(marker), dtype=torch.uint8)
+        state[name], state[f"{name}_scale"] = values, scale
     elif form == "nf4" and linear and name.startswith("layers."):
         from bitsandbytes.functional import quantize_4bit
 
         codes, quant = quantize_4bit(value, quant_type="nf4", compress_statistics=True)
-        state[name] = codes.cpu()
-        state |= {f"{name}.{key}": t.cpu() for key, t in quant.as_dict(packed=True).items()}
+        state[name] = codes
+        state |= {f"{name}.{key}": tensor for key, tensor in quant.as_dict(packed=True).items()}
     else:
-        state[name] = value.cpu()
+        state[name] = value
 
 
 class HostPeak:
@@ -119,6 +123,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     host, started = HostPeak(), time.perf_counter()
     model = load_transformer(
         args.folder, precision=precision, device=device, streamed=via == "host",
+        quantize_on=torch.device("cpu") if via == "cpu" else None,
         file=next((args.folder / "transformer").glob("*.safetensors")) if args.single else None,
     )  # fmt: skip
     if device.type == "cuda":
@@ -132,13 +137,12 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         parameter.data = parameter.data.to(device)
     fp8 = precision == "fp8" and device.type == "cuda"
     fused = FusedTransformer(model, linear="fp8" if fp8 else "bf16", activation_budget=0.0,
-                             attention="flash4" if device.type == "cuda" else "sdpa",
-                             dtype=PRECISIONS[precision])  # fmt: skip
+                             attention="sdpa", dtype=PRECISIONS[precision])  # fmt: skip
     if via == "host":
         fused.stream()
     layout = make_layout(1, 1024 if args.size == "full" else 128, 320, mixed=False, multiple=64)
     data = random_inputs(model, layout)
-    for _ in range(2):  # the first one compiles
+    for _ in range(3):  # the first one compiles
         started = time.perf_counter()
         loss = functional.mse_loss(fused(data["latents"], data["timestep"], data["text"], layout).float(),
                                    data["target"])  # fmt: skip
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--out")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after this time")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -163,36 +168,45 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: dict[str, Any] = {}
+    started = time.perf_counter()
     titles = ("s", "host +GiB", "GPU GiB", "peak +%", "step ms")
     print(f"{'form -> precision':24s} " + " ".join(f"{title:>9s}" for title in titles), flush=True)
     for form in args.forms.split(","):
+        if (left := started + args.seconds - time.perf_counter()) < 0:
+            break
         folder = args.folder / form
         shutil.rmtree(folder, ignore_errors=True)
         write(form, args.size, folder, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         for precision in FORMS[form]:
-            command = [
-                sys.executable,
-                __file__,
-                "--size",
-                args.size,
-                "--folder",
-                str(folder),
-                "--load",
-                precision,
-            ]
-            command += ["--single"] if form == "comfy" else []
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"{form} -> {precision} failed:\n{done.stderr[-1500:]}", flush=True)
+            name = f"{form} -> {precision}"
+            if (left := started + args.seconds - time.perf_counter()) < 0:
+                print(f"{name:24s} no time left", flush=True)
                 continue
-            row = rows[f"{form} -> {precision}"] = json.loads(done.stdout.splitlines()[-1])
+            command = [sys.executable, __file__, "--size", args.size, "--folder", str(folder)]
+            command += ["--load", precision] + (["--single"] if form == "comfy" else [])
+            row = rows[name] = _child(command, 60 + left)
+            write_json(args.out, {"environment": environment(device), "size": args.size, "rows": rows})
+            if "failed" in row:
+                print(f"{name:24s} failed: {row['failed']}", flush=True)
+                continue
             figures = (row["seconds"], row["host_gib"], row.get("final_gib", 0.0),
                        100 * row.get("above_final", 0.0), row["step_ms"])  # fmt: skip
-            print(f"{form + ' -> ' + precision:24s} " + " ".join(f"{x:9.2f}" for x in figures), flush=True)
+            print(f"{name:24s} " + " ".join(f"{x:9.2f}" for x in figures), flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-    write_json(args.out, {"environment": environment(device), "size": args.size, "rows": rows})
+
+
+def _child(command: list[str], timeout: float) -> dict[str, Any]:
+    """What a process of its own prints last, or why it failed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {timeout:.0f} s"}
+    if done.returncode:
+        return {"failed": done.stderr[-1500:]}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 if __name__ == "__main__":
