@@ -3,9 +3,15 @@
 Both are bound by reading their wide operand, which is why they read the e4m3 copy that the base product reads
 (half the bytes of bf16) and turn it into bf16 in registers. Long sums are split over programs into float32
 partial results that a reduction adds up: no atomics, so results repeat exactly.
+
+The rank is cut into tiles of at most 128 (q, k and v together have three times the adapter's own), and loops
+hold as many steps' operands ahead as the card's shared memory has room for: 227 KiB of an H200, 99 KiB of
+cards for the desktop.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -18,8 +24,23 @@ from ideoflow.kernels.reference import Operand
 _PROGRAMS = 400  # three for each multiprocessor of a large card
 
 
-def _rank_block(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+def _rank_tiles(rank: int) -> tuple[int, int]:
+    """Width of a tile of the rank, a power of two, and how many there are."""
+    width = min(128, max(16, triton.next_power_of_2(rank)))
+    return width, triton.cdiv(rank, width)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take."""
+    if device.type != "cuda":
+        return 1 << 20  # the interpreter has no limit
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _stages(device: torch.device, step: int, besides: int) -> int:
+    """Steps of a loop whose operands, of ``step`` bytes, are held at once: three where they fit."""
+    return max(1, min(3, (shared_memory(device) - besides) // step))
 
 
 def _split(blocks: int, tiles: int) -> tuple[int, int]:
@@ -34,9 +55,9 @@ def _down(x_ptr, x_scale, matrix, unfold, out, tokens, k_size, rank, parts, stri
           SCALED: tl.constexpr, UNFOLD: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
           RANK: tl.constexpr):  # fmt: skip
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    part = tl.program_id(1)
+    part = tl.program_id(1) % parts
     split = tl.program_id(2)
-    r = tl.arange(0, RANK)
+    r = tl.program_id(1) // parts * RANK + tl.arange(0, RANK)
     total = tl.zeros((TOKENS, RANK), tl.float32)
     x_row = x_ptr + t[:, None].to(tl.int64) * (parts * k_size) + part * k_size
     for step in range(steps):
@@ -57,14 +78,21 @@ def _down(x_ptr, x_scale, matrix, unfold, out, tokens, k_size, rank, parts, stri
 def adapter_down(x: Operand, matrix: Tensor, parts: int = 1, unfold: Tensor | None = None) -> Tensor:
     """See :func:`ideoflow.kernels.reference.adapter_down`."""
     tokens, rank, k_size = x.values.shape[0], matrix.shape[1], matrix.shape[0] // parts
-    block_t, block_k = 64, 128
-    steps, splits = _split(triton.cdiv(k_size, block_k), triton.cdiv(tokens, block_t) * parts)
+    device, (block_r, tiles) = x.values.device, _rank_tiles(rank)
+    block_t = 64
+    # A step reads columns of x and of the matrix; to fold a scale in takes the matrix once more.
+    for block_k in (128, 64):
+        part = block_k * block_r * matrix.element_size()
+        besides = part if unfold is not None else 0
+        stages = _stages(device, block_t * block_k * x.values.element_size() + part, besides)
+        if stages == 3:
+            break
+    steps, splits = _split(triton.cdiv(k_size, block_k), triton.cdiv(tokens, block_t) * parts * tiles)
     dtype = torch.float32 if splits > 1 else matrix.dtype
-    out = torch.empty(splits, tokens, parts * rank, dtype=dtype, device=x.values.device)
-    _down[(triton.cdiv(tokens, block_t), parts, splits)](
+    out = torch.empty(splits, tokens, parts * rank, dtype=dtype, device=device)
+    _down[(triton.cdiv(tokens, block_t), parts * tiles, splits)](
         x.values, x.scale, matrix, unfold, out, tokens, k_size, rank, parts, *matrix.stride(), steps,
-        x.scale is not None, unfold is not None, block_t, block_k, _rank_block(rank), num_warps=4,
-        num_stages=3,
+        x.scale is not None, unfold is not None, block_t, block_k, block_r, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(matrix.dtype)
 
@@ -74,9 +102,9 @@ def _gradient(x_ptr, x_scale, z_ptr, unfold, out, tokens, n_size, rank, parts, s
               SCALED: tl.constexpr, UNFOLD: tl.constexpr, RANK_FIRST: tl.constexpr,
               TOKENS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)
-    part = tl.program_id(1)
+    part = tl.program_id(1) % parts
     split = tl.program_id(2)
-    r = tl.arange(0, RANK)
+    r = tl.program_id(1) // parts * RANK + tl.arange(0, RANK)
     total = tl.zeros((RANK, N), tl.float32)
     column = part * n_size + n
     for step in range(steps):
@@ -102,32 +130,36 @@ def adapter_gradient(x: Operand, z: Tensor, parts: int = 1, unfold: Tensor | Non
                      rank_first: bool = False) -> Tensor:  # fmt: skip
     """See :func:`ideoflow.kernels.reference.adapter_gradient`."""
     tokens, n_size, rank = x.values.shape[0], x.values.shape[1] // parts, z.shape[1] // parts
-    block_t, block_n = 64, 128
-    steps, splits = _split(triton.cdiv(tokens, block_t), triton.cdiv(n_size, block_n) * parts)
+    block_t, block_n, (block_r, tiles) = 64, 128, _rank_tiles(rank)
+    read = block_t * block_r * z.element_size()
+    besides = read if x.scale is not None else 0  # z with the rows' scales in it
+    stages = _stages(z.device, block_t * block_n * x.values.element_size() + read, besides)
+    steps, splits = _split(triton.cdiv(tokens, block_t), triton.cdiv(n_size, block_n) * parts * tiles)
     shape = (rank, n_size) if rank_first else (parts * n_size, rank)
     out = torch.empty(splits, *shape, dtype=torch.float32, device=z.device)
-    _gradient[(triton.cdiv(n_size, block_n), parts, splits)](
+    _gradient[(triton.cdiv(n_size, block_n), parts * tiles, splits)](
         x.values, x.scale, z, unfold, out, tokens, n_size, rank, parts, steps, x.scale is not None,
-        unfold is not None, rank_first, block_t, block_n, _rank_block(rank), num_warps=4, num_stages=3,
+        unfold is not None, rank_first, block_t, block_n, block_r, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
 
 
 @triton.jit
 def _up(y_ptr, z_ptr, matrix, tokens, n_size, rank, parts, y_stride, stride_n, stride_r, TOKENS: tl.constexpr,
-        N: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
+        N: tl.constexpr, RANK: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     part = tl.program_id(2)
-    r = tl.arange(0, RANK)
     at = y_ptr + t[:, None].to(tl.int64) * y_stride + part * n_size + n[None, :]
     mask = (t[:, None] < tokens) & (n[None, :] < n_size)
-    y = tl.load(at, mask=mask, other=0.0)
-    z = tl.load(z_ptr + t[:, None] * (parts * rank) + part * rank + r[None, :],
-                mask=(t[:, None] < tokens) & (r[None, :] < rank), other=0.0)  # fmt: skip
-    m = tl.load(matrix + (part * n_size + n[None, :]).to(tl.int64) * stride_n + r[:, None] * stride_r,
-                mask=(n[None, :] < n_size) & (r[:, None] < rank), other=0.0)  # fmt: skip
-    total = y.to(tl.float32) + tl.dot(z, m, input_precision="ieee")
+    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    for tile in tl.static_range(TILES):
+        r = tile * RANK + tl.arange(0, RANK)
+        z = tl.load(z_ptr + t[:, None] * (parts * rank) + part * rank + r[None, :],
+                    mask=(t[:, None] < tokens) & (r[None, :] < rank), other=0.0)  # fmt: skip
+        m = tl.load(matrix + (part * n_size + n[None, :]).to(tl.int64) * stride_n + r[:, None] * stride_r,
+                    mask=(n[None, :] < n_size) & (r[:, None] < rank), other=0.0)  # fmt: skip
+        total += tl.dot(z, m, input_precision="ieee")
     tl.store(at, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -137,7 +169,7 @@ def adapter_up(y: Tensor, z: Tensor, matrix: Tensor, parts: int = 1) -> None:
     grid = (triton.cdiv(n_size, 128), triton.cdiv(tokens, 64), parts)
     _up[grid](
         y, z, matrix, tokens, n_size, rank, parts, y.stride(0), matrix.stride(0), matrix.stride(1), 64, 128,
-        _rank_block(rank), num_warps=4,
+        *_rank_tiles(rank), num_warps=4,
     )  # fmt: skip
 
 

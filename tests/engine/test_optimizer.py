@@ -127,4 +127,5 @@ def test_on_a_gpu(kind, monkeypatch):
             p.grad = torch.randn(p.shape, generator=g).cuda() + 0.3 * p.detach()
         optimizer.step(1e-2 * (1 + step % 3))
     error = (values(optimizer).cpu() - reference(6)).norm() / (reference(6) - reference(0)).norm()
-    assert error < (0.05 if kind == "8bit" else 1e-4)
+    # bitsandbytes' float32 kernel decays the weights after the update instead of before it.
+    assert error < {"cpu": 1e-4, "8bit": 0.05, "paged": 5e-3}[kind]

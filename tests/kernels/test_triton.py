@@ -169,7 +169,9 @@ def test_qk_norm_rope(tokens, heads, size, fp8):
 
 @PRECISION
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize(("tokens", "width", "rank"), [(5, 48, 3), (70, 160, 32), (260, 1100, 24)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "rank"), [(5, 48, 3), (70, 160, 32), (260, 1100, 24), (20, 100, 300)]
+)
 def test_adapter_products(tokens, width, rank, parts, fp8):
     x = EAGER.quantize(normal(tokens, parts * width), fp8)
     matrix, z = normal(rank, parts * width).t(), normal(tokens, parts * rank)

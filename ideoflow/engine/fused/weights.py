@@ -81,7 +81,7 @@ class FrozenWeight:
         if self.kind == "nf4":
             self._packed = [layer.weight for layer in layers]
             return
-        self.move(torch.cat([layer.weight.detach() for layer in layers]))
+        self.move(_joined([layer.weight.detach() for layer in layers]))
         if self.kind in ("fp8", "int8"):
             scale = torch.cat([layer.weight_scale.float() for layer in layers])
             self.scale = torch.where(scale > 0, scale, 1.0)
@@ -151,6 +151,18 @@ class FrozenWeight:
             else:
                 piece.copy_(dequantize_4bit(weight.data, weight.quant_state))
         return out
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """One matrix of all rows: the same memory where they already lie one after the other, else a copy."""
+    first, end = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and weight.is_contiguous() and weight.data_ptr() == end):
+            return torch.cat(list(weights))
+        end += weight.nbytes
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 def _kind(layer: nn.Module) -> str:
