@@ -71,16 +71,33 @@ class WeightStream:
                 put(piece.view(buffer))  # the tensor that it came from is free now
             self._pieces.append(pieces)
             self._host.append(buffer)
-        largest = max((len(buffer) for buffer in self._host), default=0)
-        slots = min(slots, self.count)
-        self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._owner: list[int | None] = [None] * slots  # block in each slot
-        self._used = [0] * slots  # when, to find the slot that was left longest ago
-        self._ready: list[torch.cuda.Event | None] = [None] * slots
-        self._done: list[torch.cuda.Event | None] = [None] * slots
-        self._at: int | None = None  # slot of the block at work
+        self._wanted = min(slots, self.count)
+        self._slots: list[Tensor] = []
+        self.release()
         self.round = False  # whether a forward pass is followed by another one, as while sampling
         self._clock = self.fetched = 0
+
+    def release(self) -> None:
+        """Gives the slots' memory back, once all work with them was launched; the next use makes new ones."""
+        if self._slots:
+            for setters, pieces, host in zip(self._setters, self._pieces, self._host, strict=True):
+                for piece, put in zip(pieces, setters, strict=True):
+                    put(piece.view(host))
+            if self._stream is not None:
+                # What is still being fetched must not land in memory that is someone else's by then.
+                torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._slots = []
+        self._owner: list[int | None] = [None] * self._wanted  # block in each slot
+        self._used = [0] * self._wanted  # when, to find the slot that was left longest ago
+        self._ready: list[torch.cuda.Event | None] = [None] * self._wanted
+        self._done: list[torch.cuda.Event | None] = [None] * self._wanted
+        self._at: int | None = None  # slot of the block at work
+
+    def _make_slots(self) -> None:
+        largest = max(len(buffer) for buffer in self._host)
+        self._slots = [
+            torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(self._wanted)
+        ]
 
     @property
     def slot_bytes(self) -> int:
@@ -93,6 +110,8 @@ class WeightStream:
             backward: which way the blocks go; by default as autograd's engine is at work or not.
         """
         backward = going_backward() if backward is None else backward
+        if not self._slots:
+            self._make_slots()
         slot = self._slot_of(block)
         if slot != self._at:
             if self._at is not None and self._stream is not None:
@@ -162,6 +181,19 @@ def stream_blocks(transformer: nn.Module, device: torch.device) -> WeightStream:
     for index, block in enumerate(transformer.layers):
         block.register_forward_pre_hook(partial(_before, stream, index))
     return stream
+
+
+def move_unstreamed(transformer: nn.Module, device: torch.device) -> None:
+    """Moves what :func:`stream_blocks` leaves where it is: small weights, buffers, the scales of 4-bit codes."""
+    streamed = {id(layer.weight) for block in transformer.layers for layer in _large(block)}
+    for parameter in transformer.parameters():
+        if id(parameter) not in streamed:
+            parameter.data = parameter.data.to(device)
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            state.to(device)
+    for module in transformer.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def _before(stream: WeightStream, index: int, module: nn.Module, args: Any) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ideoflow.data.encode import release
+from ideoflow.engine.offload import move_unstreamed, stream_blocks
 from ideoflow.engine.schedule import PRESETS, sampling_sigmas
 from ideoflow.engine.setup import Trainable, UnpaddedAttention, plan_device, plan_dtype, plan_quantizer
 from ideoflow.engine.step import predict_velocity
@@ -67,8 +68,8 @@ class Sampler:
             else FlowMatchEulerDiscreteScheduler()
         )
         self.vae = load_vae(self.folder, dtype=self.dtype, device=host)
-        self.unconditional = None
-        if plan.value("unconditional") == "loaded":
+        self.unconditional, self.stream = None, None
+        if plan.value("unconditional") != "proxy":
             self.unconditional = load_transformer(
                 self.folder,
                 "unconditional_transformer",
@@ -78,23 +79,31 @@ class Sampler:
                 quantize_on=plan_quantizer(plan),
             )
             self.unconditional.set_attn_processor(UnpaddedAttention())
+        if self.unconditional is not None and plan.value("unconditional") == "streamed":
+            self.stream = stream_blocks(self.unconditional, self.device)
 
     def sample(self, texts: list[Tensor]) -> list[Image.Image]:
         """One picture for each caption's text features (text tokens, hidden)."""
         self.model.release()
         training = self.model.transformer.training
         self.model.transformer.eval()
-        if self.unconditional is not None:
-            self.unconditional.to(self.device)
+        self._move_unconditional(self.device)
         tokens = [self._tokens(text, index) for index, text in enumerate(texts)]
-        if self.unconditional is not None:
-            self.unconditional.to("cpu")
+        self._move_unconditional(torch.device("cpu"))
         self.vae.to(self.device)
         pictures = [self._decode(t) for t in tokens]
         self.vae.to("cpu")
         release(self.device)
         self.model.transformer.train(training)
         return pictures
+
+    def _move_unconditional(self, device: torch.device) -> None:
+        """All of it, or where its blocks are streamed the rest of it; slots are made by whoever needs them."""
+        if self.stream is not None and self.unconditional is not None:
+            self.stream.release()
+            move_unstreamed(self.unconditional, device)
+        elif self.unconditional is not None:
+            self.unconditional.to(device)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -160,8 +160,8 @@ def advise(plan: Plan, problem: Problem, best: Evaluation, recipe: Recipe) -> tu
         )
     _about_device(plan, found)
     _about_storage(plan, problem, best, found, recipe)
-    reason = plan.decision("unconditional").reason_code
-    if reason == "needs-memory":
+    second = plan.decision("unconditional")
+    if second.value == "proxy" and second.reason_code == "needs-memory":
         found.add(PROXY_GUIDANCE, "samples are made with proxy guidance, for want of memory")
     return tuple(found)
 

@@ -19,7 +19,7 @@ DOMAINS: dict[str, tuple[str | float, ...]] = {
     "matmul": ("fp8", "bf16", "float32"),
     "activation_budget": BUDGETS,
     "compile": ("off", "regional"),
-    "unconditional": ("loaded", "proxy"),
+    "unconditional": ("loaded", "streamed", "proxy"),
     "optimizer_state": ("float32", "cpu", "8bit", "paged"),
     "offload": ("none", "stream", "block", "leaf", "disk"),
     "activation_offload": ("none", "inputs", "outputs", "gate_up"),

@@ -268,7 +268,7 @@ def _why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) -
     if other.tight and not best.tight:
         return "tight"
     if name == "unconditional":
-        return "less-exact"
+        return "slower" if other.choice.unconditional == "streamed" else "less-exact"
     if other.run_seconds > 1.03 * best.run_seconds:
         return "slower-to-compile" if other.step_ms < best.step_ms else "slower"
     return "no-gain"
@@ -319,6 +319,7 @@ def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, s
         ("graphs", "on"): ("fastest-that-fits", "the GPU would wait for the host's launches"),
         ("graphs", "off"): ("not-repaid", "the GPU is busy for longer than launching takes"),
         ("unconditional", "loaded"): ("exact", "samples get true asymmetric guidance"),
+        ("unconditional", "streamed"): ("needs-memory", "true guidance, its blocks fetched from the host"),
         ("unconditional", "proxy"): ("needs-memory", "no room for the second transformer"),
     }
     return sentences[name, value]

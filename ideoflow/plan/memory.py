@@ -444,7 +444,9 @@ def _sample(
     denoising = other + denoise >= vae + decode
     together = choice.device == "cpu"
     if denoising or together:
-        add("sample", "unconditional weights", other, "the second transformer, for guidance")
+        words = "the second transformer, for guidance"
+        words += ", a few blocks at once" if choice.unconditional == "streamed" else ""
+        add("sample", "unconditional weights", other, words)
     if together or not denoising:
         add("sample", "autoencoder", vae, f"{_count(base.vae.parameters())} x {e} bytes")
     if denoise > decode if together else denoising:
@@ -455,8 +457,11 @@ def _sample(
 
 
 def _unconditional_bytes(base: BaseFacts, choice: Choice) -> int:
-    loaded = choice.unconditional == "loaded"
-    return weight_bytes(base.transformer, choice.precision) if loaded else 0
+    """On the device, of the second transformer."""
+    spec = base.transformer
+    size, away = weight_bytes(spec, choice.precision), streamed_bytes(spec, choice.precision)
+    fetched = away * min(SLOTS, spec.num_layers) // spec.num_layers
+    return {"loaded": size, "streamed": size - away + fetched, "proxy": 0}[choice.unconditional]
 
 
 def _adapter(add: _Add, phase: Phase, parameters: int, choice: Choice) -> None:

@@ -39,6 +39,8 @@ _USUAL_TEXT, _ESTIMATE_MARGIN = 400, 1.15
 _EQUAL = 1.03
 # A prediction is not exact: above this share of the free memory a plan is only made if there is no other.
 TIGHT_SHARE = 0.95
+# What the second transformer may be, the best first: streaming it gives the same pictures, later.
+GUIDANCE = ("loaded", "streamed", "proxy")
 _PRECISION_BITS = {"nf4": 4, "fp8": 8, "int8": 8, "float16": 16, "bf16": 16, "float32": 32}
 
 
@@ -134,7 +136,9 @@ class Problem:
         """All that the machine could do, the recipe's word apart."""
         fixed, kind = fixed_decisions(self.tables), self.tables.adapter.kind
         every = combinations(self.hardware, self.device, self.targets, fixed, kind)
-        guidance = ("loaded", "proxy") if self.base.has_unconditional and self.prompts else ("proxy",)
+        guidance: tuple[str, ...] = ("proxy",)
+        if self.base.has_unconditional and self.prompts:
+            guidance = GUIDANCE if self.device == "cuda" else ("loaded", "proxy")
         return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
     def host_bytes(self, choice: Choice) -> int:
@@ -142,8 +146,8 @@ class Problem:
 
         The other weights go from their files to the device tensor by tensor.
         """
-        spec, loaded = self.base.transformer, choice.unconditional == "loaded"
-        waiting = weight_bytes(spec, choice.precision) if loaded else 0
+        spec, second = self.base.transformer, choice.unconditional != "proxy"
+        waiting = weight_bytes(spec, choice.precision) if second else 0
         if choice.offload not in ("none", "disk"):
             waiting += streamed_bytes(spec, choice.precision)
         if choice.optimizer_state in ("cpu", "paged"):
@@ -245,7 +249,7 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
 
 def _host_fits(problem: Problem, choice: Choice) -> bool:
     """Whether what waits in host memory has room there; a plan without any of it is not held to that."""
-    free, waits = problem.hardware.host_free_bytes, choice.lean or choice.unconditional == "loaded"
+    free, waits = problem.hardware.host_free_bytes, choice.lean or choice.unconditional != "proxy"
     if not waits or choice.device == "cpu" or free is None:
         return True
     return problem.host_bytes(choice) <= free
@@ -286,7 +290,8 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
             return min(pool, key=lambda e: (e.ledger.peak("train"), _plainness(e.choice, storage)))
     best = min(_sacrifice(e.choice, storage) for e in pool)
     pool = [e for e in pool if _sacrifice(e.choice, storage) == best]
-    pool = [e for e in pool if e.choice.unconditional == "loaded"] or pool
+    truest = min(GUIDANCE.index(e.choice.unconditional) for e in pool)
+    pool = [e for e in pool if GUIDANCE.index(e.choice.unconditional) == truest]
     fastest = min(e.run_seconds for e in pool)
     return min(
         (e for e in pool if e.run_seconds <= _EQUAL * fastest),

@@ -27,6 +27,8 @@ class Choice:
         optimizer_state: where and how AdamW's moments are: ``float32``, ``cpu``, ``8bit`` or ``paged``.
         offload: how the blocks' weights come to the device: ``none`` (they are there), ``stream``, or by
             diffusers' group offloading ``block``, ``leaf``, ``disk``.
+        unconditional: where the second transformer comes from while samples are made: ``loaded`` to the
+            device, ``streamed`` block by block, or ``proxy``, the trained one without text in its place.
         activation_offload: what of the blocks waits on the host for the backward pass: ``none``, the
             ``inputs``, or with them the ``outputs`` of attention and products, or ``gate_up``.
         graphs: whether steps are recorded as CUDA graphs, ``on`` or ``off``.

@@ -427,9 +427,14 @@ def sampling_seconds(
     choice: Choice,
     speed: Speed,
 ) -> float:
-    """One validation picture: two forward passes a step, with text and without it."""
+    """One validation picture: two forward passes a step, with text and without it.
+
+    Weights that are not on the device are fetched meanwhile, in every pass.
+    """
     blocks, seconds = targets_by_block(targets), 0.0
-    for length in (tokens + text, tokens):
+    away, link = choice.offload != "none", speed.host if choice.offload != "disk" else min(speed.host, _DISK)
+    second = away if choice.unconditional == "proxy" else choice.unconditional == "streamed"
+    for length, fetched in ((tokens + text, away), (tokens, second)):
         moved = sum(
             pointwise_bytes(
                 spec,
@@ -440,9 +445,10 @@ def sampling_seconds(
             )
             for i in range(spec.num_layers)
         )
-        seconds += 2 * length * linear_parameters(spec) / speed.matmul
-        seconds += 4 * length**2 * spec.hidden * spec.num_layers / speed.attention_forward
-        seconds += length * moved / speed.pointwise + speed.block_seconds * spec.num_layers / 3
+        computing = 2 * length * linear_parameters(spec) / speed.matmul
+        computing += 4 * length**2 * spec.hidden * spec.num_layers / speed.attention_forward
+        computing += length * moved / speed.pointwise + speed.block_seconds * spec.num_layers / 3
+        seconds += max(computing, fetched * streamed_bytes(spec, choice.precision) / link)
     return steps * seconds
 
 

@@ -209,7 +209,7 @@ def guidance(plan: Plan) -> str:
     decided = {decision.id: decision.value for decision in plan.decisions}.get("unconditional")
     if decided is None:
         return how + "."
-    if decided == "loaded":
+    if decided in ("loaded", "streamed"):
         return (
             how + ", true asymmetric guidance: the base's second transformer gave the unconditional velocity."
         )

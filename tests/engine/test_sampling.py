@@ -1,5 +1,6 @@
 """Our sampler against ``Ideogram4Pipeline``'s own, with true guidance and with the proxy; decoding too."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,23 @@ def test_without_the_second_transformer_the_conditional_one_runs_without_text(
     ).images[0]
     ours = sampler.sample([text])[0]
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp8", "int8", "nf4"])
+def test_a_streamed_second_transformer_makes_the_same_pictures(
+    plan_of: Any, text: torch.Tensor, precision: str
+) -> None:
+    settings = {"validate.prompts": ["x"], "validate.steps": 2, "memory.precision": precision}
+    plan = plan_of(**settings)
+    decisions = [replace(d, value="streamed") if d.id == "unconditional" else d for d in plan.decisions]
+    streamed = Sampler(replace(plan, decisions=tuple(decisions)), build(plan))
+    loaded = Sampler(plan, build(plan))
+    assert streamed.stream is not None
+    for _ in range(2):  # the second time in slots made anew
+        assert streamed.stream.slot_bytes == 0, "nothing of it is on the device while it is not needed"
+        pictures = [sampler.sample([text, text]) for sampler in (streamed, loaded)]
+        assert [p.tobytes() for p in pictures[0]] == [p.tobytes() for p in pictures[1]]
+    assert streamed.stream.fetched > 0
 
 
 def test_sampling_leaves_the_model_as_it_was(plan_of: Any, text: torch.Tensor) -> None:

@@ -206,6 +206,11 @@ def test_phases_of_a_full_run(full_base):
     assert 3 * 2 * 245e6 < ledger.peak("text") < 4 * GIB
     proxy = build_ledger(full_base, names, 32, SHAPES, choice())
     assert proxy.peak("sample") < ledger.peak("sample") - 15 * GIB
+    streamed = build_ledger(full_base, names, 32, SHAPES, choice(unconditional="streamed"))
+    (second,) = (line.bytes for line in streamed.of("sample") if line.name.startswith("unconditional"))
+    block = 2 * (4 * 4608**2 + 3 * 4608 * 12288)
+    rest = 2 * (34 * (18432 * 513 + 4 * 4608 + 2 * 256) + 2 * 4608 * 128 + 4 * 4608 * 4608)
+    assert 3 * block < second < 3 * block + rest, "three blocks' weights, and what is not streamed"
     none = build_ledger(full_base, names, 32, dataclasses.replace(SHAPES, sample_tokens=0), choice())
     assert none.peak("sample") == 0 and not none.of("sample")
 

@@ -131,3 +131,13 @@ def test_the_page_tells_what_waits_on_the_host(machine, plan_for):
     assert "optimizer_state" not in shown and max(map(len, text.getvalue().splitlines())) <= 80
     found = {r.value: r.reason_code for r in plan.decision("offload").rejected}
     assert {found[v] for v in ("block", "leaf", "disk")} == {"only-on-request"}
+
+
+def test_samples_on_a_small_card_get_true_guidance(plan_for):
+    """The second transformer's blocks are fetched in every pass; what that costs is the link's time at least."""
+    plan = plan_for("fp8", "rtx-4060", LONG + '[validate]\nprompts = ["a.icap"]\nsteps = 10\nevery = 2000\n')
+    assert plan.fits and plan.value("unconditional") == "streamed"
+    blocks = 34 * (4 * 4608**2 + 3 * 4608 * 12288)
+    # Two samplings of ten steps, in each both transformers.
+    assert plan.time.sample_seconds >= 2 * 10 * 2 * blocks / (1e9 * plan.hardware.rates.host_gbps)
+    assert not any(w.code.id == "IP027" for w in plan.warnings)

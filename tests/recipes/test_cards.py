@@ -38,7 +38,7 @@ def test_it_fits_with_room_to_spare(size, card, capsys):
     decided = {d["id"]: d["value"] for d in plan["decisions"]}
     assert (decided["engine"], decided["precision"]) == ("fused", "fp8")
     assert (decided["offload"] == "stream") == (size in ("8gb", "12gb"))
-    assert decided["unconditional"] == ("proxy" if size in ("8gb", "12gb", "16gb") else "loaded")
+    assert decided["unconditional"] == ("streamed" if size in ("8gb", "12gb", "16gb") else "loaded")
 
 
 def test_a_smaller_card_is_told_so(capsys):
