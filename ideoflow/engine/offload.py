@@ -184,7 +184,7 @@ def stream_blocks(transformer: nn.Module, device: torch.device) -> WeightStream:
 
 
 def move_unstreamed(transformer: nn.Module, device: torch.device) -> None:
-    """Moves what :func:`stream_blocks` leaves where it is: small weights, buffers, the scales of 4-bit codes."""
+    """Moves what :func:`stream_blocks` leaves where it is: small weights, buffers, scales of 4-bit codes."""
     streamed = {id(layer.weight) for block in transformer.layers for layer in _large(block)}
     for parameter in transformer.parameters():
         if id(parameter) not in streamed:

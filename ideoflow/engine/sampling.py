@@ -98,7 +98,7 @@ class Sampler:
         return pictures
 
     def _move_unconditional(self, device: torch.device) -> None:
-        """All of it, or where its blocks are streamed the rest of it; slots are made by whoever needs them."""
+        """All of it, or where its blocks are streamed the rest of it; slots are made at the first use."""
         if self.stream is not None and self.unconditional is not None:
             self.stream.release()
             move_unstreamed(self.unconditional, device)

@@ -134,7 +134,7 @@ def test_the_page_tells_what_waits_on_the_host(machine, plan_for):
 
 
 def test_samples_on_a_small_card_get_true_guidance(plan_for):
-    """The second transformer's blocks are fetched in every pass; what that costs is the link's time at least."""
+    """The second transformer's blocks are fetched in every pass; that takes the link's time at least."""
     plan = plan_for("fp8", "rtx-4060", LONG + '[validate]\nprompts = ["a.icap"]\nsteps = 10\nevery = 2000\n')
     assert plan.fits and plan.value("unconditional") == "streamed"
     blocks = 34 * (4 * 4608**2 + 3 * 4608 * 12288)

@@ -193,8 +193,9 @@ PROXY_GUIDANCE = define(
     "samples are made with proxy guidance",
     """
     True asymmetric guidance needs the second, unconditional transformer, and there is no room for it in the
-    host's memory, where it waits, or on the card, not even for a few of its blocks at once. The samples use the trained transformer without text in
-    its place: good enough to follow a training, but not what the released pipeline makes.
+    host's memory, where it waits, or on the card, not even for a few of its blocks at once. The samples use
+    the trained transformer without text in its place: good enough to follow a training, but not what the
+    released pipeline makes.
     """,
     severity="note",
 )
