@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
 import zlib
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ideoflow.data.shards import (
@@ -30,32 +32,37 @@ from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.data import CACHE_LOST, CACHE_UNWRITABLE
 from ideoflow.resources import whole_file
 
-# A shard is closed when it is this large, or this old: a kill costs no more than that.
-SHARD_BYTES = 256 << 20
+# What a shard holds at most, and after how long it is closed whatever it holds.
+SHARD_BYTES = 512 << 20
 SHARD_SECONDS = 60.0
+# Bytes that may wait for the disk: closing a shard takes no longer than these.
+_UNSYNCED_BYTES = 32 << 20
+# What an entry takes in the header at most, and the most room that is left for a header.
+_ENTRY_WORDS, _LARGEST_ROOM = 192, 1 << 20
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-# What the entries of a shard have in common: kind, digest of the base, type, columns.
-Group = tuple[str, str, torch.dtype, int]
+# What the entries of a shard have in common: kind, digest of the encoder, type, columns.
+Group = tuple[str, str, str, int]
 
 
 class TensorCache:
     """A folder of tensors (rows, columns) by key.
 
-    What is put is buffered and written in shards by a thread of its own; :meth:`flush` waits until all of it
-    is on the disk. One thread at a time may put; while nothing is put, several may get. Any number of
-    processes may use the folder.
+    What is put is written by a thread of its own into the shard that is being filled, and :meth:`flush` waits
+    until all of it is on the disk. No shard is begun before the one that was closed last is there, so that a
+    kill costs one of them at most. One thread at a time may put; while nothing is put, several may get. Any
+    number of processes may use the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = Index(folder)
         self.index.refresh()
-        self._pending: dict[Group, dict[str, Tensor]] = {}
-        self._since: dict[Group, float] = {}
+        self._filling: dict[Group, _Filling] = {}
+        self._closing: list[Future[tuple[Shard, Arrays]]] = []
         self._writer: ThreadPoolExecutor | None = None
-        self._writing: Future[tuple[Shard, Arrays]] | None = None
 
     def missing(self, keys: Sequence[str]) -> list[bool]:
         """Which keys are not there, after a look at the folder; what is there counts as used today."""
@@ -73,7 +80,7 @@ class TensorCache:
         Raises:
             IdeoflowError: when the entry is not there any more, or damaged (it is forgotten then).
         """
-        if any(key in entries for entries in self._pending.values()) or self._writing:
+        if self._filling or self._closing:
             self.flush()
         for attempt in range(2):
             place = self.index.find(key)
@@ -100,59 +107,156 @@ class TensorCache:
         Raises:
             IdeoflowError: when the disk is full or the folder may not be written.
         """
-        # A copy, so that it may be changed by whoever gave it, and shares no memory with other entries.
+        # A copy, so that it may be changed by whoever gave it.
         value = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        group = (kind, base, value.dtype, value.shape[1])
-        entries = self._pending.setdefault(group, {})
-        self._since.setdefault(group, time.monotonic())
-        entries[key] = value
-        if (
-            sum(v.nbytes for v in entries.values()) >= SHARD_BYTES
-            or time.monotonic() - self._since[group] > SHARD_SECONDS
-        ):
+        group = (kind, base, _NAMES[value.dtype], value.shape[1])
+        if group not in self._filling:
+            self.wait()
+            self._filling[group] = _Filling(ShardWriter(self.folder, kind, base, value.nbytes))
+        filling = self._filling[group]
+        if key not in filling.keys:
+            filling.keys.add(key)
+            filling.size += value.nbytes
+            self._thread().submit(filling.shard.write, key, value)
+        if filling.is_full(value.nbytes):
+            self._close(group)
+            self.wait()
+
+    def close(self) -> None:
+        """Has the shards that are being filled closed, without waiting for the disk."""
+        for group in list(self._filling):
             self._close(group)
 
-    def flush(self) -> None:
-        """Waits until everything that was put is on the disk; raises like :meth:`put`."""
-        for group in list(self._pending):
-            self._close(group)
-        self._wait()
-
-    def _close(self, group: Group) -> None:
-        """Has a shard written; one at a time, so that no more than two are held."""
-        entries = self._pending.pop(group)
-        del self._since[group]
-        self._wait()
-        self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="cache")
-        self._writing = self._writer.submit(write_shard, self.folder, group[0], group[1], entries)
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
+    def wait(self) -> None:
+        """Waits until every shard that was closed is on the disk; raises like :meth:`put`."""
+        while self._closing:
             try:
-                self.index.add(*writing.result())
+                self.index.add(*self._closing.pop(0).result())
             except OSError as error:
                 cure = "free some space, or name another folder in cache.folder or IDEOFLOW_CACHE"
                 fail(CACHE_UNWRITABLE, f"cannot write to {self.folder}: {error.strerror or error}", cure=cure)
+
+    def flush(self) -> None:
+        """Waits until everything that was put is on the disk; raises like :meth:`put`."""
+        self.close()
+        self.wait()
+
+    def _close(self, group: Group) -> None:
+        self._closing.append(self._thread().submit(self._filling.pop(group).shard.finish))
+
+    def _thread(self) -> ThreadPoolExecutor:
+        self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="cache")
+        return self._writer
+
+
+class ShardWriter:
+    """A shard that takes one entry after the other, in a file that nobody else sees before it is whole.
+
+    safetensors' own writer wants all of them at once. This one leaves room for the header, so that what is
+    written goes to the disk meanwhile; spaces fill the room up, as the format allows.
+    """
+
+    def __init__(self, folder: Path, kind: str, base: str, entry_bytes: int) -> None:
+        self.file, self.kind, self.base = folder / new_shard_name(kind), kind, base
+        self.most = min(_LARGEST_ROOM // _ENTRY_WORDS, SHARD_BYTES // max(1, entry_bytes) + 8)
+        self.error: OSError | None = None
+        self._room = (self.most + 8) * _ENTRY_WORDS
+        self._tensors: dict[str, dict[str, object]] = {}
+        self._sums: dict[str, int] = {}
+        self._size = self._unsynced = 0
+        self._open = contextlib.ExitStack()
+        self._stream: FileIO | None = None
+
+    def write(self, key: str, value: Tensor) -> None:
+        """Adds an entry; after an error, which :meth:`finish` raises, nothing more is added."""
+        if self.error:
+            return
+        content = _bytes(value)
+        try:
+            if self._stream is None:
+                scratch = self._open.enter_context(whole_file(self.file))
+                self._stream = self._open.enter_context(FileIO(scratch, "x+"))
+                self._stream.write(bytes(8 + self._room))  # taken now, so that a full disk leaves the header
+            _write_all(self._stream, content)
+            self._unsynced += len(content)
+            if self._unsynced >= _UNSYNCED_BYTES:
+                os.fsync(self._stream.fileno())
+                self._unsynced = 0
+        except OSError as error:
+            self.error = error
+            return
+        end = self._size + len(content)
+        offsets = [self._size, end]
+        self._tensors[key] = {
+            "dtype": _NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": offsets,
+        }
+        self._sums[key], self._size = zlib.crc32(content), end
+
+    def finish(self) -> tuple[Shard, Arrays]:
+        """Puts the shard into its place; returns what :func:`ideoflow.data.shards.read_shard` says of it.
+
+        Raises:
+            OSError: the folder cannot be written or the disk is full. What was written before that is kept.
+        """
+        with self._open:  # renames what is written, or removes it
+            if self._stream is not None and self._tensors:
+                self._write_header(self._stream)
+            elif self.error:
+                raise self.error
+        if self.error:
+            raise self.error
+        return read_shard(self.file)
+
+    def _write_header(self, stream: FileIO) -> None:
+        metadata = shard_metadata(self.kind, self.base, self._sums)
+        words = json.dumps({"__metadata__": metadata, **self._tensors}, separators=(",", ":")).encode()
+        room = self._room
+        if room > self._size // 64 or room < len(words):  # a small shard, or one of very many entries
+            stream.seek(8 + room)
+            content = stream.readall()[: self._size]
+            room = -(-len(words) // 8) * 8
+            stream.seek(8 + room)
+            _write_all(stream, content)
+        stream.truncate(8 + room + self._size)
+        stream.seek(0)
+        _write_all(stream, room.to_bytes(8, "little") + words.ljust(room))
+
+
+@dataclass
+class _Filling:
+    """A shard on its way, as the thread that puts knows it."""
+
+    shard: ShardWriter
+    keys: set[str] = field(default_factory=set)
+    size: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def is_full(self, entry_bytes: int) -> bool:
+        """Whether another entry like the last one is for the next shard."""
+        if self.size + entry_bytes > SHARD_BYTES or len(self.keys) >= self.shard.most or self.shard.error:
+            return True
+        return time.monotonic() - self.began > SHARD_SECONDS
 
 
 def write_shard(folder: Path, kind: str, base: str, entries: Mapping[str, Tensor]) -> tuple[Shard, Arrays]:
     """Writes one shard, whole; returns what :func:`ideoflow.data.shards.read_shard` says of it.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; nothing is left behind.
+        OSError: the folder cannot be written or the disk is full.
     """
-    sums = {key: zlib.crc32(_bytes(value)) for key, value in entries.items()}
-    file = folder / new_shard_name(kind)
-    with whole_file(file) as scratch:
-        scratch.touch()
-        mode = scratch.stat().st_mode
-        try:
-            save_file(dict(entries), scratch, shard_metadata(kind, base, sums))
-        except SafetensorError as error:  # what the operating system said is only in its words
-            raise OSError(str(error)) from None
-        scratch.chmod(mode)  # safetensors makes files that only their owner may read
-    return read_shard(file)
+    shard = ShardWriter(folder, kind, base, SHARD_BYTES // len(entries))
+    for key, value in entries.items():
+        shard.write(key, value)
+    return shard.finish()
+
+
+def _write_all(stream: FileIO, content: memoryview | bytes) -> None:
+    """Writes all of it, whatever the operating system takes at a time."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[stream.write(rest) :]
 
 
 def _bytes(value: Tensor) -> memoryview:

@@ -12,14 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from diffusers import AutoencoderKLFlux2
 from torch import Tensor
 
-from ideoflow.data.cache import TensorCache, dtype_name
+from ideoflow.data.cache import SHARD_BYTES, TensorCache, dtype_name
 from ideoflow.data.captions import caption_variants
 from ideoflow.data.keys import DIGESTS, Keys, PictureDigests, share_of
 from ideoflow.data.pixels import load_pixels
@@ -130,11 +132,17 @@ class Encoder:
                 tokens[key] = encoder.tokens(caption)
             except IdeoflowError as error:
                 problems.extend(error.diagnostics)  # one long caption must not hide the next
-        features = encoder.encode_tokens(
-            list(tokens.values()), lambda done: self.progress("captions", before + done, total)
+        groups = encoder.encode_tokens(
+            list(tokens.values()),
+            lambda done: self.progress("captions", before + done, total),
+            before_results=self.cache.wait,  # so that no more than one shard is encoded and not on the disk
+            result_bytes=SHARD_BYTES,
         )
-        for key, value in zip(tokens, features, strict=True):
-            self.cache.put(key, value, kind="text", base=self.keys.base)
+        keys = iter(tokens)
+        for features in groups:
+            for value in features:
+                self.cache.put(next(keys), value, kind="text", base=self.keys.base)
+            self.cache.close()  # and is written while the next ones are encoded
         return problems
 
     def encode_pictures(self, samples: Sequence[Sample]) -> int:
@@ -149,30 +157,21 @@ class Encoder:
         self.progress("pictures", 0, len(missing))
         vae = load_vae(self.folder, dtype=self.dtype, device=self.device)
         problems: list[Diagnostic] = []
-        last: tuple[str, Tensor] | None = None
         try:
-            for done, (key, pixels) in enumerate(_ahead(load_pixels, missing), 1):
-                try:
-                    latents = encode_pixels(vae, pixels.result()[None])[0]
-                except IdeoflowError as error:
-                    problems.extend(error.diagnostics)  # one bad picture must not hide the next
+            pictures = _ahead(partial(_load, device=self.device), missing)
+            for done, (key, latents) in enumerate(encode_in_turn(vae, pictures), 1):
+                if isinstance(latents, IdeoflowError):
+                    problems.extend(latents.diagnostics)  # one bad picture must not hide the next
                 else:
-                    # Fetched only when the next one is under way, so that the device never waits for that.
-                    self._put_latents(last)
-                    last = key, latents
+                    self.cache.put(key, latents, kind="latents", base=self.keys.base)
                 self.progress("pictures", done, len(missing))
         finally:
-            self._put_latents(last)
             self.cache.flush()
         del vae
         release(self.device)
         if problems:
             raise IdeoflowError(problems[:20])
         return len(missing)
-
-    def _put_latents(self, entry: tuple[str, Tensor] | None) -> None:
-        if entry:
-            self.cache.put(*entry, kind="latents", base=self.keys.base)
 
     def encoded(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Under which keys the encoded forms of each sample are, whether or not they are there."""
@@ -197,6 +196,47 @@ class Encoder:
         """What of this process's share is not cached."""
         mine = [key for key in wanted if share_of(key, self.rank, self.ranks)]
         return {key: wanted[key] for key, gone in zip(mine, self.cache.missing(mine), strict=True) if gone}
+
+
+def encode_in_turn(
+    vae: AutoencoderKLFlux2, pictures: Iterable[tuple[str, Future[Tensor]]]
+) -> Iterator[tuple[str, Tensor | IdeoflowError]]:
+    """Latents (tokens, 128) on the host of each picture, or why it could not be decoded.
+
+    A GPU is given the next picture before the latents of the last one are waited for.
+    """
+    under_way: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
+
+    def fetched() -> tuple[str, Tensor]:
+        key, latents, copied = under_way.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return key, latents
+
+    for key, pixels in pictures:
+        try:
+            on_device = pixels.result().to(vae.device, non_blocking=True)
+        except IdeoflowError as error:
+            yield key, error
+            continue
+        latents = encode_pixels(vae, on_device[None])[0]
+        if vae.device.type == "cuda":
+            host = torch.empty(latents.shape, pin_memory=True).copy_(latents, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            under_way.append((key, host, event))
+        else:
+            under_way.append((key, latents, None))
+        while len(under_way) > (vae.device.type == "cuda"):
+            yield fetched()
+    while under_way:
+        yield fetched()
+
+
+def _load(sample: Sample, device: torch.device) -> Tensor:
+    """Pixels of a sample, where a GPU can fetch them without holding up anyone."""
+    pixels = load_pixels(sample)
+    return pixels.pin_memory() if device.type == "cuda" else pixels
 
 
 def _parts(items: Mapping[str, T], size: int) -> Iterator[tuple[int, dict[str, T]]]:

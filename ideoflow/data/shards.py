@@ -7,7 +7,8 @@ of date: whatever changes makes another key.
 How this stays whole, whoever writes and whenever the process or the machine stops:
 
 - A shard is written beside its place, synchronised, and renamed: it is there whole or not at all. After that
-  it is never changed, only removed. So what a kill can cost is the one shard that was being filled.
+  it is never changed, only removed. None is begun before the one before it is there, so what a kill can cost
+  is the one shard that was being filled.
 - The headers of the shards *are* the index. There is no second file that could disagree with them, and
   nothing to repair after a kill: opening a cache is reading the headers that are not known yet.
 - Every writer makes shards of its own, with names that nobody else chooses, and takes no lock. Two processes
@@ -49,6 +50,8 @@ SUFFIX = ".safetensors"
 _SNAPSHOT = "index.npz"
 # Headers read in one go that are worth a snapshot.
 _SNAPSHOT_AFTER = 256
+# Bytes that are read at a time.
+_PIECE = 256 << 10
 _COLUMNS = {"high": "<u8", "low": "<u8", "shard": "<u4", "begin": "<u4", "length": "<u4", "crc": "<u4"}
 
 Arrays = dict[str, np.ndarray]
@@ -155,8 +158,13 @@ def read_bytes(folder: Path, place: Place, into: np.ndarray) -> bool:
     # Not mapped: a file that something else cuts while it is mapped stops the process (SIGBUS).
     with (folder / place.shard.name).open("rb", buffering=0) as stream:
         stream.seek(place.begin)
-        read = stream.readinto(memoryview(into))
-    return read == place.length and zlib.crc32(into) == place.crc
+        content, crc = memoryview(into), 0
+        for start in range(0, place.length, _PIECE):
+            piece = content[start : start + _PIECE]
+            if stream.readinto(piece) != len(piece):
+                return False
+            crc = zlib.crc32(piece, crc)  # while it is in the processor's cache, and the disk reads ahead
+    return crc == place.crc
 
 
 def join_keys(rows: Arrays) -> list[str]:

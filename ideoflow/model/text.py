@@ -117,30 +117,46 @@ class TextEncoder:
         Raises:
             IdeoflowError: when it is too long.
         """
-        return next(self.encode_tokens([self.tokens(caption, span)]))
+        return next(self.encode_tokens([self.tokens(caption, span)]))[0]
 
     def tokens(self, caption: str, span: Span | None = None) -> list[int]:
         """Token ids of a caption in the chat template; raises like :func:`tokenize`."""
         return tokenize(self.tokenizer, caption, max_tokens=self.max_tokens, span=span)
 
     def encode_tokens(
-        self, captions: Sequence[list[int]], progress: Callable[[int], None] = lambda done: None
-    ) -> Iterator[Tensor]:
-        """Token ids -> (tokens, hidden) projected features, in turn; ``progress`` gets how many are done.
+        self,
+        captions: Sequence[list[int]],
+        progress: Callable[[int], None] = lambda done: None,
+        *,
+        before_results: Callable[[], None] = lambda: None,
+        result_bytes: int | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """Token ids -> (tokens, hidden) projected features, for as many captions at a time as go together.
 
-        Only the captions that go through the layers together are held: use each result before the next.
+        Args:
+            progress: gets how many captions are done, after each layer.
+            before_results: called each time when all but the last step of the arithmetic is done.
+            result_bytes: at most about so many bytes of features at a time.
         """
+        together = TOKENS_AT_ONCE
+        if result_bytes is not None:
+            together = min(together, result_bytes // (self.bias.shape[0] * self.dtype.itemsize))
         before = 0
-        for group in _groups(captions, TOKENS_AT_ONCE):
+        for group in _groups(captions, together):
 
             def layers_done(share: float, before: int = before, size: int = len(group)) -> None:
                 progress(before + int(size * share))
 
-            yield from self._encode_group(group, layers_done)
+            yield self._encode_group(group, layers_done, before_results)
             before += len(group)
 
     @torch.no_grad()
-    def _encode_group(self, captions: Sequence[list[int]], progress: Callable[[float], None]) -> list[Tensor]:
+    def _encode_group(
+        self,
+        captions: Sequence[list[int]],
+        progress: Callable[[float], None],
+        before_results: Callable[[], None],
+    ) -> list[Tensor]:
         ids = [torch.tensor([tokens], device=self.device) for tokens in captions]
         table = self._read("embed_tokens.weight")
         states = [nn.functional.embedding(i, table) for i in ids]
@@ -181,6 +197,7 @@ class TextEncoder:
                     square += f.square().sum(-1, keepdim=True)
                     total += (f * norm) @ weight.T
             progress((index + 1) / (last + 1))
+        before_results()
         features = self.norm_by_tap.numel()
         return [
             (total * (square / features + _NORM_EPS).rsqrt() + self.bias).to(self.dtype)

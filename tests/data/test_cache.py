@@ -119,8 +119,8 @@ def test_a_lost_file_is_told(cache):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     cache = TensorCache(tmp_path / "file" / "cache")
-    put(cache, KEY, torch.zeros(1, 1))
     with pytest.raises(IdeoflowError) as caught:
+        put(cache, KEY, torch.zeros(1, 1))
         cache.flush()
     (diagnostic,) = caught.value.diagnostics
     assert diagnostic.code is codes.CACHE_UNWRITABLE and "cache.folder" in diagnostic.cure

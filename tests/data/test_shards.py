@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ideoflow.data import shards
+from ideoflow.data import cache, shards
 from ideoflow.data.cache import read_entry, rewrite_shard, write_shard
 from ideoflow.data.keys import cache_key
 from ideoflow.data.shards import Index, join_keys, read_shard, split_keys
@@ -65,15 +65,27 @@ def test_keys_that_share_half_their_digits():
     assert index.has([*pairs, f"{7:016x}{9:016x}"]).tolist() == [True] * 5 + [False]
 
 
-def test_the_place_of_an_entry_is_where_safetensors_reads_it(tmp_path):
-    from safetensors.torch import load_file
+@pytest.mark.parametrize(
+    ("count", "rows", "most_room"),
+    [(60, 3, 1 << 20), (6, 1 << 17, 1 << 15), (60, 3, 1 << 10), (1, 1, 1 << 20)],
+)
+def test_safetensors_reads_what_is_written(tmp_path, count, rows, most_room, monkeypatch):
+    """With the room for the header left as it was, taken away from a small shard, and too small."""
+    from safetensors import safe_open
 
-    shard = write(tmp_path, KEYS)
-    truth = load_file(tmp_path / shard.name)
+    monkeypatch.setattr(cache, "_LARGEST_ROOM", most_room)
+    generator = torch.Generator().manual_seed(0)
+    values = {k: torch.randn(rows + n, 4, generator=generator) for n, k in enumerate(KEYS[:count])}
+    shard, _ = write_shard(tmp_path, "latents", "b", values)
+    with safe_open(tmp_path / shard.name, "pt") as truth:
+        assert all(torch.equal(truth.get_tensor(k), values[k]) for k in values)
+        assert set(truth.keys()) == set(values)
+        assert truth.metadata()["kind"] == "latents" and truth.metadata()["base"] == "b"
     index = index_of(tmp_path)
-    for key in KEYS:
-        assert torch.equal(read_entry(tmp_path, index.find(key)), truth[key])
-    assert (shard.entries, shard.columns, shard.dtype, shard.kind) == (60, 4, "F32", "latents")
+    assert all(torch.equal(read_entry(tmp_path, index.find(k)), values[k]) for k in values)
+    assert (shard.entries, shard.columns, shard.dtype, shard.kind) == (count, 4, "F32", "latents")
+    data = sum(v.nbytes for v in values.values())
+    assert data < shard.size < 1.02 * data + 250 * count + 250
 
 
 def test_an_index_follows_its_folder(tmp_path):
