@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ideoflow.model.base import read_safetensors_header, weight_files
 from ideoflow.model.quiet import import_library
+from ideoflow.model.reading import read_tensor
 
 _PREFIX = re.compile(r"^(?:model\.)?diffusion_model\.")
 _FUSED = ("to_q", "to_k", "to_v")
@@ -38,9 +40,38 @@ FP8 = torch.float8_e4m3fn
 # Numbers that are converted at once.
 _PIECE = 1 << 23
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": FP8,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
-# A tensor in a file.
-_Place = tuple[Path, str]
+
+class _Place(NamedTuple):
+    """A tensor in a file, from byte ``start`` on."""
+
+    file: Path
+    key: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, device: torch.device) -> Tensor:
+        return read_tensor(self.file, self.start, self.shape, self.dtype, device)
+
+    def read_rows(self, first: int, last: int, device: torch.device) -> Tensor:
+        row = prod(self.shape[1:]) * self.dtype.itemsize
+        shape = (last - first, *self.shape[1:])
+        return read_tensor(self.file, self.start + first * row, shape, self.dtype, device)
 
 
 @dataclass(frozen=True)
@@ -49,9 +80,11 @@ class _Source:
 
     place: _Place
     third: int | None
-    shape: tuple[int, ...]
-    dtype: str
     sides: dict[str, _Place]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.place.shape
 
     @property
     def rows_here(self) -> int:
@@ -71,21 +104,19 @@ class Checkpoint:
 
     def __init__(self, part: Path) -> None:
         files = [part] if part.is_file() else weight_files(part)
-        found: dict[_Place, tuple[tuple[int, ...], str]] = {}
+        found: list[_Place] = []
         sides: dict[str, dict[str, _Place]] = {}  # a scale may be in another shard than its weight
-        for file in files:
-            for key, facts in read_safetensors_header(file).items():
-                if match := _SIDE.fullmatch(key):
-                    sides.setdefault(match["weight"], {})[match["side"]] = (file, key)
-                elif not key.endswith((".comfy_quant", ".input_scale")):
-                    found[file, key] = tuple(facts["shape"]), facts["dtype"]
+        for place in (place for file in files for place in _places(file)):
+            if match := _SIDE.fullmatch(place.key):
+                sides.setdefault(match["weight"], {})[match["side"]] = place
+            elif not place.key.endswith((".comfy_quant", ".input_scale")):
+                found.append(place)
         self.sources: dict[str, _Source] = {}
-        for place, (shape, dtype) in found.items():
-            key = place[1]
-            name = _PREFIX.sub("", key).replace("attention.o.", "attention.to_out.0.")
+        for place in found:
+            name = _PREFIX.sub("", place.key).replace("attention.o.", "attention.to_out.0.")
             fused = ".attention.qkv." in name
             for third, leaf in enumerate(_FUSED) if fused else [(None, "")]:
-                source = _Source(place, third, shape, dtype, sides.get(key, {}))
+                source = _Source(place, third, sides.get(place.key, {}))
                 self.sources[name.replace("qkv", leaf) if fused else name] = source
 
     def __contains__(self, name: str) -> bool:
@@ -97,8 +128,8 @@ class Checkpoint:
 
     def place(self, name: str) -> str:
         """File and name of a tensor as stored, for messages."""
-        file, key = self.sources[name].place
-        return f"{file}: {key}"
+        place = self.sources[name].place
+        return f"{place.file}: {place.key}"
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The tensor's shape; None for 4-bit codes, which are flat in the file."""
@@ -113,7 +144,10 @@ class Checkpoint:
         if ".absmax" in source.sides:
             return _third(self._four_bit(source, device), source).to(dtype)
         if len(source.shape) < 2:
-            return _tensor(source.place, device).to(dtype)
+            return source.place.read(device).to(dtype)
+        if source.place.dtype == dtype:
+            ((_, whole),) = self._stored(source, source.rows_here, device)
+            return whole
         out = torch.empty(source.rows_here, *source.shape[1:], dtype=dtype, device=device)
         for rows, piece in self.pieces(name, dtype, device):
             out[rows] = piece
@@ -139,11 +173,9 @@ class Checkpoint:
     def float8(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """(e4m3 values [out, in], float32 scales [out]) exactly as stored, or ``None`` for another form."""
         source = self.sources[name]
-        if source.dtype != "F8_E4M3" or len(source.shape) != 2:
+        if source.place.dtype != FP8 or len(source.shape) != 2:
             return None
-        values = torch.empty(source.rows_here, source.shape[1], dtype=FP8, device=device)
-        for rows, stored in self._stored(source, source.rows_here, device):
-            values[rows] = stored
+        ((_, values),) = self._stored(source, source.rows_here, device)
         return values, self._scale(source, source.rows_here, device)
 
     def four_bit(self, name: str, device: torch.device) -> tuple[Tensor, dict[str, Tensor]] | None:
@@ -151,24 +183,21 @@ class Checkpoint:
         source = self.sources[name]
         if ".absmax" not in source.sides or source.third is not None:
             return None
-        sides = {side.removeprefix("."): _tensor(place, device) for side, place in source.sides.items()}
-        return _tensor(source.place, device), sides
+        sides = {side.removeprefix("."): place.read(device) for side, place in source.sides.items()}
+        return source.place.read(device), sides
 
     def _stored(self, source: _Source, count: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """The stored numbers by ``count`` rows; the file is mapped meanwhile only, for mapped pages count."""
-        file, key = source.place
+        """The stored numbers by ``count`` rows."""
         start = (source.third or 0) * source.rows_here
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            whole = tensors.get_slice(key)
-            for first in range(0, source.rows_here, count):
-                last = min(first + count, source.rows_here)
-                yield slice(first, last), whole[start + first : start + last]
+        for first in range(0, source.rows_here, count):
+            last = min(first + count, source.rows_here)
+            yield slice(first, last), source.place.read_rows(start + first, start + last, device)
 
     def _scale(self, source: _Source, rows: int, device: torch.device) -> Tensor:
         """Scales as [rows]; e4m3 without any is taken as it is."""
         if "_scale" not in source.sides:
             return torch.ones(rows, device=device)
-        scale = _tensor(source.sides["_scale"], device).float().flatten()
+        scale = source.sides["_scale"].read(device).float().flatten()
         if scale.numel() == 1:
             return scale.expand(rows).contiguous()
         return _third(scale, source)
@@ -177,17 +206,23 @@ class Checkpoint:
         import_library("bitsandbytes", "a checkpoint in NF4")  # seconds
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = {f"weight{side}": _tensor(place, device) for side, place in source.sides.items()}
-        packed = _tensor(source.place, device)
+        state = {f"weight{side}": place.read(device) for side, place in source.sides.items()}
+        packed = source.place.read(device)
         whole: Tensor = dequantize_4bit(packed, QuantState.from_dict(state, device=device))
         return whole
 
 
-def _tensor(place: _Place, device: torch.device) -> Tensor:
-    file, key = place
-    with safe_open(file, framework="pt", device=str(device)) as tensors:
-        value: Tensor = tensors.get_tensor(key)
-        return value
+def _places(file: Path) -> Iterator[_Place]:
+    """The tensors of a file; raises like :class:`Checkpoint`."""
+    header = read_safetensors_header(file)
+    with safe_open(file, framework="pt"):
+        pass  # it checks that sizes and places are those of the shapes
+    data = file.stat().st_size - max((t["data_offsets"][1] for t in header.values()), default=0)
+    for key, facts in header.items():
+        if facts["dtype"] not in _DTYPES:
+            raise ValueError(f"{key} is of the type {facts['dtype']}, which no base has")
+        start = data + int(facts["data_offsets"][0])
+        yield _Place(file, key, start, tuple(facts["shape"]), _DTYPES[facts["dtype"]])
 
 
 def _third(whole: Tensor, source: _Source) -> Tensor:
