@@ -172,17 +172,19 @@ def _page(args: argparse.Namespace, plan: Plan, planner: _Planner | None) -> Non
 def _tables(args: argparse.Namespace, planner: _Planner, console: Console) -> None:
     """One table for each axis that was asked for; a row for each card."""
     from ideoflow.plan import named_hardware
-    from ideoflow.plan.render import print_table
+    from ideoflow.plan.render import print_legend, print_table
     from ideoflow.plan.variants import AXES
 
     cards = [planner.hardware, *(named_hardware(n) for n in (args.compare or "").split(",") if n.strip())]
     axes = {axis: _numbers(axis, text) for axis in AXES if (text := getattr(args, axis))}
     if args.compare and not axes:
         rows = [(card.name, [planner.plan(hardware=card)]) for card in cards]
-        print_table("machine", ["peak, time of a step"], rows, console)
+        print_table("machine", ["peak, a step"], rows, console)
     for axis, values in axes.items():
         rows = [(card.name, planner.variants(axis, values, card)) for card in cards]
         print_table(axis, [str(v) for v in values], rows, console)
+    if args.compare or axes:
+        print_legend(console)
 
 
 def _numbers(axis: str, text: str) -> list[int]:

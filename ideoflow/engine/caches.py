@@ -24,7 +24,7 @@ from ideoflow.data.survey import Dataset, Prompt
 from ideoflow.diagnostics import Diagnostic, IdeoflowError
 from ideoflow.engine.events import Emit, Progress, StageDone
 from ideoflow.engine.meter import Meter, memory_errors_told
-from ideoflow.engine.setup import plan_device, plan_dtype
+from ideoflow.engine.setup import plan_device
 from ideoflow.plan.document import Plan
 
 
@@ -58,7 +58,7 @@ def make_encoder(plan: Plan, emit: Emit, rank: int = 0, ranks: int = 1) -> Encod
         plan.base.folder,
         plan.base.digest,
         TensorCache(cache_folder(plan.tables.cache.folder)),
-        dtype=plan_dtype(plan),
+        dtype=getattr(torch, str(plan.value("cache_dtype"))),
         device=plan_device(plan),
         captions=plan.tables.captions,
         transformer=plan.base.files.get("transformer"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ideoflow.diagnostics import Collector, Diagnostic
@@ -20,10 +21,10 @@ from ideoflow.diagnostics.codes.plan import (
 from ideoflow.model.spec import PIXELS_PER_TOKEN
 from ideoflow.plan.choices import fixed_by_recipe, refusals
 from ideoflow.plan.document import Change, Plan, Value
-from ideoflow.plan.profiles import PROFILES, hardware_from_profile
+from ideoflow.plan.profiles import DRIVER_SHARE, PROFILES, hardware_from_profile
 from ideoflow.plan.search import TIGHT_SHARE, Evaluation, Problem, solve, times_known
 from ideoflow.plan.variants import with_axis
-from ideoflow.recipe import MemorySettings, Recipe
+from ideoflow.recipe import Recipe
 
 GIB, GB = 1 << 30, 10**9
 _LARGE_FILE = GB
@@ -33,95 +34,138 @@ _RESOLUTIONS = (1024, 768, 512, 256)
 _RANKS = (256, 128, 64, 32, 16, 8, 4)
 
 
-def cheapest_changes(problem: Problem, best: Evaluation) -> tuple[Change, ...]:
-    """Changes to the recipe that lower the peak, cheapest first: those that fit, then by quality, then time.
+@dataclass(frozen=True)
+class _Option:
+    """One change: what it is called, the quality it costs, in words, and how it is made."""
 
-    If no single one fits, the last entries are all of them together, and the smallest card that would do.
+    setting: str
+    value: Value
+    quality: int
+    note: str
+    make: Callable[[Problem], Problem]
+
+
+def cheapest_changes(problem: Problem, best: Evaluation) -> tuple[Change, ...]:
+    """Changes to the recipe or the machine that make it fit, by quality, then by time; or lower the peak.
+
+    If no single one fits, or only one that costs more than several others together, these are there too, and
+    last the smallest card that would do.
     """
     timed = times_known(problem, best.choice)
 
-    def change(setting: str, value: Value, quality: int, note: str, changed: Problem) -> Change:
+    def change(options: Sequence[_Option]) -> Change:
+        changed = problem
+        for option in options:
+            changed = option.make(changed)
         found = solve(changed)
         delta = round(found.step_ms - best.step_ms, 1) if timed else None
-        return Change(setting, value, found.ledger.peak_bytes, found.fits, delta, quality, note)
+        first, several = options[0], len(options) > 1
+        return Change(
+            "together" if several else first.setting,
+            ", ".join(f"{o.setting} = {o.value}" for o in options) if several else first.value,
+            found.ledger.peak_bytes,
+            found.fits,
+            delta,
+            max(o.quality for o in options),
+            "none of them alone is enough" if several else first.note,
+        )
 
     # Of several values for one setting: the first that fits, they come mildest first; else the last.
-    chosen: dict[str, Change] = {}
+    series: dict[str, list[_Option]] = {}
     for option in _options(problem):
-        made = change(*option)
-        if made.peak_bytes < best.ledger.peak_bytes and not (option[0] in chosen and chosen[option[0]].fits):
-            chosen[made.setting] = made
-    changes = list(chosen.values())
-    changes.sort(key=lambda c: (not c.fits, c.quality, c.delta_ms or 0.0, c.peak_bytes))
-    if changes and not any(c.fits for c in changes):
-        note = "the least that this engine can do"
-        changes.append(change("all of these", "together", 3, note, _apply_all(problem)))
-    return (*changes, *_smallest_card(problem, best))
+        series.setdefault(option.setting, []).append(option)
+    singles: dict[str, Change] = {}
+    for setting, options in series.items():
+        for made in (change([option]) for option in options):
+            if made.fits or made.peak_bytes < best.ledger.peak_bytes:
+                singles[setting] = made
+            if made.fits:
+                break
+    cheapest = min((c.quality for c in singles.values() if c.fits), default=None)
+    together = _together([series[setting] for setting in singles], change, cheapest)
+    every = [*singles.values(), *together]
+    fitting = [c for c in every if c.fits]
+    found = sorted(fitting or singles.values(), key=lambda c: (c.quality, c.delta_ms or 0.0, c.peak_bytes))
+    return (*found, *([] if fitting else together), *_smallest_card(problem, best))
 
 
-Option = tuple[str, Value, int, str, Problem]
+def _together(
+    series: Sequence[Sequence[_Option]], change: Callable[[Sequence[_Option]], Change], below: int | None
+) -> list[Change]:
+    """The few changes that fit only together and cost less quality than ``below``; or all that there are."""
+    taken: list[_Option] = []
+    for options in sorted(series, key=lambda options: options[0].quality):
+        if below is not None and options[0].quality >= below:
+            return []
+        taken.append(options[-1])
+        if len(taken) > 1 and change(taken).fits:
+            break
+    else:
+        if below is not None or len(taken) < 2:
+            return []
+        return [replace(change(taken), note="all of this is not enough")]
+    # The last one as mild as will do, and then without those that are not needed.
+    taken[-1] = next(o for o in options if change([*taken[:-1], o]).fits)
+    for option in taken[-2::-1]:  # the dearest first
+        fewer = [o for o in taken if o is not option]
+        if len(fewer) > 1 and change(fewer).fits:
+            taken = fewer
+    return [change(taken)]
 
 
-def _options(problem: Problem) -> Iterator[Option]:
-    """(setting, value, quality it costs, note, the problem with it)."""
-    tables = problem.tables
+def _options(problem: Problem) -> Iterator[_Option]:
+    tables, hardware = problem.tables, problem.hardware
+    if hardware.other_processes:
+        whole = int(hardware.total_bytes * (1 - DRIVER_SHARE))
+        freed = replace(hardware, free_bytes=max(whole, hardware.free_bytes), other_processes=0)
+        taken = f"they have {(freed.free_bytes - hardware.free_bytes) / GIB:.1f} GiB of the card"
+        yield _Option("other processes", "closed", 0, taken, lambda p: replace(p, hardware=freed))
     for name, value in fixed_by_recipe(tables).items():
-        memory = _released(tables.memory, name)
-        changed = _with(problem, memory=memory)
-        if not refusals(changed.tables, problem.hardware, problem.device, problem.targets):
-            yield f"memory.{name}", "auto", 0, f"{value!r} is what you set", changed
+        made = partial(_with_memory, name=name)
+        changed = made(problem)
+        if not refusals(changed.tables, hardware, problem.device, problem.targets):
+            yield _Option(f"memory.{name}", "auto", 0, f"{value!r} is what you set", made)
     train = tables.train
     if train.batch > 1:
         parts = replace(train, batch=1, accumulation=train.batch * train.accumulation)
         note = f"the same step in {parts.accumulation} passes"
-        yield "train.batch, accumulation", f"1, {parts.accumulation}", 0, note, _with(problem, train=parts)
+        value = f"1, {parts.accumulation}"
+        yield _Option("train.batch, accumulation", value, 0, note, partial(_with, train=parts))
     if problem.prompts:
         side = (tables.validate.width or tables.data.resolution) // 2 // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
         smaller = replace(tables.validate, width=max(side, 64), height=max(side, 64))
         note = "smaller validation pictures"
-        yield "validate.width, height", max(side, 64), 0, note, _with(problem, validate=smaller)
+        made = partial(_with, validate=smaller)
+        yield _Option("validate.width, height", max(side, 64), 0, note, made)
+        note = "no pictures while it trains"
+        yield _Option("validate.prompts", "[]", 1, note, lambda p: replace(p, prompts=0))
     for rank in (r for r in _RANKS if r < tables.adapter.rank):
         note = "a smaller adapter learns less detail"
-        yield "adapter.rank", rank, 1, note, _varied(problem, "rank", rank)
+        yield _Option("adapter.rank", rank, 1, note, partial(_varied, axis="rank", value=rank))
     if tables.adapter.targets == "all":
-        adapter = replace(tables.adapter, targets="attention")
-        yield "adapter.targets", "attention", 1, "trains fewer modules", _with(problem, adapter=adapter)
+        yield _Option("adapter.targets", "attention", 1, "trains fewer modules", _attention_only)
     for side in (s for s in _RESOLUTIONS if s < tables.data.resolution):
-        yield (
-            "data.resolution",
-            side,
-            2,
-            "smaller pictures teach less detail",
-            _varied(problem, "resolution", side),
-        )
-
-
-def _released(memory: MemorySettings, *names: str) -> MemorySettings:
-    """The settings with the planner free to decide ``names``."""
-    free: dict[str, Any] = dict.fromkeys(names, "auto")
-    return replace(memory, **free)
+        made = partial(_varied, axis="resolution", value=side)
+        yield _Option("data.resolution", side, 2, "smaller pictures teach less detail", made)
 
 
 def _with(problem: Problem, **tables: object) -> Problem:
     return replace(problem, tables=replace(problem.tables, **tables))  # type: ignore[arg-type]
 
 
+def _with_memory(problem: Problem, name: str) -> Problem:
+    """The planner is free to decide ``name``."""
+    free: dict[str, Any] = {name: "auto"}
+    return _with(problem, memory=replace(problem.tables.memory, **free))
+
+
+def _attention_only(problem: Problem) -> Problem:
+    return _with(problem, adapter=replace(problem.tables.adapter, targets="attention"))
+
+
 def _varied(problem: Problem, axis: str, value: int) -> Problem:
     tables, data = with_axis(problem.tables, problem.data, axis, value)
     return replace(problem, tables=tables, data=data)
-
-
-def _apply_all(problem: Problem) -> Problem:
-    """Every option at its most saving."""
-    tables = problem.tables
-    memory = _released(tables.memory, *fixed_by_recipe(tables))
-    targets = "attention" if tables.adapter.targets == "all" else tables.adapter.targets
-    adapter = replace(tables.adapter, rank=min(_RANKS[-1], tables.adapter.rank), targets=targets)
-    validate = replace(tables.validate, width=256, height=256) if problem.prompts else tables.validate
-    side = min(_RESOLUTIONS[-1], tables.data.resolution)
-    train = replace(tables.train, batch=1, accumulation=tables.train.batch * tables.train.accumulation)
-    least = _with(problem, memory=memory, adapter=adapter, validate=validate, train=train)
-    return _varied(least, "resolution", side)
 
 
 def _smallest_card(problem: Problem, best: Evaluation) -> tuple[Change, ...]:

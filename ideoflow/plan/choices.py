@@ -33,8 +33,6 @@ _OPEN = {
 }
 # Those: never chosen by the planner.
 ON_REQUEST = {name: tuple(v for v in DOMAINS[name] if v not in values) for name, values in _OPEN.items()}
-# Budgets that are weighed together with what saves memory at the price of time.
-_LEAN_BUDGETS = (0.0, 0.1, 0.2, 0.3)
 GROUPED = ("block", "leaf", "disk")
 # Keys of [memory] that decide something.
 SETTINGS = (
@@ -50,8 +48,8 @@ SETTINGS = (
     "graphs",
 )
 _FP8_UNITS = (8, 9)
-# cuDNN's backward pass for heads of 256 exists for Hopper only (NVIDIA cuDNN, Attention, support matrix).
 _FLASH4 = (9, 10)  # major compute capabilities with its backward pass for heads of 256
+# cuDNN's backward pass for heads of 256 exists for Hopper only (NVIDIA cuDNN, Attention, support matrix).
 _CUDNN_ATTENTION = (9, 0)
 
 
@@ -90,20 +88,32 @@ def has_fp8_units(hardware: Hardware) -> bool:
     return hardware.kind == "cuda" and (hardware.compute_capability or (0, 0)) >= _FP8_UNITS
 
 
+def attention_kernels(hardware: Hardware) -> dict[str, str]:
+    """The fused engine's attention kernels, the fastest first: reason code why one cannot be had, or ""."""
+
+    def missing(cards: bool, package: str) -> str:
+        return "unsupported" if not cards else "" if package in hardware.packages else "not-installed"
+
+    capability = hardware.compute_capability or (0, 0)
+    return {
+        "flash4": missing(capability[0] in _FLASH4, "flash-attn-4"),
+        "cudnn_varlen": missing(capability == _CUDNN_ATTENTION, "cudnn"),
+        "sdpa": "",
+    }
+
+
 def attention_kernel(hardware: Hardware, engine: str) -> tuple[str, str, str]:
     """(kernel, reason code, reason)."""
     if engine == "reference":
         return "sdpa", "only-choice", "one sample at a time needs no mask"
-    capability = hardware.compute_capability or (0, 0)
-    if capability[0] in _FLASH4 and "flash-attn-4" in hardware.packages:
+    missing = attention_kernels(hardware)
+    if not missing["flash4"]:
         return "flash4", "fastest", "the fastest backward pass for heads of 256, lengths mixed or equal"
-    if capability != _CUDNN_ATTENTION:
-        if capability[0] in _FLASH4:
-            return "sdpa", "not-installed", "install flash-attn-4 for mixed lengths at full speed"
-        return "sdpa", "unsupported", "the others go backward through heads of 256 on other cards only"
-    if "cudnn" not in hardware.packages:
+    if not missing["cudnn_varlen"]:
+        return "cudnn_varlen", "not-installed", "mixed lengths without a mask; flash-attn-4 would be faster"
+    if missing["flash4"] == "not-installed":
         return "sdpa", "not-installed", "install flash-attn-4 for mixed lengths at full speed"
-    return "cudnn_varlen", "not-installed", "mixed lengths without a mask; flash-attn-4 would be 15% faster"
+    return "sdpa", "only-choice", "PyTorch's own: the others have no backward pass for heads of 256 here"
 
 
 def combinations(
@@ -131,7 +141,7 @@ def combinations(
             pairs.append(("fp8", "fp8"))
         for (precision, matmul), budget in product(pairs, sorted(budgets)):
             plain = Choice(device, "fused", precision, matmul, budget, "off", "loaded")
-            yield from _lean(plain, unusual, fixed, kind)
+            yield from _lean(plain, unusual, kind)
             if attention_kernel(hardware, "fused")[0] == "flash4" and kind == "lora":
                 for state in unusual["optimizer_state"]:
                     yield replace(plain, optimizer_state=state, graphs="on")
@@ -144,17 +154,14 @@ def combinations(
             continue  # Triton reads e4m3 only where there are such units
         matmul = "float32" if precision == "float32" else "bf16"
         plain = Choice(device, "reference", precision, matmul, budget, compile, "loaded")
-        yield from _lean(plain, unusual, fixed, kind)
+        yield from _lean(plain, unusual, kind)
 
 
-def _lean(
-    plain: Choice, values: Mapping[str, tuple[str, ...]], fixed: Mapping[str, str | float], kind: str
-) -> Iterator[Choice]:
+def _lean(plain: Choice, values: Mapping[str, tuple[str, ...]], kind: str) -> Iterator[Choice]:
     """A combination, and those that do the same in less memory on the device and more time."""
-    asked = {name for name in values if name in fixed}
     for state, offload, inputs in product(*(values[name] for name in _OPEN)):
         choice = replace(plain, optimizer_state=state, offload=offload, activation_offload=inputs)
-        if _possible(choice, kind) and (choice == plain or asked or plain.activation_budget in _LEAN_BUDGETS):
+        if _possible(choice, kind):
             yield choice
 
 

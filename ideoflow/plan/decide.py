@@ -15,9 +15,9 @@ from ideoflow.plan.choices import (
     DOMAINS,
     ON_REQUEST,
     attention_kernel,
+    attention_kernels,
     fixed_by_recipe,
     fixed_decisions,
-    no_fused_engine,
     refusals,
 )
 from ideoflow.plan.document import (
@@ -31,9 +31,19 @@ from ideoflow.plan.document import (
     Rejected,
     Value,
 )
-from ideoflow.plan.search import Evaluation, Problem, alternatives, estimate_time, solve, times_known
+from ideoflow.plan.reasons import why, why_not
+from ideoflow.plan.search import (
+    Evaluation,
+    Problem,
+    alternatives,
+    cache_dtype,
+    estimate_time,
+    evaluate,
+    solve,
+    times_known,
+)
 from ideoflow.plan.sizes import ADAPTER_BYTES, ELEMENT_BYTES, QUANTISED, Choice
-from ideoflow.recipe import Recipe, RecipeTables
+from ideoflow.recipe import Recipe, RecipeTables, TrainSettings
 
 GIB = 1 << 30
 
@@ -76,7 +86,7 @@ def make_plan(
         problem.targets,
         hardware,
         data,
-        _decisions(problem, best),
+        tuple(_with_its_line(d, recipe) for d in _decisions(problem, best)),
         best.ledger,
         estimate_time(problem, best),
         disk_sizes(tables, base, data, problem),
@@ -84,6 +94,17 @@ def make_plan(
     changes = () if plan.fits else cheapest_changes(problem, best)
     plan = replace(plan, changes=changes)
     return replace(plan, warnings=advise(plan, problem, best, recipe))
+
+
+def _with_its_line(decision: Decision, recipe: Recipe) -> Decision:
+    """What the recipe has set says where."""
+    table = "train" if decision.id in ("batch", "accumulation") else "memory"
+    keys = (f"{table}.{decision.id}", "memory.checkpointing" if decision.id == "activation_budget" else "")
+    key = next((key for key in keys if key and recipe.is_set(key)), None)
+    if key is None or decision.reason_code not in ("recipe", "default"):
+        return decision
+    reason = f"{decision.reason}, line {recipe.span(key).line}"
+    return replace(decision, source="recipe", reason_code="recipe", reason=reason)
 
 
 def _check(problem: Problem, recipe: Recipe) -> None:
@@ -126,7 +147,6 @@ def disk_sizes(
 
 def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
     choice = best.choice
-    attention, code, reason = attention_kernel(problem.hardware, choice.engine)
     searched = {name: _searched(problem, best, name) for name in DOMAINS}
     if choice.engine == "reference":
         searched["checkpointing"] = _as_checkpointing(problem, searched["activation_budget"])
@@ -154,8 +174,10 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
     return (
         _device(problem),
         *(searched[name] for name in order),
-        Decision("attention", attention, "auto", code, reason),
+        _attention(problem, best),
         _quantize_via(problem, choice),
+        *_batch(problem, best),
+        _cache_dtype(choice.precision),
         Decision(
             "text_phase",
             "streamed",
@@ -163,6 +185,61 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
             "only-choice",
             "captions go through the text encoder layer by layer, so it is never there as a whole",
         ),
+    )
+
+
+def _attention(problem: Problem, best: Evaluation) -> Decision:
+    """The kernel, and what the others would take: as if only their packages were there, or theirs too."""
+    hardware, engine = problem.hardware, best.choice.engine
+    kernel, code, reason = attention_kernel(hardware, engine)
+    if engine == "reference":
+        return Decision("attention", kernel, "auto", code, reason)
+    needs: dict[str, set[str]] = {"flash4": {"flash-attn-4"}, "cudnn_varlen": {"cudnn"}, "sdpa": set()}
+    every, timed = set().union(*needs.values()), times_known(problem, best.choice)
+    rejected = []
+    for name, missing in attention_kernels(hardware).items():
+        if name == kernel:
+            continue
+        if missing == "unsupported":
+            rejected.append(Rejected(name, missing))
+            continue
+        packages = (*(p for p in hardware.packages if p not in every), *sorted(needs[name]))
+        with_it = evaluate(replace(problem, hardware=replace(hardware, packages=packages)), best.choice)
+        why = missing or ("slower" if with_it.step_ms > best.step_ms else "no-gain")
+        rejected.append(Rejected(name, why, *_deltas(best, with_it, timed)))
+    return Decision("attention", kernel, "auto", code, reason, rejected=tuple(rejected))
+
+
+def _batch(problem: Problem, best: Evaluation) -> tuple[Decision, Decision]:
+    """Samples of a pass and passes of a step, which the recipe says; and what others would take."""
+    train, timed = problem.tables.train, times_known(problem, best.choice)
+
+    def other(value: int, changed: TrainSettings) -> Rejected:
+        found = solve(replace(problem, tables=replace(problem.tables, train=changed)))
+        why = "over-memory" if not found.fits else "only-on-request"
+        return Rejected(value, why, *_deltas(best, found, timed))
+
+    several = f"{train.batch} pictures" if train.batch > 1 else "one picture"
+    sizes = [n for n in (train.batch // 2, 2 * train.batch) if n] if best.fits else []
+    batch = tuple(other(n, replace(train, batch=n)) for n in sizes)
+    one_by_one = train.batch * train.accumulation
+    # The same step, one picture a pass.
+    single = replace(train, batch=1, accumulation=one_by_one)
+    passes = (other(one_by_one, single),) if train.batch > 1 else ()
+    words = "one pass makes a step" if train.accumulation == 1 else f"{train.accumulation} passes make a step"
+    return (
+        Decision("batch", train.batch, "auto", "default", f"{several} a pass", rejected=batch),
+        Decision("accumulation", train.accumulation, "auto", "default", words, rejected=passes),
+    )
+
+
+def _cache_dtype(precision: str) -> Decision:
+    """What pictures and captions are encoded in and read as."""
+    value = cache_dtype(precision)
+    other = "float32" if value == "bfloat16" else "bfloat16"
+    rejected = (Rejected(other, "no-gain" if value == "bfloat16" else "less-exact"),)
+    return Decision(
+        "cache_dtype", value, "auto", "only-choice", "what the arithmetic reads", rejected=rejected
     )
 
 
@@ -221,9 +298,7 @@ def _searched(problem: Problem, best: Evaluation, name: str) -> Decision:
         compared = _around(float(value), compared)
     rejected = [
         Rejected(
-            v,
-            "set-by-recipe" if name in fixed else _why_not(problem, best, e, name),
-            *_deltas(best, e, timed),
+            v, "set-by-recipe" if name in fixed else why_not(problem, best, e, name), *_deltas(best, e, timed)
         )
         for v, e in compared.items()
     ]
@@ -237,7 +312,7 @@ def _searched(problem: Problem, best: Evaluation, name: str) -> Decision:
         if name == "activation_budget" and "checkpointing" in fixed_by_recipe(problem.tables):
             reason = f"you set checkpointing = '{best.choice.checkpointing}'"
     else:
-        code, reason = _why(problem, best, name, {str(r.value): r.reason_code for r in rejected})
+        code, reason = why(problem, best, name, {str(r.value): r.reason_code for r in rejected})
     evidence = _evidence(best, name, compared, timed)
     source = "recipe" if name in fixed else "auto"
     return Decision(name, value, source, code, reason, evidence, tuple(rejected))  # type: ignore[arg-type]
@@ -258,117 +333,6 @@ def _around(value: float, compared: Mapping[str | float, Evaluation]) -> dict[st
 def _deltas(best: Evaluation, other: Evaluation, timed: bool) -> tuple[int, float | None]:
     size = other.ledger.peak_bytes - best.ledger.peak_bytes
     return size, round(other.step_ms - best.step_ms, 1) if timed else None
-
-
-def _why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) -> str:
-    if other.ledger.peak_bytes > problem.hardware.free_bytes:
-        return "over-memory"
-    if not other.fits:
-        return "over-host-memory"
-    if other.tight and not best.tight:
-        return "tight"
-    if name == "unconditional":
-        return "slower" if other.choice.unconditional == "streamed" else "less-exact"
-    if other.run_seconds > 1.03 * best.run_seconds:
-        return "slower-to-compile" if other.step_ms < best.step_ms else "slower"
-    return "no-gain"
-
-
-def _why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, str]) -> tuple[str, str]:
-    """Reason code and sentence for what was chosen."""
-    value, fused = getattr(best.choice, name), best.choice.engine == "fused"
-    if not best.fits:
-        return "least-memory", "needs least, though it does not fit"
-    over = bool({"over-memory", "tight"} & set(rejected.values()))
-    if name == "precision":
-        return _precision_reason(problem, best, over, rejected.get("bf16"))
-    if name == "activation_budget":
-        return _budget_reason(best, over)
-    if name == "engine" and not fused:
-        if missing := no_fused_engine(problem.hardware, problem.device, problem.targets):
-            return "only-choice", missing
-        return "fastest-that-fits", "plain diffusers and PEFT are as fast here"
-    if name == "matmul" and value != "fp8":
-        if best.choice.precision != "fp8":
-            return "only-choice", f"weights in {best.choice.precision} are multiplied so"
-        if not fused:
-            return "only-choice", "the reference engine dequantises the weights"
-        if rejected.get("fp8") == "unsupported":
-            return "unsupported", "no FP8 units: weights are dequantised for each product"
-        return "fastest-that-fits", "as fast here, and more exact"
-    if name == "compile":
-        if fused:
-            return "not-used", "the fused engine brings its own kernels"
-        if value == "off" and rejected.get("regional") == "unsupported":
-            return "unsupported", "only for NVIDIA GPUs with Triton"
-        if value == "off" and over:
-            return "needs-memory", "compiled blocks do not fit"
-    if name in ("optimizer_state", "offload", "activation_offload"):
-        return _waiting_reason(name, str(value))
-    if name == "graphs" and rejected.get("on") == "unsupported":
-        return "unsupported", "needs the fused engine and flash-attn-4"
-    if name == "unconditional" and not problem.prompts:
-        return "no-prompts", "no validate.prompts, nothing is sampled"
-    if name == "unconditional" and value == "proxy" and not problem.base.has_unconditional:
-        return "not-in-base", "the base has no second transformer"
-    sentences: dict[tuple[str, str], tuple[str, str]] = {
-        ("engine", "fused"): ("fastest-that-fits", "packed samples, kernels of our own"),
-        ("matmul", "fp8"): ("fastest-that-fits", "this card has FP8 units"),
-        ("compile", "regional"): ("fastest-that-fits", "compiling is repaid by faster steps"),
-        ("compile", "off"): ("not-repaid", "compiling would take longer than it saves"),
-        ("graphs", "on"): ("fastest-that-fits", "the GPU would wait for the host's launches"),
-        ("graphs", "off"): ("not-repaid", "the GPU is busy for longer than launching takes"),
-        ("unconditional", "loaded"): ("exact", "samples get true asymmetric guidance"),
-        ("unconditional", "streamed"): ("needs-memory", "true guidance, its blocks fetched from the host"),
-        ("unconditional", "proxy"): ("needs-memory", "no room for the second transformer"),
-    }
-    return sentences[name, value]
-
-
-def _waiting_reason(name: str, value: str) -> tuple[str, str]:
-    return {
-        "float32": ("fastest-that-fits", "AdamW's moments fit beside the adapter, exact"),
-        "cpu": ("needs-memory", "AdamW's moments wait on the host: exact, and they leave the card free"),
-        "8bit": ("needs-memory", "AdamW's moments in a quarter of their size"),
-        "stream": ("needs-memory", "the blocks' weights wait on the host, fetched ahead of both passes"),
-        "inputs": ("needs-memory", "the blocks' inputs wait on the host for the backward pass"),
-        "outputs": ("needs-memory", "inputs and products of the blocks wait on the host, rounded to e4m3"),
-        "gate_up": ("needs-memory", "inputs and gate and up wait on the host, rounded to e4m3"),
-        "none": (
-            "fastest-that-fits",
-            "the weights stay on the device" if name == "offload" else "what is kept stays on the device",
-        ),
-    }[value]
-
-
-def _budget_reason(best: Evaluation, over: bool) -> tuple[str, str]:
-    if best.choice.checkpointing == "off":
-        return "fastest-that-fits", "all activations fit, nothing is recomputed"
-    if not over:
-        return "fastest-that-fits", "leaves room for what is worth more"
-    if best.choice.activation_budget == 0:
-        return "needs-memory", "activations of all blocks leave no room"
-    return "needs-memory", "as much as there is room for, the dearest to recompute first"
-
-
-def _precision_reason(problem: Problem, best: Evaluation, over: bool, bf16: str | None) -> tuple[str, str]:
-    value, storage = best.choice.precision, problem.base.storage
-    if value == storage and value in QUANTISED:
-        return "lossless", "the weights are stored so, nothing is lost"
-    if value in QUANTISED and storage == "fp8":
-        return "needs-memory", f"weights in FP8 do not fit, so they are rounded to {value}"
-    if value in QUANTISED:
-        found = "leave too little room" if bf16 == "tight" else "do not fit"
-        return "needs-memory", f"weights in bf16 {found}, so they are rounded"
-    if value == "float32":
-        return "exact", "as fast here, and exact"
-    if storage == "float32":
-        if over:
-            return "needs-memory", "float32 weights do not fit"
-        return "fastest-that-fits", "half the memory, faster products"
-    if storage == "fp8":
-        return "fastest-that-fits", "all that can be done here"
-    return "lossless", "nothing of the stored weights is lost"
 
 
 def _evidence(best: Evaluation, name: str, compared: Mapping[str | float, Evaluation], timed: bool) -> str:

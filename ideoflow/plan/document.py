@@ -20,7 +20,7 @@ from ideoflow.plan.codec import Mismatch, decode, encode
 from ideoflow.recipe import RecipeTables
 from ideoflow.recipe.load import load_tables
 
-FORMAT = 3
+FORMAT = 4
 
 # What the fused engine is made of: its kernels, and attention over samples of mixed lengths.
 GPU_PACKAGES = ("triton", "cudnn", "flash-attn-4")
@@ -236,7 +236,7 @@ class DiskSizes:
 
 @dataclass(frozen=True)
 class Change:
-    """A change to the recipe that would save memory.
+    """A change to the recipe that would save memory; or ``together`` several, which ``value`` then names.
 
     ``peak_bytes`` is the peak with it, ``delta_ms`` what it adds to one step (None: unknown) and ``quality``
     what it costs in results, 0 for nothing; ``note`` says it in words.
@@ -249,6 +249,13 @@ class Change:
     delta_ms: float | None
     quality: int
     note: str
+
+    @property
+    def words(self) -> str:
+        """What to do: as it stands in the recipe, where it does."""
+        others = {"together": f"{self.value}", "other processes": "close the other processes",
+                  "another card": f"another card: {self.value}"}  # fmt: skip
+        return others.get(self.setting, f"{self.setting} = {self.value}")
 
 
 @dataclass(frozen=True)

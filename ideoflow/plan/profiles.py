@@ -28,7 +28,7 @@ from ideoflow.plan.document import GPU_PACKAGES, Hardware, Rates
 
 MIB, GIB = 1 << 20, 1 << 30
 # The driver keeps this share for itself: torch sees 143156 of an H200's 143771 MiB, 24217 of a 4090's 24564.
-_DRIVER_SHARE = 0.015
+DRIVER_SHARE = 0.015
 # A desktop with a browser on the same card, which GeForce cards usually carry.
 _DESKTOP = 700 * MIB
 
@@ -182,7 +182,7 @@ def hardware_from_profile(name: str) -> Hardware | None:
     size = _SIZE.fullmatch(name.strip().lower())
     if size:
         total = int(size[1]) * GIB
-        free = total - int(_DRIVER_SHARE * total) - (_DESKTOP if total <= 32 * GIB else 0)
+        free = total - int(DRIVER_SHARE * total) - (_DESKTOP if total <= 32 * GIB else 0)
         note = "a card of this size, of unknown speed"
         return Hardware(
             f"{size[1]} GB card", "cuda", total, free, packages=GPU_PACKAGES, source="profile", note=note
@@ -191,7 +191,7 @@ def hardware_from_profile(name: str) -> Hardware | None:
     if profile is None:
         return None
     total = profile.mib * MIB
-    free = total - int(_DRIVER_SHARE * total) - (_DESKTOP if profile.desktop else 0)
+    free = total - int(DRIVER_SHARE * total) - (_DESKTOP if profile.desktop else 0)
     note = "free memory assumes a desktop on the same card" if profile.desktop else ""
     if profile.kind == "mps":
         # macOS lets the GPU take about three quarters of the unified memory.

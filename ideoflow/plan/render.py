@@ -36,10 +36,16 @@ PHASE_NAMES: dict[Phase, str] = {
 }
 # Decisions on the page always, and those there where they are not left at their usual value.
 _SHOWN = {
-    "fused": ("device", "engine", "precision", "matmul", "attention", "activation_budget", "unconditional"),
-    "reference": ("device", "engine", "precision", "checkpointing", "compile", "unconditional"),
+    "fused": ("engine", "precision", "matmul", "attention", "activation_budget", "unconditional"),
+    "reference": ("engine", "precision", "checkpointing", "compile", "unconditional"),
 }
-_USUAL = {"offload": "none", "activation_offload": "none", "optimizer_state": "float32", "graphs": "off"}
+_USUAL = {
+    "device": "cuda",
+    "offload": "none",
+    "activation_offload": "none",
+    "optimizer_state": "float32",
+    "graphs": "off",
+}
 _SIZES = 8
 _REJECTED = {
     "set-by-recipe": "",
@@ -52,8 +58,21 @@ _REJECTED = {
     "no-gain": "no gain",
     "unsupported": "not on this device",
     "only-on-request": "",
+    "not-installed": "not installed",
     "no-gpu": "no GPU",
 }
+
+
+# Of those, what the page tells beside a decision; --explain tells all.
+_TOLD = (
+    "over-memory",
+    "over-host-memory",
+    "tight",
+    "less-exact",
+    "slower",
+    "slower-to-compile",
+    "not-installed",
+)
 
 
 def print_page(plan: Plan, console: Console) -> None:
@@ -69,13 +88,11 @@ def _page(plan: Plan) -> list[RenderableType]:
 
 def _head(plan: Plan) -> RenderableType:
     hardware, base = plan.hardware, plan.base
-    facts = [f"{size(hardware.total_bytes)} ({hardware.free_bytes / GIB:.1f} free)"]
+    facts = [f"{size(hardware.total_bytes)}, {hardware.free_bytes / GIB:.1f} free"]
     if hardware.compute_capability:
         facts.append("sm_{}{}".format(*hardware.compute_capability))
     if hardware.pcie_generation and hardware.pcie_width:
         facts.append(f"PCIe {hardware.pcie_generation} x{hardware.pcie_width}")
-    if hardware.source == "profile":
-        facts.append("by name")
     if hardware.note:
         facts.append(hardware.note)
     grid = Table.grid(padding=(0, 2))
@@ -93,8 +110,24 @@ def _head(plan: Plan) -> RenderableType:
     learnt = learnt_numbers(adapter, adapted_modules(adapter, base.transformer, plan.targets))
     numbers = f"{learnt / 1e6:.1f} M parameters, a file of {disk(plan.sizes.adapter)}"
     grid.add_row("adapter", f"{adapter.kind}, {what}, {rank_words(adapter)}; {numbers}")
-    grid.add_row("machine", f"{hardware.name}   {', '.join(facts)}")
+    named = " (by name)" if hardware.source == "profile" else ""
+    grid.add_row("machine", f"{hardware.name}{named}   {', '.join(facts)}")
+    grid.add_row("verdict", _verdict(plan))
     return grid
+
+
+def _verdict(plan: Plan) -> Text:
+    """What most people want to know."""
+    peak, free, phase = plan.ledger.peak_bytes, plan.hardware.free_bytes, plan.ledger.peak_phase
+    amount, unit = (mib, "MiB") if peak < GIB else (gib, "GiB")
+    needs = f"needs {amount(peak)} of {amount(free)} {unit} ({PHASE_NAMES[phase]})"
+    if not plan.fits:
+        over = size(peak - free)
+        return Text.assemble(("does not fit", "bold red"), f"  {needs}, {over} too much")
+    words = ""
+    if plan.time is not None:
+        words = f"; {milliseconds(plan.time.step_ms)} a step, {duration(plan.time.total_seconds)} in all"
+    return Text.assemble(("fits", "bold green"), f"  {needs}{words}")
 
 
 def _data(plan: Plan) -> str:
@@ -110,7 +143,7 @@ def _data(plan: Plan) -> str:
 
 def _cached(plan: Plan, data: DataSummary) -> str:
     """What need not be encoded again."""
-    cached = data.cached_as("float32" if plan.value("precision") == "float32" else "bfloat16")
+    cached = data.cached_as(str(plan.value("cache_dtype")))
     if not cached.captions and not cached.crops:
         return ""
     return f"; encoded before: {cached.captions:,} captions, {cached.crops:,} pictures"
@@ -118,24 +151,30 @@ def _cached(plan: Plan, data: DataSummary) -> str:
 
 def _sizes(data: DataSummary) -> RenderableType:
     """How many crops there are of each size, and what it costs them; the commonest sizes first."""
+    buckets = sorted(data.buckets, key=lambda b: (-b.count, b.width, b.height))
+    shown = [([b], f"{b.width} x {b.height}") for b in buckets[:_SIZES]]
+    if rest := buckets[_SIZES:]:
+        shown.append((rest, f"{len(rest)} more sizes"))
+    if all(_crop_words(some) == _WHOLE for some, _ in shown):
+        each = [f"{name}: {sum(b.count for b in some):,}" for some, name in shown]
+        return Text(f"{', '.join(each)}; {_WHOLE}")
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column()
-    buckets = sorted(data.buckets, key=lambda b: (-b.count, b.width, b.height))
-    for b in buckets[:_SIZES]:
-        grid.add_row(f"{b.width} x {b.height}", f"{b.count:,}", Text(_crop_words([b]), style="dim"))
-    if rest := buckets[_SIZES:]:
-        count = f"{sum(b.count for b in rest):,}"
-        grid.add_row(f"{len(rest)} more sizes", count, Text(_crop_words(rest), style="dim"))
+    for some, name in shown:
+        grid.add_row(name, f"{sum(b.count for b in some):,}", Text(_crop_words(some), style="dim"))
     return grid
+
+
+_WHOLE = "nothing cut away"
 
 
 def _crop_words(buckets: Sequence[Bucket]) -> str:
     count = sum(b.count for b in buckets)
     cut = sum(b.cut_away * b.count for b in buckets) / count
     enlarged = sum(b.enlarged for b in buckets)
-    words = "nothing cut away" if cut < 5e-5 else f"{cut:.1%} of the area cut away"
+    words = _WHOLE if cut < 5e-5 else f"{cut:.1%} of the area cut away"
     return words + (f", {enlarged:,} enlarged" if enlarged else "")
 
 
@@ -144,17 +183,27 @@ def _decisions(plan: Plan) -> RenderableType:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(style="green", no_wrap=True)
     grid.add_column(ratio=1)
-    unusual = [id for id, usual in _USUAL.items() if plan.value(id) != usual]
-    for decision in (plan.decision(id) for id in (*_SHOWN[str(plan.value("engine"))], *unusual)):
+    shown = [
+        *_SHOWN[str(plan.value("engine"))],
+        *(x for x, usual in _USUAL.items() if plan.value(x) != usual),
+    ]
+    for decision in (plan.decision(id) for id in shown):
         rejected = decision.rejected
         if decision.id == "activation_budget":  # of many values, the next one that would be faster
             rejected = tuple(r for r in rejected if r.value > decision.value)[:1]  # type: ignore[operator]
-        against = [f"{r.value} {words}" for r in rejected if (words := rejected_words(plan, r))]
+        against = [f"{r.value} {rejected_words(plan, r)}" for r in rejected if _worth_telling(plan, r)]
         text = Text(decision.reason)
         if against:
             text.append(f"  ({'; '.join(against)})", style="dim")
         grid.add_row(decision.id, str(decision.value), text)
     return Padding(grid, (1, 0, 0, 0))
+
+
+def _worth_telling(plan: Plan, rejected: Rejected) -> bool:
+    """Whether the page names an alternative: one that could be had, and not whatever does not fit either."""
+    if rejected.value == "float32" and plan.base.storage != "float32" and rejected.delta_bytes is not None:
+        return False
+    return plan.fits and rejected.reason_code in _TOLD
 
 
 def rejected_words(plan: Plan, rejected: Rejected) -> str:
@@ -192,28 +241,28 @@ def _memory(plan: Plan) -> RenderableType:
 
 
 def _lines(ledger: Ledger, phase: Phase, amount: Callable[[float], str]) -> str:
-    """The lines of a phase, largest first; what is below a hundredth of the peak is summed up."""
+    """The lines of a phase, largest first; what is small beside the peak is summed up."""
     lines, peak = sorted(ledger.of(phase), key=lambda x: -x.bytes), ledger.peak(phase)
-    large = [x for x in lines if x.bytes >= 0.01 * peak]
-    rest = sum(x.bytes for x in lines) - sum(x.bytes for x in large)
+    least = 0.02 * peak
+    large = [x for x in lines if x.bytes >= least]
+    rest = sum(x.bytes for x in lines if x.bytes < least)
     cells = [f"{x.name} {amount(x.bytes)}{'*' if x.calibrated else ''}" for x in large]
-    return " | ".join([*cells, f"rest {amount(rest)}"] if rest else cells)
+    return " | ".join([*cells, f"rest {amount(rest)}"] if rest >= 0.002 * peak else cells)
 
 
 def _changes(changes: Sequence[Change]) -> RenderableType | None:
     if not changes:
         return None
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
     grid.add_column(justify="right", no_wrap=True)
-    grid.add_column(no_wrap=True)
     grid.add_column(ratio=1)
     for change in changes:
-        result = Text("fits" if change.fits else "not enough", style="green" if change.fits else "yellow")
-        name = change.setting if change.setting == "all of these" else f"{change.setting} = {change.value}"
-        time = f", {milliseconds(change.delta_ms, sign=True)} a step" if change.delta_ms is not None else ""
-        grid.add_row(f"  {name}", gib(change.peak_bytes), result, Text(change.note + time, style="dim"))
-    title = Text("What would make it fit, cheapest first", style="bold")
+        text = Text(change.words, style="green" if change.fits else "yellow")
+        time = f"; {milliseconds(change.delta_ms, sign=True)} a step" if change.delta_ms else ""
+        enough = "" if change.fits else "; not enough"
+        text.append(f"  ({change.note}{time}{enough})", style="dim")
+        grid.add_row(f"  {gib(change.peak_bytes)}", text)
+    title = Text("What would make it fit, cheapest first; GiB at the peak", style="bold")
     return Padding(Group(title, grid), (1, 0, 0, 0))
 
 
@@ -245,26 +294,36 @@ def _add_time(grid: Table, plan: Plan, time: TimeEstimate) -> None:
     how = "as measured here before" if time.calibrated else "not yet measured here"
     total = f"about {duration(time.total_seconds)} in all, without loading; {how}"
     grid.add_row("", f"{others}; {total}" if others else total)
-    parts = " | ".join(f"{p.name} {p.ms:.0f}" for p in time.parts if p.ms >= 0.005 * time.step_ms)
-    grid.add_row("", Text(f"ms a step: {parts}", style="dim"))
+    parts = [f"{p.name} {p.ms / time.step_ms:.0%}" for p in time.parts if p.ms >= 0.01 * time.step_ms]
+    grid.add_row("", Text(f"of a step: {' | '.join(parts)}", style="dim"))
 
 
 def print_decision(plan: Plan, decision: Decision, console: Console) -> None:
     """One decision in full: who took it, why, and what the alternatives would cost."""
     by = "set in the recipe" if decision.source == "recipe" else "decided by the planner"
-    console.print(f"[bold]{decision.id}[/bold] = {decision.value}   ({by}, {decision.reason_code})")
+    by = "left at the default" if decision.reason_code == "default" else by
+    console.print(f"[bold]{decision.id}[/bold] = {decision.value}   {by} ({decision.reason_code})")
     console.print(f"  {decision.reason}", markup=False, highlight=False)
-    if decision.evidence:
-        console.print(f"  {decision.evidence}", markup=False, highlight=False)
+    if not decision.rejected:
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column()
+    step = milliseconds(plan.time.step_ms) if plan.time else ""
+    heads = ("", "GiB", "a step" if plan.time else "", "")
+    grid.add_row(*(Text(word, style="bold") for word in heads))
+    grid.add_row(f"  {decision.value}", gib(plan.ledger.peak_bytes), step, Text("this plan", style="green"))
     for r in decision.rejected:
-        words = rejected_words(plan, r) or r.reason_code.replace("-", " ")
-        cost = []
+        peak = time = ""
         if r.delta_bytes is not None:
-            cost.append(f"{r.delta_bytes / GIB:+.1f} GiB")
-        if r.delta_ms is not None:
-            cost.append(f"{milliseconds(r.delta_ms, sign=True)} a step")
-        detail = f"  [{', '.join(cost)}]" if cost else ""
-        console.print(f"  not {r.value}: {words}{detail}", markup=False, highlight=False)
+            peak = gib(plan.ledger.peak_bytes + r.delta_bytes)
+        if r.delta_ms is not None and plan.time:
+            time = milliseconds(plan.time.step_ms + r.delta_ms)
+        words = rejected_words(plan, r) or r.reason_code.replace("-", " ")
+        grid.add_row(f"  {r.value}", peak, time, Text(words, style="dim"))
+    console.print(Padding(grid, (1, 0, 0, 0)), highlight=False)
 
 
 def print_table(
@@ -279,6 +338,12 @@ def print_table(
     for name, plans in rows:
         grid.add_row(name, *(_cell(plan) for plan in plans))
     console.print(Padding(grid, (1, 0, 0, 0)), highlight=False)
+
+
+def print_legend(console: Console) -> None:
+    """What the tables' cells are; under the last one."""
+    words = "Peak, and time of a step; each is planned for itself, so a larger batch may keep less of it."
+    console.print(Padding(Text(words, style="dim"), (1, 0, 0, 0)), highlight=False)
 
 
 class _Trial(Protocol):
@@ -322,9 +387,9 @@ def _cell(plan: Plan) -> Text:
 
 
 def gib(size: float) -> str:
-    """``22.2``, or ``0.03`` for what would round to nothing."""
+    """``22.2``, and ``0.03`` below a tenth."""
     value = size / GIB
-    return f"{value:.1f}" if value >= 0.095 or value == 0 else f"{value:.2g}"
+    return f"{value:.1f}" if value >= 0.095 or value == 0 else f"{value:.2f}"
 
 
 def mib(size: float) -> str:

@@ -9,7 +9,7 @@ weights, or letting them wait on the host, is no equal: it is only done where no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -299,6 +299,11 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
     )
 
 
+def cache_dtype(precision: str) -> str:
+    """Type of the numbers that pictures and captions are encoded in, as torch calls it: the arithmetic's."""
+    return "float32" if precision == "float32" else "bfloat16"
+
+
 # How far weights are from those that are stored: kept or widened, rounded to 8 bits, rounded to 4.
 _LOSS = {
     "fp8": {"fp8": 0, "bf16": 1, "float32": 1, "int8": 1, "nf4": 2},
@@ -337,11 +342,23 @@ def solve(problem: Problem) -> Evaluation:
         degrees.setdefault(_sacrifice(choice, storage), []).append(choice)
     seen: list[Evaluation] = []
     for _, choices in sorted(degrees.items()):
-        evaluated = [evaluate(problem, choice) for choice in choices]
+        evaluated = list(_evaluations(problem, choices))
         if any(e.fits and not e.tight for e in evaluated):
             return choose(evaluated, storage)
         seen += evaluated
     return choose(seen, storage)
+
+
+def _evaluations(problem: Problem, choices: Iterable[Choice]) -> Iterator[Evaluation]:
+    """What can come of them: a larger activation budget than one that is too large already is left out."""
+    series: dict[Choice, list[Choice]] = {}
+    for choice in choices:
+        series.setdefault(replace(choice, activation_budget=0.0), []).append(choice)
+    for alike in series.values():
+        for choice in sorted(alike, key=lambda c: c.activation_budget):
+            yield (found := evaluate(problem, choice))
+            if found.ledger.peak("train") > problem.hardware.free_bytes:
+                break
 
 
 def times_known(problem: Problem, choice: Choice) -> bool:
@@ -355,7 +372,7 @@ def _to_encode(problem: Problem, choice: Choice) -> tuple[int, float]:
     data = problem.data
     if data is None:
         return problem.prompts, 0.0
-    cached = data.cached_as("float32" if choice.precision == "float32" else "bfloat16")
+    cached = data.cached_as(cache_dtype(choice.precision))
     pixels = sum(b.width * b.height * b.count for b in data.buckets)
     return max(0, data.texts + problem.prompts - cached.captions), pixels * (1 - cached.crops / data.crops)
 

@@ -49,7 +49,7 @@ def _headline(plan: Plan) -> Html:
 def _changes(changes: tuple[Change, ...]) -> Html:
     rows = [
         (
-            f"{c.setting} = {c.value}",
+            c.words,
             size(c.peak_bytes),
             "fits" if c.fits else "not enough",
             "" if c.delta_ms is None else signed(f"{c.delta_ms:.0f} ms".replace("-", "\N{MINUS SIGN}")),

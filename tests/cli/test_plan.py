@@ -108,13 +108,13 @@ def test_tables_of_alternatives(recipe, capsys):
     assert "over by" in table[3]
     assert "resolution" in out
     _, alone, _ = run(capsys, recipe, "--gpu", "h200", "--compare", "rtx-4090")
-    assert "peak, time of a step" in alone
+    assert "peak, a step" in alone and "each is planned for itself" in alone
 
 
 def test_a_variant_is_the_recipe_with_that_value(recipe, capsys):
     """The table's cell against a plan of the changed recipe."""
     _, out, _ = run(capsys, recipe, "--gpu", "h200", "--rank", "128")
-    cell = out.splitlines()[-1].split()[1]
+    cell = out[out.index("\nrank") :].splitlines()[2].split()[1]
     recipe.write_text(recipe.read_text(encoding="utf-8") + "[adapter]\nrank = 128\n", encoding="utf-8")
     plan = Plan.from_json(run(capsys, recipe, "--gpu", "h200", "--json")[1])
     assert cell == f"{plan.ledger.peak_bytes / 2**30:.1f}"
@@ -123,7 +123,10 @@ def test_a_variant_is_the_recipe_with_that_value(recipe, capsys):
 def test_explain_one_decision(recipe, capsys):
     code, out, _ = run(capsys, recipe, "--gpu", "h200", "--explain", "activation_budget")
     assert code == 0
-    assert out.startswith("activation_budget = 1.0") and "not 0.9: " in out and "GiB" in out
+    assert out.startswith("activation_budget = 1.0   decided by the planner")
+    rows = [line.split() for line in out.splitlines()[3:]]
+    assert rows[0] == ["GiB", "a", "step"] and [row[0] for row in rows[1:]] == ["1.0", "0.0", "0.9"]
+    assert float(rows[1][1]) > float(rows[3][1]) > float(rows[2][1]) and rows[1][4:] == ["this", "plan"]
 
 
 @pytest.mark.parametrize(

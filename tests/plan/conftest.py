@@ -67,10 +67,16 @@ def plan_for(full_base, nano_base, processor, write_recipe, summarize):
         facts = nano_base if base == "nano" else full_base
         if base in ("fp8", "nf4"):
             facts = dataclasses.replace(full_base, name=f"owner/{base}", storage=base)
-        machine, _, missing = machine.partition(", no ")
+        machine, *details = machine.split(", ")
         hardware = processor if machine == "cpu" else named_hardware(machine)
-        packages = tuple(p for p in hardware.packages if p != missing)
-        hardware = dataclasses.replace(hardware, packages=packages)
+        for detail in details:
+            word, value = detail.split(" ", 1)
+            if word == "no":
+                changed = {"packages": tuple(p for p in hardware.packages if p != value)}
+            else:
+                key = {"free": "free_bytes", "host": "host_free_bytes"}[word]
+                changed = {key: int(float(value) * GIB)}
+            hardware = dataclasses.replace(hardware, **changed)
         recipe = write_recipe(extra, facts.name, resolution)
         return make_plan(recipe, facts, summarize(size=resolution), hardware, **options)
 

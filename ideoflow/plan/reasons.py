@@ -1,0 +1,133 @@
+"""Why something was chosen and why not: a code for programs and a sentence for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ideoflow.plan.choices import no_fused_engine
+from ideoflow.plan.search import Evaluation, Problem
+from ideoflow.plan.sizes import QUANTISED
+
+
+def why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) -> str:
+    """Reason code for an alternative ``other`` to the decision ``name`` that was not taken.
+
+    One of over-memory, over-host-memory, tight, less-exact, slower, slower-to-compile, no-gain.
+    """
+    if other.ledger.peak_bytes > problem.hardware.free_bytes:
+        return "over-memory"
+    if not other.fits:
+        return "over-host-memory"
+    if other.tight and not best.tight:
+        return "tight"
+    if name == "unconditional":
+        return "slower" if other.choice.unconditional == "streamed" else "less-exact"
+    if _exactness(problem, other) > _exactness(problem, best):
+        return "less-exact"
+    if other.run_seconds > 1.03 * best.run_seconds:
+        return "slower-to-compile" if other.step_ms < best.step_ms else "slower"
+    return "no-gain"
+
+
+def _exactness(problem: Problem, evaluated: Evaluation) -> tuple[int, bool]:
+    """What is rounded away of weights (nothing, to 8 bits, to 4) and of AdamW's moments."""
+    choice = evaluated.choice
+    kept = choice.precision not in QUANTISED or choice.precision == problem.base.storage
+    return 0 if kept else 2 if choice.precision == "nf4" else 1, choice.optimizer_state == "8bit"
+
+
+def why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, str]) -> tuple[str, str]:
+    """Reason code and sentence for what was chosen."""
+    value, fused = getattr(best.choice, name), best.choice.engine == "fused"
+    if not best.fits:
+        return "least-memory", "needs least"
+    over = bool({"over-memory", "tight"} & set(rejected.values()))
+    if name == "precision":
+        return _precision_reason(problem, best, over, rejected.get("bf16"))
+    if name == "activation_budget":
+        return _budget_reason(best, over)
+    if name == "engine" and not fused:
+        if missing := no_fused_engine(problem.hardware, problem.device, problem.targets):
+            return "only-choice", missing
+        return "fastest-that-fits", "plain diffusers and PEFT are as fast here"
+    if name == "matmul" and value != "fp8":
+        if best.choice.precision != "fp8":
+            return "only-choice", f"weights in {best.choice.precision} are multiplied so"
+        if not fused:
+            return "only-choice", "the reference engine dequantises the weights"
+        if rejected.get("fp8") == "unsupported":
+            return "unsupported", "no FP8 units: weights are dequantised for each product"
+        return "fastest-that-fits", "as fast here, and more exact"
+    if name == "compile":
+        if fused:
+            return "not-used", "the fused engine brings its own kernels"
+        if value == "off" and rejected.get("regional") == "unsupported":
+            return "unsupported", "only for NVIDIA GPUs with Triton"
+        if value == "off" and over:
+            return "needs-memory", "compiled blocks do not fit"
+    if name in ("optimizer_state", "offload", "activation_offload"):
+        return _waiting_reason(name, str(value))
+    if name == "graphs" and rejected.get("on") == "unsupported":
+        return "unsupported", "needs the fused engine and flash-attn-4"
+    if name == "unconditional" and not problem.prompts:
+        return "no-prompts", "no validate.prompts, nothing is sampled"
+    if name == "unconditional" and value == "proxy" and not problem.base.has_unconditional:
+        return "not-in-base", "the base has no second transformer"
+    sentences: dict[tuple[str, str], tuple[str, str]] = {
+        ("engine", "fused"): ("fastest-that-fits", "packed samples, kernels of our own"),
+        ("matmul", "fp8"): ("fastest-that-fits", "this card has FP8 units"),
+        ("compile", "regional"): ("fastest-that-fits", "compiling is repaid by faster steps"),
+        ("compile", "off"): ("not-repaid", "compiling would take longer than it saves"),
+        ("graphs", "on"): ("fastest-that-fits", "the GPU would wait for the host's launches"),
+        ("graphs", "off"): ("not-repaid", "the GPU is busy for longer than launching takes"),
+        ("unconditional", "loaded"): ("exact", "samples get true asymmetric guidance"),
+        ("unconditional", "streamed"): ("needs-memory", "true guidance, its blocks fetched from the host"),
+        ("unconditional", "proxy"): ("needs-memory", "no room for the second transformer"),
+    }
+    return sentences[name, value]
+
+
+def _waiting_reason(name: str, value: str) -> tuple[str, str]:
+    return {
+        "float32": ("fastest-that-fits", "AdamW's moments fit beside the adapter, exact"),
+        "cpu": ("needs-memory", "AdamW's moments wait on the host: exact, and they leave the card free"),
+        "8bit": ("needs-memory", "AdamW's moments in a quarter of their size"),
+        "stream": ("needs-memory", "the blocks' weights wait on the host, fetched ahead of both passes"),
+        "inputs": ("needs-memory", "the blocks' inputs wait on the host for the backward pass"),
+        "outputs": ("needs-memory", "inputs and products of the blocks wait on the host, rounded to e4m3"),
+        "gate_up": ("needs-memory", "inputs and gate and up wait on the host, rounded to e4m3"),
+        "none": (
+            "fastest-that-fits",
+            "the weights stay on the device" if name == "offload" else "what is kept stays on the device",
+        ),
+    }[value]
+
+
+def _budget_reason(best: Evaluation, over: bool) -> tuple[str, str]:
+    if best.choice.checkpointing == "off":
+        return "fastest-that-fits", "all activations fit, nothing is recomputed"
+    if not over:
+        return "fastest-that-fits", "leaves room for what is worth more"
+    if best.choice.activation_budget == 0:
+        return "needs-memory", "activations of all blocks leave no room"
+    return "needs-memory", "as much as there is room for, the dearest to recompute first"
+
+
+def _precision_reason(problem: Problem, best: Evaluation, over: bool, bf16: str | None) -> tuple[str, str]:
+    value, storage = best.choice.precision, problem.base.storage
+    if value == storage and value in QUANTISED:
+        return "lossless", "the weights are stored so, nothing is lost"
+    if value in QUANTISED and storage == "fp8":
+        return "needs-memory", f"weights in FP8 do not fit, so they are rounded to {value}"
+    if value in QUANTISED:
+        found = "leave too little room" if bf16 == "tight" else "do not fit"
+        return "needs-memory", f"weights in bf16 {found}, so they are rounded"
+    if value == "float32":
+        return "exact", "as fast here, and exact"
+    if storage == "float32":
+        if over:
+            return "needs-memory", "float32 weights do not fit"
+        return "fastest-that-fits", "half the memory, faster products"
+    if storage == "fp8":
+        return "fastest-that-fits", "all that can be done here"
+    return "lossless", "nothing of the stored weights is lost"
