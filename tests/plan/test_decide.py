@@ -30,7 +30,7 @@ def in_words(plan):
     }
     words += [f"{id}={plan.value(id)}" for id, usual in unusual.items() if plan.value(id) != usual]
     words += ["graphs"] * (plan.value("graphs") == "on") + [plan.value("unconditional")]
-    return " ".join(map(str, words)) + ("" if plan.fits else "; too large")
+    return " ".join(map(str, words)) + ("" if plan.fits else "; over")
 
 
 # base, machine, further recipe, resolution -> engine, precision of weights/products, attention, activation
@@ -45,14 +45,14 @@ SITUATIONS = {
     "8 GB": ("full", "rtx-4060", LONG, 1024,
         "fused bf16/bf16 sdpa 0.1 offload=stream activation_offload=gate_up proxy"),
     "12 GB": ("full", "rtx-3060", LONG + SAMPLES, 1024,
-        "fused bf16/bf16 sdpa 0.2 offload=stream activation_offload=inputs proxy"),
+        "fused bf16/bf16 sdpa 0.2 offload=stream activation_offload=inputs streamed"),
     "16 GB": ("full", "rtx-4080", LONG, 1024, "fused fp8/fp8 sdpa 0.0 proxy"),
     "24 GB": ("full", "rtx-4090", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.0 proxy"),
     "24 GB, 512": ("full", "rtx-4090", LONG, 512, "fused bf16/bf16 sdpa 0.3 proxy"),
     "24 GB, few steps": ("full", "rtx-4090", SHORT, 512, "fused bf16/bf16 sdpa 0.3 proxy"),
     "24 GB, rank 128": ("full", "rtx-4090", LONG + "[adapter]\nrank = 128\n", 1024,
         "fused fp8/fp8 sdpa 0.2 proxy"),
-    "32 GB": ("full", "rtx-5090", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.3 proxy"),
+    "32 GB": ("full", "rtx-5090", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.3 streamed"),
     "40 GB": ("full", "a100-40gb", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.7 loaded"),
     "48 GB": ("full", "l40s", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.9 loaded"),
     "80 GB": ("full", "h100", LONG + SAMPLES, 1024, "fused bf16/bf16 flash4 1.0 loaded"),
@@ -69,12 +69,11 @@ SITUATIONS = {
     "FP8, 12 GB, 512": ("fp8", "rtx-3060", LONG, 512,
         "fused fp8/bf16 sdpa 1.0 offload=stream activation_offload=inputs proxy"),
     "FP8, 10 GB": ("fp8", "rtx-3080", LONG + SAMPLES, 1024,
-        "fused fp8/bf16 sdpa 0.2 offload=stream activation_offload=inputs optimizer_state=cpu proxy"),
+        "fused fp8/bf16 sdpa 0.2 offload=stream activation_offload=inputs optimizer_state=cpu streamed"),
     "FP8, 6 GB": ("fp8", "6gb", LONG, 1024,
         "fused fp8/bf16 sdpa 0.0 offload=stream activation_offload=inputs proxy"),
     "FP8, 4 GB": ("fp8", "4gb", LONG, 1024,
-        "fused nf4/bf16 sdpa 0.0 offload=stream activation_offload=inputs optimizer_state=cpu proxy; "
-        "too large"),
+        "fused nf4/bf16 sdpa 0.0 offload=stream activation_offload=inputs optimizer_state=cpu proxy; over"),
     "FP8, 8 GB, 512": ("fp8", "rtx-4060", LONG, 512,
         "fused fp8/fp8 sdpa 0.9 offload=stream activation_offload=gate_up proxy"),
     "FP8, 8 GB, little host memory": ("fp8", "rtx-4060, host 6", LONG, 1024,
@@ -96,7 +95,7 @@ SITUATIONS = {
     "FP8, 40 GB, no FP8 units": ("fp8", "a100-40gb", LONG + SAMPLES, 1024, "fused fp8/bf16 sdpa 1.0 loaded"),
     "FP8, 141 GB": ("fp8", "h200", LONG + SAMPLES, 1024, "fused fp8/fp8 flash4 1.0 loaded"),
     "FP8, 80 GB, a small share is free": ("fp8", "h100, free 10", LONG + SAMPLES, 1024,
-        "fused fp8/fp8 flash4 0.4 offload=stream activation_offload=gate_up proxy"),
+        "fused fp8/fp8 flash4 0.4 offload=stream activation_offload=gate_up streamed"),
     "FP8, 141 GB, 512": ("fp8", "h200", LONG, 512, "fused fp8/fp8 flash4 1.0 graphs proxy"),
     "FP8, 141 GB, 2048": ("fp8", "h200", LONG, 2048, "fused fp8/fp8 flash4 1.0 proxy"),
     "FP8, 192 GB": ("fp8", "b200", LONG + SAMPLES, 1024, "fused fp8/fp8 flash4 1.0 graphs loaded"),
@@ -158,7 +157,7 @@ SITUATIONS = {
         "fused fp8/fp8 sdpa 1.0 offload=stream activation_offload=outputs proxy"),
     "you want everything kept and at hand": ("fp8", "rtx-4090",
         LONG + memory('activation_budget = 1\noffload = "none"\nactivation_offload = "none"'), 1024,
-        "fused nf4/bf16 sdpa 1.0 optimizer_state=cpu proxy; too large"),
+        "fused nf4/bf16 sdpa 1.0 optimizer_state=cpu proxy; over"),
     "you want NF4": ("fp8", "rtx-4060", LONG + memory('precision = "nf4"'), 1024,
         "fused nf4/bf16 sdpa 0.2 offload=stream activation_offload=gate_up proxy"),
     "you want int8": ("full", "rtx-3090", LONG + memory('precision = "int8"'), 1024,
