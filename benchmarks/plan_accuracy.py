@@ -3,6 +3,7 @@
     python benchmarks/plan_accuracy.py --json out.json               # 63 configurations of the full model
     python benchmarks/plan_accuracy.py --list                        # those, with what each should take
     python benchmarks/plan_accuracy.py --shard 1/2 --seconds 400 --json a.json   # half of them, within a time
+    python benchmarks/plan_accuracy.py --skip a.json --json b.json               # what a run left over
     python benchmarks/plan_accuracy.py --merge a.json b.json --json all.json     # one summary of several
     python benchmarks/plan_accuracy.py --size nano --device cpu --configurations 12   # a try without a GPU
 
@@ -307,7 +308,7 @@ def run(
             reserved = torch.cuda.memory_reserved(device)
     times = [e.seconds for e in events if type(e).__name__ == "StepDone"]
     found: dict[str, Any] = {"ms": 1e3 * statistics.median(times[before:]), "set_up_seconds": set_up_seconds,
-                             "first_step_seconds": times[0]}  # fmt: skip
+                             "step_seconds": times}  # fmt: skip
     if device.type == "cuda":
         found |= {"allocated": peaks["train"], "reserved": torch.cuda.max_memory_reserved(device),
                   "context": total - free - reserved}  # fmt: skip
@@ -377,6 +378,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured steps; 2 where they are slow")
     parser.add_argument("--configurations", type=int, default=63)
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th of them, from the I-th")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], metavar="FILE", help="what these have is not measured"
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
     parser.add_argument("--list", action="store_true", help="print the plans for an H200, run nothing")
     parser.add_argument("--merge", nargs="+", metavar="FILE", help="join results and print their summary")
@@ -391,9 +395,9 @@ def main() -> None:
     real = device.type == "cuda" and not args.list
     hardware = detect_hardware(args.device) if real else named_hardware("h200")
     shard, shards = map(int, args.shard.split("/"))
-    wanted = []
+    wanted, done = [], {r["index"] for f in args.skip for r in json.loads(Path(f).read_text())["rows"]}
     for index, c in enumerate(covering(args.configurations, 1 if args.size == "full" else 8)):
-        if index % shards == shard - 1:
+        if index % shards == shard - 1 and index not in done:
             wanted.append((index, c, plan_of(c, base, hardware)))
     # One precision after the other, and within it what is streamed last: weights are made and moved once.
     wanted.sort(key=lambda w: (w[1].precision, w[1].offload == "stream", w[1].engine, w[0]))
