@@ -20,14 +20,13 @@ from ideoflow.diagnostics.codes.model import (
 )
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.forms import (
-    DENSE,
-    READABLE,
     form_of,
     infer_transformer,
     instead,
     is_original_layout,
     no_number,
     odd_scale,
+    readable,
     unread_file,
 )
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
@@ -335,7 +334,7 @@ def _check_form(part: str, place: Path, config: Mapping[str, Any], span: Span | 
     """Refuses quantisations that cannot be read, and transformers of other models."""
     quantisation = config.get("quantization_config")
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if quantisation and not (method == "bitsandbytes" and part.endswith("transformer")):
+    if quantisation and not (method == "bitsandbytes" and part != "vae"):
         fail(
             UNSUPPORTED_FORM,
             f"{place} is quantised with {method or 'an unknown method'}",
@@ -353,7 +352,7 @@ def _check_form(part: str, place: Path, config: Mapping[str, Any], span: Span | 
 
 
 def _cure(part: str, form: str) -> str:
-    return instead(form) if part.endswith("transformer") else "use the bf16 weights in diffusers' layout"
+    return "use the bf16 weights in diffusers' layout" if part == "vae" else instead(form)
 
 
 def _config(
@@ -460,7 +459,7 @@ def _storage(part: str, place: Path, header: Mapping[str, Any], span: Span | Non
         form, odd, untyped = form_of(header), odd_scale(header), no_number(header)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         fail(BAD_CONFIG, f"a weight file in {place} cannot be used: {error}", span, cure=_AGAIN)
-    if form not in (READABLE if part.endswith("transformer") else DENSE):
+    if form not in readable(part):
         what = "the transformer in " if part.endswith("transformer") else ""
         fail(UNSUPPORTED_FORM, f"{what}{place} is stored as {form}", span, cure=_cure(part, form))
     if odd:

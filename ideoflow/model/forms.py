@@ -29,6 +29,12 @@ _UNREAD = {
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
+def readable(part: str) -> tuple[str, ...]:
+    """The forms in which a part is read. The official releases store text encoder and transformers alike, in
+    FP8 or NF4, and the autoencoder in bf16."""
+    return DENSE if part == "vae" else READABLE
+
+
 def form_of(header: Mapping[str, Any]) -> str:
     """The form that most bytes have: one of :data:`READABLE`, or the name of one that is not read.
 

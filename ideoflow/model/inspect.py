@@ -15,12 +15,12 @@ from ideoflow.model.base import PARTS, WEIGHTED, part_headers, weight_files
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.forms import (
     DENSE,
-    READABLE,
     form_of,
     infer_transformer,
     instead,
     is_original_layout,
     plain_name,
+    readable,
 )
 from ideoflow.model.spec import TransformerSpec
 
@@ -89,7 +89,7 @@ def _report(name: str, place: Path) -> PartReport:
             parameters += prod(tensor["shape"]) * packed
     form, transformer = form_of(header), name.endswith("transformer")
     problems = _transformer_problems(place, header, form) if transformer else []
-    if form not in (READABLE if transformer else DENSE):
+    if form not in readable(name):
         message = f"{place} is stored as {form}"
         problems = [Diagnostic(UNSUPPORTED_FORM, message, cure=instead(form))]
     return PartReport(

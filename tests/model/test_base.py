@@ -247,7 +247,8 @@ def test_pickled_weights_are_not_opened(copy):
 @pytest.mark.parametrize(
     ("part", "config", "method"),
     [
-        ("text_encoder", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ("vae", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ("text_encoder", {"quant_method": "awq"}, "awq"),
         ("unconditional_transformer", {"quant_method": "gguf"}, "gguf"),
         ("transformer", {"quant_method": "sdnq"}, "sdnq"),
         ("text_encoder", {"load_in_8bit": True}, "an unknown method"),
@@ -299,7 +300,8 @@ def test_nf4_storage(copy):
     [
         ("transformer", torch.int8, "int8"),
         ("unconditional_transformer", torch.float8_e5m2, "F8_E5M2"),
-        ("text_encoder", FP8, "fp8"),
+        ("text_encoder", torch.int8, "int8"),
+        ("vae", FP8, "fp8"),
         ("vae", torch.int8, "int8"),
     ],
 )
@@ -307,7 +309,7 @@ def test_storage_that_is_not_read(copy, part, dtype, name):
     store(copy, part, {"w.weight": torch.zeros(8, 8).to(dtype)})
     diagnostic = located(copy)
     assert diagnostic.code is codes.UNSUPPORTED_FORM and f"stored as {name}" in diagnostic.message
-    assert ("NF4" in diagnostic.cure) == part.endswith("transformer")
+    assert ("NF4" in diagnostic.cure) == (part != "vae")
 
 
 @pytest.mark.parametrize(

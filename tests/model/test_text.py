@@ -1,12 +1,18 @@
 """Text features against ``Ideogram4Pipeline.encode_prompt`` and the transformer's own projection."""
 
+import json
+
+import bitsandbytes.functional as bnb
 import pytest
 import torch
+from checkpoint_forms import to_fp8
 from diffusers import Ideogram4Transformer2DModel
+from safetensors.torch import load_file, save_file
 
 from ideoflow.diagnostics import IdeoflowError, Span, fail
 from ideoflow.diagnostics.codes import model as codes
 from ideoflow.model import text
+from ideoflow.model.base import locate_base
 from ideoflow.model.text import TextEncoder, tokenize
 from ideoflow.plan import memory
 
@@ -35,6 +41,47 @@ def test_projected_features_are_the_transformers(encoder, nano_folder, pipeline,
     with torch.no_grad():
         theirs = model.llm_cond_proj(model.llm_cond_norm(encoded_by_the_pipeline(pipeline, caption)))
     torch.testing.assert_close(encoder.encode(caption), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("form", ["FP8", "NF4"])
+def test_an_encoder_as_the_official_releases_store_it(copy, encoder, form, sharded):
+    """In FP8 every Linear has a scale a row, and config.json a flag; in NF4 both are bitsandbytes'."""
+    part = copy / "text_encoder"
+    (file,) = part.glob("*.safetensors")
+    dense = load_file(file)
+    linears = {n for n in dense if n.endswith("_proj.weight")}
+    stored, exact = dict(dense), dict(dense)
+    for name in linears:
+        if form == "FP8":
+            made = to_fp8({name: dense[name]}, "[out]")
+            exact[name] = made[name].float() * made[f"{name}_scale"][:, None]
+        else:
+            packed, state = bnb.quantize_4bit(dense[name], quant_type="nf4")
+            made = {name: packed} | {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+            exact[name] = bnb.dequantize_4bit(packed, state)
+        stored |= made
+    config = json.loads((part / "config.json").read_text())
+    mark = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config |= {"ideogram_fp8_weight_only": True} if form == "FP8" else {"quantization_config": mark}
+    (part / "config.json").write_text(json.dumps(config))
+    file.unlink()
+    names = sorted(stored)
+    shards = {"a": names[: len(names) // 2], "b": names[len(names) // 2 :]} if sharded else {"model": names}
+    for shard, inside in shards.items():
+        save_file({n: stored[n] for n in inside}, part / f"{shard}.safetensors", {"format": "pt"})
+    if sharded:
+        places = {n: f"{shard}.safetensors" for shard, inside in shards.items() for n in inside}
+        (part / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert locate_base(str(copy)).present
+    found = TextEncoder(copy, dtype=torch.float32, device=torch.device("cpu"), max_tokens=2048)
+    features = found.encode(CAPTIONS[1])
+    for file in part.glob("*.safetensors*"):
+        file.unlink()
+    save_file(exact, part / "model.safetensors", {"format": "pt"})
+    rounded = TextEncoder(copy, dtype=torch.float32, device=torch.device("cpu"), max_tokens=2048)
+    torch.testing.assert_close(features, rounded.encode(CAPTIONS[1]))
+    assert not torch.equal(features, encoder.encode(CAPTIONS[1]))
 
 
 def test_the_token_ids_are_the_pipelines_length(encoder, pipeline):
