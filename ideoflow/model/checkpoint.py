@@ -179,12 +179,19 @@ class Checkpoint:
         return values, self._scale(source, source.rows_here, device)
 
     def four_bit(self, name: str, device: torch.device) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """(packed codes, what bitsandbytes keeps beside them) exactly as stored, or ``None``."""
+        """(packed codes, what bitsandbytes keeps beside them) exactly as stored, or ``None``.
+
+        ``None`` also for a third of a fused tensor whose blocks of numbers do not end where its rows do.
+        """
         source = self.sources[name]
-        if ".absmax" not in source.sides or source.third is not None:
+        if ".absmax" not in source.sides:
             return None
         sides = {side.removeprefix("."): place.read(device) for side, place in source.sides.items()}
-        return source.place.read(device), sides
+        packed = source.place.read(device)
+        if source.third is None:
+            return packed, sides
+        cut = _third_of_four_bit(sides, source)
+        return (_third(packed, source), cut) if cut else None
 
     def _stored(self, source: _Source, count: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """The stored numbers by ``count`` rows."""
@@ -223,6 +230,21 @@ def _places(file: Path) -> Iterator[_Place]:
             raise ValueError(f"{key} is of the type {facts['dtype']}, which no base has")
         start = data + int(facts["data_offsets"][0])
         yield _Place(file, key, start, tuple(facts["shape"]), _DTYPES[facts["dtype"]])
+
+
+def _third_of_four_bit(sides: dict[str, Tensor], source: _Source) -> dict[str, Tensor] | None:
+    """What stands beside one third of the codes; None where a block of numbers, or of scales, is cut."""
+    from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
+
+    mark = next(side for side in sides if side.startswith("quant_state."))
+    facts = unpack_tensor_to_dict(sides[mark].cpu())
+    rows, *others = facts["shape"]
+    numbers, block = prod(facts["shape"]) // 3, facts["blocksize"]
+    nested = facts.get("nested_blocksize", 1) if "nested_absmax" in sides else 1
+    if rows % 3 or numbers % (block * nested):
+        return None
+    cut = {side: _third(sides[side], source) for side in ("absmax", "nested_absmax") if side in sides}
+    return sides | cut | {mark: pack_dict_to_tensor(facts | {"shape": [rows // 3, *others]})}
 
 
 def _third(whole: Tensor, source: _Source) -> Tensor:

@@ -72,4 +72,5 @@ FORMS: dict[str, tuple[Any, float]] = {
     ),
     "NF4": (lambda s: to_nf4(s, nested=False), 0.2),
     "NF4, nested": (lambda s: to_nf4(s, nested=True), 0.2),
+    "original layout, NF4": (lambda s: to_nf4(fuse(s), nested=False), 0.2),
 }

@@ -18,6 +18,8 @@ from ideoflow.diagnostics import IdeoflowError
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.step import accumulate, accumulate_packed, predict_velocity, prepare
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear, quantize_int8, quantize_weight
+from ideoflow.model.checkpoint import Checkpoint
+from ideoflow.model.four_bit import stored_state
 from ideoflow.model.load import load_transformer
 
 CPU = torch.device("cpu")
@@ -92,6 +94,27 @@ def test_four_bits_are_kept_as_stored(nano_folder: Path, stored: Any, dense: Any
             assert torch.equal(module.weight.data, expected[f"{name}.weight"])
             assert torch.equal(module.weight.quant_state.absmax, expected[f"{name}.weight.absmax"])
             assert module.weight.quant_state.nested == nested
+
+
+@pytest.mark.parametrize(("columns", "nested"), [(256, True), (256, False), (64, False)])
+def test_a_third_of_fused_four_bits_is_kept_as_stored(tmp_path: Path, columns: int, nested: bool) -> None:
+    """As the NF4 release in the original layout has q, k and v."""
+    weight = torch.randn(3 * 64, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    name, parts = "layers.0.attention.qkv.weight", ("to_q", "to_k", "to_v")
+    save_file(to_nf4({name: weight}, nested), tmp_path / "x.safetensors")
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    for part, third in zip(parts, bnb.dequantize_4bit(packed, state).chunk(3), strict=True):
+        found = Checkpoint(tmp_path / "x.safetensors").four_bit(f"layers.0.attention.{part}.weight", CPU)
+        assert found is not None
+        kept = stored_state(found[1], torch.bfloat16, CPU)
+        assert kept.shape == (64, columns) and kept.nested == nested
+        assert torch.equal(bnb.dequantize_4bit(found[0], kept), third)
+
+
+def test_a_third_that_cuts_a_block_of_scales_is_rounded_again(tmp_path: Path) -> None:
+    weight = {"layers.0.attention.qkv.weight": torch.randn(3 * 64, 64).bfloat16()}
+    save_file(to_nf4(weight, nested=True), tmp_path / "x.safetensors")
+    assert Checkpoint(tmp_path / "x.safetensors").four_bit("layers.0.attention.to_k.weight", CPU) is None
 
 
 def test_rounding_a_row_to_integers() -> None:
