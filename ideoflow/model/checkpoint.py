@@ -248,4 +248,5 @@ def _third_of_four_bit(sides: dict[str, Tensor], source: _Source) -> dict[str, T
 
 
 def _third(whole: Tensor, source: _Source) -> Tensor:
-    return whole if source.third is None else whole.chunk(3)[source.third]
+    """The part that is asked for, in memory of its own: the other two must not stay for its sake."""
+    return whole if source.third is None else whole.chunk(3)[source.third].clone()

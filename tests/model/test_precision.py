@@ -109,6 +109,7 @@ def test_a_third_of_fused_four_bits_is_kept_as_stored(tmp_path: Path, columns: i
         kept = stored_state(found[1], torch.bfloat16, CPU)
         assert kept.shape == (64, columns) and kept.nested == nested
         assert torch.equal(bnb.dequantize_4bit(found[0], kept), third)
+        assert found[0].untyped_storage().nbytes() == 64 * columns // 2, "the other two are not kept"
 
 
 def test_a_third_that_cuts_a_block_of_scales_is_rounded_again(tmp_path: Path) -> None:
