@@ -91,7 +91,7 @@ def _stats(args: argparse.Namespace) -> int:
         )
         for h in found.holdings
     ]
-    columns = ("kind", "base", "type", "entries", "twice", "files", "size", "days unused")
+    columns = ("kind", "encoder", "type", "entries", "twice", "files", "size", "days unused")
     words = f"{found.folder}: {disk(sum(h.bytes for h in found.holdings))}"
     words += f"; the index takes {disk(found.index_bytes)} of memory"
     if found.damaged or found.leftovers:

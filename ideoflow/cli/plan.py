@@ -108,7 +108,7 @@ class _Planner:
         )
         dataset, prompts = read_dataset(self.recipe), read_prompts(self.recipe)
         show(dataset.warnings)
-        here = None if args.gpu else self.base.digest  # what is cached here is not on another machine
+        here = None if args.gpu else self.base  # what is cached here is not on another machine
         self.data: DataSummary | None = with_encoding(dataset.summary(), self.recipe, dataset, prompts, here)
         self.prompts = len(prompts)
         self.calibration, warnings = load_calibration()

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,6 +26,7 @@ from ideoflow.data.keys import DIGESTS, Keys, PictureDigests, share_of
 from ideoflow.data.pixels import load_pixels
 from ideoflow.data.survey import Sample
 from ideoflow.diagnostics import Diagnostic, IdeoflowError
+from ideoflow.model.base import BaseFacts
 from ideoflow.model.latents import encode_pixels
 from ideoflow.model.load import load_vae
 from ideoflow.model.spec import PIXELS_PER_TOKEN
@@ -62,31 +62,29 @@ class Encoder:
     """Encodes for one base, in one type, on one device; keeps what it made in a cache.
 
     Args:
-        folder: of the base.
-        transformer: a single file that takes the place of its transformer.
+        base: one that is there.
         captions: how captions are varied, and how long they may be.
         rank, ranks: of several processes that fill one cache, this one encodes only its share.
     """
 
     def __init__(
         self,
-        folder: Path,
-        base_digest: str,
+        base: BaseFacts,
         cache: TensorCache,
         *,
         dtype: torch.dtype,
         device: torch.device,
         captions: CaptionSettings,
-        transformer: Path | None = None,
         progress: Progress = lambda *_: None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.folder, self.transformer = folder, transformer
+        assert base.folder is not None, "the base is fetched before the engine starts"
+        self.folder, self.transformer = base.folder, base.files.get("transformer")
         self.cache, self.captions = cache, captions
         self.dtype, self.device = dtype, device
         self.progress, self.rank, self.ranks = progress, rank, ranks
-        self.keys = Keys(base_digest, dtype_name(dtype), captions.max_tokens)
+        self.keys = Keys.of(base, dtype_name(dtype), captions.max_tokens)
         self.digests = PictureDigests(cache.folder / DIGESTS)
 
     def texts(self, sample: Sample) -> tuple[str, ...]:
@@ -99,7 +97,7 @@ class Encoder:
         Raises:
             IdeoflowError: with every caption that is too long; all the others are cached by then.
         """
-        missing = self._missing({self.keys.text(c): c for c in captions})
+        missing = self._missing({self.keys.caption(c): c for c in captions})
         if not missing:
             return 0
         self.progress("captions", 0, len(missing))
@@ -141,7 +139,7 @@ class Encoder:
         keys = iter(tokens)
         for features in groups:
             for value in features:
-                self.cache.put(next(keys), value, kind="text", base=self.keys.base)
+                self.cache.put(next(keys), value, kind="text", base=self.keys.text)
             self.cache.close()  # and is written while the next ones are encoded
         return problems
 
@@ -163,7 +161,7 @@ class Encoder:
                 if isinstance(latents, IdeoflowError):
                     problems.extend(latents.diagnostics)  # one bad picture must not hide the next
                 else:
-                    self.cache.put(key, latents, kind="latents", base=self.keys.base)
+                    self.cache.put(key, latents, kind="latents", base=self.keys.vae)
                 self.progress("pictures", done, len(missing))
         finally:
             self.cache.flush()
@@ -178,7 +176,7 @@ class Encoder:
         return [
             Encoded(
                 key,
-                tuple(self.keys.text(c) for c in self.texts(s)),
+                tuple(self.keys.caption(c) for c in self.texts(s)),
                 (s.size[1] // PIXELS_PER_TOKEN, s.size[0] // PIXELS_PER_TOKEN),
             )
             for key, s in zip(self._latents_keys(samples), samples, strict=True)
@@ -186,7 +184,7 @@ class Encoder:
 
     def text_features(self, caption: str) -> Tensor:
         """Cached projected features (tokens, hidden) of a caption that was encoded before."""
-        return self.cache.get(self.keys.text(caption))
+        return self.cache.get(self.keys.caption(caption))
 
     def _latents_keys(self, samples: Sequence[Sample]) -> list[str]:
         digests = self.digests.of([s.picture for s in samples])

@@ -14,6 +14,8 @@ from ideoflow.data.captions import caption_variants
 from ideoflow.data.memory import FileMemory, stamps
 from ideoflow.data.pictures import Stored, container, picture_digest, stored_name
 from ideoflow.data.survey import Dataset, Prompt, Sample
+from ideoflow.model.base import NANO, BaseFacts, safetensors_header, weight_files
+from ideoflow.model.digest import sampled_digest, samples
 from ideoflow.plan.document import Cached, DataSummary
 from ideoflow.recipe import CaptionSettings, Recipe
 from ideoflow.resources import user_cache
@@ -25,6 +27,8 @@ DTYPES = ("float32", "bfloat16")
 # Where a cache keeps the digests of the pictures that it has met.
 DIGESTS = "pictures.sqlite"
 
+# Files that decide what becomes of a caption: weights, configurations, vocabularies, chat templates.
+_TEXT_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 _READERS = 8
 # Captions with their variants that a plan looks up.
 _LOOK_AT_MOST = 50_000
@@ -43,30 +47,67 @@ def cache_folder(asked: str | None) -> Path:
 
 @dataclass(frozen=True)
 class Keys:
-    """Names what is encoded by one base, in one type; ``dtype`` as torch calls it, such as ``bfloat16``."""
+    """Names what is encoded by one base, in one type.
 
-    base: str
+    Args:
+        vae: digest of what encodes pictures.
+        text: digest of what encodes captions.
+        dtype: as torch calls it, such as ``bfloat16``.
+        max_tokens: of a caption.
+    """
+
+    vae: str
+    text: str
     dtype: str
     max_tokens: int
 
-    def text(self, caption: str) -> str:
+    @classmethod
+    def of(cls, base: BaseFacts, dtype: str, max_tokens: int) -> Keys:
+        """Those of a base that is there, or of one that is not yet."""
+        return cls(*encoder_digests(base), dtype, max_tokens)
+
+    def caption(self, caption: str) -> str:
         """Key of the projected features of a caption (canonical JSON)."""
         # max_tokens belongs to it: a lower limit must refuse captions that a higher one let through.
         return cache_key(
-            "text", base=self.base, dtype=self.dtype, max_tokens=self.max_tokens, caption=caption
+            "text", base=self.text, dtype=self.dtype, max_tokens=self.max_tokens, caption=caption
         )
 
     def latents(self, sample: Sample, digest: str) -> str:
         """Key of the latents of a sample, whose picture's file has this digest."""
         return cache_key(
             "latents",
-            base=self.base,
+            base=self.vae,
             dtype=self.dtype,
             size=sample.size,
             window=sample.geometry.window,
             flip=sample.geometry.flip,
             pixels=digest,
         )
+
+
+def encoder_digests(base: BaseFacts) -> tuple[str, str]:
+    """(of what encodes pictures, of what encodes captions): all that cached values depend on in a base.
+
+    Captions are projected by three tensors of the transformer; its other weights, and the second transformer,
+    change nothing that is cached.
+
+    Raises:
+        IdeoflowError: when the base cannot be read any more.
+    """
+    if not base.present or base.folder is None or base.name == NANO:
+        return base.digest, base.digest
+    encoder = sampled_digest(base.folder, only=("text_encoder", "tokenizer"), suffixes=_TEXT_FILES)
+    text = hashlib.sha256(encoder.encode())
+    for file in weight_files(base.files.get("transformer", base.folder / "transformer")):
+        tensors, _ = safetensors_header(file)
+        data = file.stat().st_size - max((t["data_offsets"][1] for t in tensors.values()), default=0)
+        for name in sorted(n for n in tensors if "llm_cond_" in n):
+            begin, end = tensors[name].pop("data_offsets")
+            text.update(f"{name[name.index('llm_cond_') :]} {tensors[name]}".encode())
+            for sample in samples(file, data + begin, end - begin):
+                text.update(sample)
+    return sampled_digest(base.folder, only=("vae",)), text.hexdigest()
 
 
 def share_of(key: str, rank: int, ranks: int) -> bool:
@@ -81,19 +122,19 @@ def needed_keys(
 
     ``digests`` are those of the samples' pictures; an empty one is of a picture that is not known yet.
     """
-    texts = {keys.text(c) for s in dataset.samples for c in caption_variants(s.captions, captions)}
-    texts |= {keys.text(p.caption) for p in prompts}
+    texts = {keys.caption(c) for s in dataset.samples for c in caption_variants(s.captions, captions)}
+    texts |= {keys.caption(p.caption) for p in prompts}
     latents = {keys.latents(s, digest) for s, digest in zip(dataset.samples, digests, strict=True)}
     return texts, latents
 
 
 def with_encoding(
-    summary: DataSummary, recipe: Recipe, dataset: Dataset, prompts: Sequence[Prompt], base: str | None
+    summary: DataSummary, recipe: Recipe, dataset: Dataset, prompts: Sequence[Prompt], base: BaseFacts | None
 ) -> DataSummary:
     """The summary of a data set with how much there is to encode, and what of it is cached.
 
-    ``base`` is the base's digest, or None to leave the cache aside. Reads no picture: one whose digest is not
-    remembered counts as not cached. Sets so large that looking would take seconds are only counted.
+    ``base`` is None where the cache is to be left aside. Reads no picture: one whose digest is not remembered
+    counts as not cached. Sets so large that looking would take seconds are only counted.
     """
     captions, samples = recipe.tables.captions, dataset.samples
     if len(samples) * captions.most_variants > _LOOK_AT_MOST:
@@ -109,11 +150,11 @@ def with_encoding(
     index.refresh()
     digests = PictureDigests(folder / DIGESTS).known([s.picture for s in samples])
     texts |= {p.caption for p in prompts}
-    found = []
+    keys, found = Keys.of(base, "", captions.max_tokens), []
     for dtype in DTYPES:
-        keys = Keys(base, dtype, captions.max_tokens)
+        keys = replace(keys, dtype=dtype)
         latents = {keys.latents(s, digest) for s, digest in zip(samples, digests, strict=True) if digest}
-        counts = (int(index.has(wanted).sum()) for wanted in (list(map(keys.text, texts)), list(latents)))
+        counts = (int(index.has(wanted).sum()) for wanted in (list(map(keys.caption, texts)), list(latents)))
         found.append(Cached(dtype, *counts))
     return replace(summary, cached=tuple(c for c in found if c.captions or c.crops))
 

@@ -65,7 +65,7 @@ class Shard:
         name: of the file, within the cache's folder.
         size: of the file, in bytes.
         kind: ``latents`` or ``text``.
-        base: digest of the base model.
+        base: digest of the part of the base that encoded them.
         dtype: as safetensors writes it, such as ``BF16``.
         columns: numbers in each row of an entry.
         entries: how many there are.

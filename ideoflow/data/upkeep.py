@@ -227,7 +227,7 @@ def keys_of_recipe(path: str | Path) -> set[str]:
     )
     digests = PictureDigests(cache_folder(recipe.tables.cache.folder) / DIGESTS)
     pictures = digests.of([s.picture for s in dataset.samples])
-    kinds = (Keys(base.digest, dtype, captions.max_tokens) for dtype in DTYPES)
+    kinds = (Keys.of(base, dtype, captions.max_tokens) for dtype in DTYPES)
     return set().union(*(key for k in kinds for key in needed_keys(k, dataset, prompts, captions, pictures)))
 
 

@@ -53,15 +53,12 @@ class Built:
 
 def make_encoder(plan: Plan, emit: Emit, rank: int = 0, ranks: int = 1) -> Encoder:
     """The encoder that the plan asks for, with its cache."""
-    assert plan.base.folder is not None, "the base is fetched before the engine starts"
     return Encoder(
-        plan.base.folder,
-        plan.base.digest,
+        plan.base,
         TensorCache(cache_folder(plan.tables.cache.folder)),
         dtype=getattr(torch, str(plan.value("cache_dtype"))),
         device=plan_device(plan),
         captions=plan.tables.captions,
-        transformer=plan.base.files.get("transformer"),
         progress=lambda *news: emit(Progress(*news)),
         rank=rank,
         ranks=ranks,

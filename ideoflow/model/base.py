@@ -73,7 +73,7 @@ class BaseFacts:
         present: whether it is there now.
         storage: form of the transformer's weights in the files: ``bf16``, ``float16``, ``float32``, ``fp8``
             (e4m3 with scales) or ``nf4`` (bitsandbytes).
-        digest: changes when the weights change; keys the caches.
+        digest: changes when the weights change.
         has_unconditional: whether the second transformer, for true asymmetric guidance, is there.
         files: single files that take the place of a part's folder.
         parts: where the parts beside a single file come from, as the recipe says; None for a whole base.

@@ -10,7 +10,10 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def sampled_digest(
-    folder: Path | None, single: Mapping[str, Path] | None = None, only: Collection[str] = ()
+    folder: Path | None,
+    single: Mapping[str, Path] | None = None,
+    only: Collection[str] = (),
+    suffixes: Collection[str] = (".safetensors", ".json"),
 ) -> str:
     """SHA-256 over names, sizes and evenly spaced samples of every file.
 
@@ -21,27 +24,28 @@ def sampled_digest(
         folder: all weights and configurations below it count.
         single: single files that count as well, by a name.
         only: the sub-folders that count, if not all do.
+        suffixes: of the files that count.
     """
     digest = hashlib.sha256()
     files = dict(single or {})
     for file in folder.rglob("*") if folder else ():
         name = file.relative_to(folder or file).as_posix()
         counts = not only or name.partition("/")[0] in only
-        if counts and file.suffix in (".safetensors", ".json") and file.is_file():
+        if counts and file.suffix in suffixes and file.is_file():
             files[name] = file
     for name, file in sorted(files.items()):
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())
-        for sample in _samples(file):
+        for sample in samples(file, 0, file.stat().st_size):
             digest.update(sample)
     return digest.hexdigest()
 
 
-def _samples(file: Path) -> Iterator[bytes]:
-    size = file.stat().st_size
+def samples(file: Path, begin: int, size: int) -> Iterator[bytes]:
+    """Evenly spaced samples of ``size`` bytes of a file; all of them where they are few."""
     with file.open("rb") as stream:
         for i in range(_SAMPLES):
             start = i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1)
-            stream.seek(start)
-            yield stream.read(_SAMPLE_BYTES)
+            stream.seek(begin + start)
+            yield stream.read(min(size - start, _SAMPLE_BYTES))
             if size <= _SAMPLE_BYTES:
                 return

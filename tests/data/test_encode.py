@@ -38,8 +38,8 @@ def encoder_for(nano_base, tmp_path):
         options = {"dtype": torch.float32, "device": CPU} | changes
         options["captions"] = CaptionSettings(**options.pop("captions", {}))
         cache = options.pop("cache", None) or TensorCache(tmp_path / "cache")
-        digest = options.pop("base_digest", nano_base.digest)
-        return Encoder(nano_base.folder, digest, cache, **options)
+        base = replace(nano_base, digest=options.pop("base_digest", nano_base.digest))
+        return Encoder(base, cache, **options)
 
     return make
 
@@ -239,7 +239,7 @@ def test_processes_share_the_work(encoder_for, samples, ranks, monkeypatch):
     assert len(held) == len(set(held)) == 11, "nothing twice"
 
 
-def _encode_until_killed(folder, base, cache, samples, log):
+def _encode_until_killed(base, cache, samples, log):
     """In a process of its own: fills a cache in shards of 64 KiB, and notes the bytes of what it encoded."""
     torch.set_num_threads(1)
     for module in (cache_module, encode):
@@ -252,7 +252,7 @@ def _encode_until_killed(folder, base, cache, samples, log):
 
     encode.encode_pixels = lambda *args: note(pixels(*args))
     TextEncoder.encode_tokens = lambda *args, **options: map(note, tokens(*args, **options))
-    made = Encoder(folder, base, TensorCache(cache), dtype=torch.float32, device=CPU,
+    made = Encoder(base, TensorCache(cache), dtype=torch.float32, device=CPU,
                    captions=CaptionSettings())  # fmt: skip
     made.encode_captions([s.caption for s in samples])
     made.encode_pictures(samples)
@@ -279,8 +279,7 @@ def test_kills_at_any_moment_cost_at_most_a_shard(nano_base, folder, picture, re
     with log.open("ab", buffering=0) as stream:
         while True:
             process = context.Process(
-                target=_encode_until_killed,
-                args=(nano_base.folder, nano_base.digest, cache, samples, stream.fileno()),
+                target=_encode_until_killed, args=(nano_base, cache, samples, stream.fileno())
             )
             before = len(noted())
             process.start()
@@ -307,7 +306,7 @@ def test_kills_at_any_moment_cost_at_most_a_shard(nano_base, folder, picture, re
 
     truth = TensorCache(cache)
     vae = load_vae(nano_base.folder, dtype=torch.float32, device=CPU)
-    made = Encoder(nano_base.folder, nano_base.digest, truth, dtype=torch.float32, device=CPU,
+    made = Encoder(nano_base, truth, dtype=torch.float32, device=CPU,
                    captions=CaptionSettings())  # fmt: skip
     text = TextEncoder(nano_base.folder, dtype=torch.float32, device=CPU, max_tokens=2048)
     for sample, where in list(zip(samples, made.encoded(samples), strict=True))[::7]:

@@ -1,11 +1,13 @@
 """Keys follow everything that an encoded value depends on, and nothing else."""
 
 import os
+import shutil
 import sqlite3
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ideoflow.captions.boxes import Geometry
 from ideoflow.data import keys as module
@@ -15,15 +17,16 @@ from ideoflow.data.keys import Keys, PictureDigests, share_of, with_encoding
 from ideoflow.data.pictures import TarMember, picture_digest
 from ideoflow.data.survey import Prompt, Sample, read_dataset
 from ideoflow.diagnostics import IdeoflowError
+from ideoflow.model.base import locate_base
 from ideoflow.plan.document import Cached
 
-KEYS = Keys("base", "bfloat16", 2048)
+KEYS = Keys("vae", "text", "bfloat16", 2048)
 
 
 def test_a_caption_s_key_changes_with_what_counts():
-    other = [replace(KEYS, base="c"), replace(KEYS, dtype="float32"), replace(KEYS, max_tokens=100)]
-    found = {KEYS.text("a"), KEYS.text("b"), *(k.text("a") for k in other)}
-    assert len(found) == 5 and Keys("base", "bfloat16", 2048).text("a") in found
+    other = [replace(KEYS, text="c"), replace(KEYS, dtype="float32"), replace(KEYS, max_tokens=100)]
+    found = {KEYS.caption("a"), KEYS.caption("b"), *(k.caption("a") for k in other)}
+    assert len(found) == 5 and Keys("vae", "text", "bfloat16", 2048).caption("a") in found
     assert all(len(key) == 32 and int(key, 16) >= 0 for key in found)
 
 
@@ -35,7 +38,7 @@ def test_a_picture_s_key_changes_with_what_counts(tmp_path):
         replace(sample, geometry=replace(sample.geometry, flip=True)),
     ]
     found = {KEYS.latents(s, "p") for s in (sample, *changed)}
-    found |= {KEYS.latents(sample, "q"), replace(KEYS, base="c").latents(sample, "p")}
+    found |= {KEYS.latents(sample, "q"), replace(KEYS, vae="c").latents(sample, "p")}
     found |= {replace(KEYS, dtype="float32").latents(sample, "p")}
     assert len(found) == 7
     # Neither words nor the length that captions may have nor the file's name touch the pixels.
@@ -45,9 +48,65 @@ def test_a_picture_s_key_changes_with_what_counts(tmp_path):
     }
 
 
+def change_weights(part, *, only=""):
+    """Other numbers in the tensors of a part whose names begin so."""
+    for file in part.glob("*.safetensors"):
+        tensors = load_file(file)
+        changed = {n: t + 1 if n.startswith(only) else t for n, t in tensors.items()}
+        save_file(changed, file, {"format": "pt"})
+
+
+def append(file, text):
+    file.write_text(file.read_text() + text)
+
+
+CHANGES = {
+    "autoencoder": (lambda f: change_weights(f / "vae"), {"latents"}),
+    "text encoder": (lambda f: change_weights(f / "text_encoder"), {"caption"}),
+    "configuration": (lambda f: append(f / "text_encoder/config.json", " "), {"caption"}),
+    "chat template": (lambda f: (f / "tokenizer/chat_template.jinja").write_text("other"), {"caption"}),
+    "projection": (lambda f: change_weights(f / "transformer", only="llm_cond_"), {"caption"}),
+    "blocks": (lambda f: change_weights(f / "transformer", only="layers."), set()),
+    "second transformer": (lambda f: shutil.rmtree(f / "unconditional_transformer"), set()),
+    "names of files": (lambda f: (f / "README.json").write_text("{}"), set()),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_base_changes_the_keys_of_what_it_encodes_differently(nano_base, tmp_path, what):
+    folder = tmp_path / "base"
+    shutil.copytree(nano_base.folder, folder)
+    change, expected = CHANGES[what]
+    before = Keys.of(locate_base(str(folder)), "float32", 99)
+    change(folder)
+    after = Keys.of(locate_base(str(folder)), "float32", 99)
+    sample = Sample(tmp_path / "a.png", (64, 96), Geometry(100, 150, (0, 0, 100, 150)), "caption")
+    changed = {"caption"} if before.caption("a") != after.caption("a") else set()
+    changed |= {"latents"} if before.latents(sample, "p") != after.latents(sample, "p") else set()
+    assert changed == expected
+
+
+def test_a_projection_from_a_single_file_has_its_own_keys(nano_base, tmp_path):
+    """The same numbers under ComfyUI's names give the same keys, others do not."""
+    tensors = load_file(next((nano_base.folder / "transformer").glob("*.safetensors")))
+    for name, add in (("same", 0), ("other", 1)):
+        named = {f"model.diffusion_model.{n}": t + add for n, t in tensors.items()}
+        save_file(named, tmp_path / f"{name}.safetensors")
+    parts = str(nano_base.folder)
+    whole, same, other = (
+        Keys.of(base, "float32", 99)
+        for base in (
+            locate_base(parts),
+            locate_base(str(tmp_path / "same.safetensors"), parts=parts),
+            locate_base(str(tmp_path / "other.safetensors"), parts=parts),
+        )
+    )
+    assert same == whole and (other.vae, other.text != whole.text) == (whole.vae, True)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_shares_are_even_and_cover_everything_once(ranks):
-    keys = [KEYS.text(str(n)) for n in range(2000)]
+    keys = [KEYS.caption(str(n)) for n in range(2000)]
     owners = [[r for r in range(ranks) if share_of(key, r, ranks)] for key in keys]
     assert all(len(o) == 1 for o in owners)
     counts = [sum(o == [r] for o in owners) for r in range(ranks)]
@@ -139,19 +198,19 @@ def project(folder, picture, recipe):
 def test_a_plan_counts_what_is_to_be_encoded(project, folder, nano_base, settled):
     dataset, prompts = read_dataset(project), (Prompt("p", "a prompt"), Prompt("q", "another"))
 
-    def summary(base=nano_base.digest):
+    def summary(base=nano_base):
         return with_encoding(dataset.summary(), project, dataset, prompts, base)
 
     assert summary().captions == 5 + 1, "two pictures share a caption without elements"
     assert summary().cached == ()
-    encoder = Encoder(nano_base.folder, nano_base.digest, TensorCache(folder.parent / "cache"),
+    encoder = Encoder(nano_base, TensorCache(folder.parent / "cache"),
                       dtype=torch.float32, device=torch.device("cpu"),
                       captions=project.tables.captions)  # fmt: skip
     encoder.encode_captions([*encoder.texts(dataset.samples[0]), "a prompt"])
     encoder.encode_pictures(dataset.samples[:2])
     assert summary().cached == (Cached("float32", 6, 2),)
     assert summary().cached_as("bfloat16") == Cached("bfloat16", 0, 0)
-    assert summary("another base").cached == () and summary(None).cached == ()
+    assert summary(replace(nano_base, digest="another")).cached == () and summary(None).cached == ()
     (folder / "1.png").touch()  # may have changed: unknown until it is read
     assert summary().cached == (Cached("float32", 6, 1),)
 
@@ -159,5 +218,5 @@ def test_a_plan_counts_what_is_to_be_encoded(project, folder, nano_base, settled
 def test_very_large_sets_are_only_counted(project, nano_base, monkeypatch):
     monkeypatch.setattr(module, "_LOOK_AT_MOST", 10)
     dataset = read_dataset(project)
-    found = with_encoding(dataset.summary(), project, dataset, (), nano_base.digest)
+    found = with_encoding(dataset.summary(), project, dataset, (), nano_base)
     assert found.captions == 15 and found.cached == ()

@@ -167,5 +167,5 @@ def test_the_keys_of_a_recipe_are_those_of_its_samples(folder, picture, recipe, 
     found = keys_of_recipe(file)
     samples = read_dataset(recipe("", "[captions]\nmax_tokens = 99")).samples
     for dtype in ("float32", "bfloat16"):
-        assert {Keys(nano_base.digest, dtype, 99).text(s.caption) for s in samples} <= found
+        assert {Keys.of(nano_base, dtype, 99).caption(s.caption) for s in samples} <= found
     assert len(found) == 8
