@@ -30,6 +30,8 @@ DIGESTS = "pictures.sqlite"
 # Files that decide what becomes of a caption: weights, configurations, vocabularies, chat templates.
 _TEXT_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 _READERS = 8
+# Pictures that are read anew after a kill, at most.
+_REMEMBERED_TOGETHER = 2048
 # Captions with their variants that a plan looks up.
 _LOOK_AT_MOST = 50_000
 
@@ -180,6 +182,8 @@ class PictureDigests:
         known = dict(zip(names, self.memory.get(list(names.values()), list(versions.values())), strict=True))
         unknown = [p for p, digest in known.items() if digest is None]
         with ThreadPoolExecutor(_READERS) as pool:
-            known.update(zip(unknown, pool.map(picture_digest, unknown), strict=True))
-        self.memory.put((names[p], versions[p], known[p]) for p in unknown)
+            for start in range(0, len(unknown), _REMEMBERED_TOGETHER):
+                part = unknown[start : start + _REMEMBERED_TOGETHER]
+                known.update(zip(part, pool.map(picture_digest, part), strict=True))
+                self.memory.put((names[p], versions[p], known[p]) for p in part)
         return [known[p] for p in pictures]

@@ -20,7 +20,11 @@ from PIL import Image, UnidentifiedImageError
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.data import BAD_PICTURE
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
+                              ".avif", ".jp2", ".tga", ".ppm"})  # fmt: skip
+# Of telephones, cameras and programs for drawing.
+UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf",
+                             ".rw2", ".psd", ".xcf", ".svg", ".exr"})  # fmt: skip
 _ORIENTATION_TAG = 0x0112
 # What Pillow's readers raise for damaged files; none of them promises less.
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError,
@@ -145,12 +149,20 @@ def _column_chunk(file: Path, column: str, group: int) -> Any:
 
 def find_pictures(folder: Path) -> list[Path]:
     """Every picture in a folder and its sub-folders, sorted; hidden files and folders are left out."""
+    return sorted(p for p in visible_files(folder) if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
 
-    def hidden(file: Path) -> bool:
-        return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
-    return sorted(p for p in files if p.is_file() and not hidden(p))
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Files of a folder and its sub-folders, also of those that links lead to; hidden ones are left out."""
+    entered = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        facts = Path(place).stat()
+        if (facts.st_dev, facts.st_ino) in entered:  # a link to where one comes from
+            folders.clear()
+            continue
+        entered.add((facts.st_dev, facts.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 class _Quiet:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ideoflow.data.memory import FileMemory, stamps
-from ideoflow.data.pictures import PICTURE_SUFFIXES, TarMember, find_pictures
+from ideoflow.data.pictures import PICTURE_SUFFIXES, UNREAD_SUFFIXES, TarMember, find_pictures, visible_files
 from ideoflow.data.tables import read_list
 from ideoflow.data.texts import CAPTION_SUFFIXES, Entry, Text, sidecar_texts
 from ideoflow.diagnostics import Collector, Diagnostic, IdeoflowError, Span, fail
-from ideoflow.diagnostics.codes.data import BAD_LIST, EMPTY_DATASET, NO_HUB_DATASET
+from ideoflow.diagnostics.codes.data import BAD_LIST, EMPTY_DATASET, NO_HUB_DATASET, NOT_READ
 from ideoflow.model.download import snapshot
 from ideoflow.recipe import Recipe, SourceSettings
 from ideoflow.recipe.sources import HUB_PREFIX, SHARD_SUFFIX, TABLE_SUFFIXES, matching_files
@@ -42,8 +43,10 @@ def find_entries(
     root, files = _locate(recipe.folder, source.images, span, say)
     if not files:
         found = Found(root, _folder(root, source, problems))
+        _report_unread((p.name for p in visible_files(root)), span, problems)
     elif files[0].suffix.lower() == SHARD_SUFFIX:
         found = Found(root, [e for file in files for e in _shard(file, root, source, problems)])
+        _report_unread((name for file in files for name, _, _ in _members(file)), span, problems)
     else:
         found = Found(root, [e for file in files for e in _listed(file, source, problems)])
     if not found.entries and not problems.errors:
@@ -56,6 +59,15 @@ def find_entries(
             cure=f"put pictures there ({known}), or name another folder",
         )
     return found
+
+
+def _report_unread(names: Iterable[str], span: Span, problems: Collector) -> None:
+    """Tells of pictures of kinds that are not read, which nobody would miss otherwise."""
+    suffixes = (PurePosixPath(name).suffix.lower() for name in names)
+    if unread := Counter(suffix for suffix in suffixes if suffix in UNREAD_SUFFIXES):
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(unread.items()))
+        cure = "make JPEG, PNG or WebP of them, or take them away"
+        problems.add(NOT_READ, f"files of these kinds are left out: {kinds}", span, cure=cure)
 
 
 def _locate(folder: Path, images: str, span: Span, say: Callable[[str], None]) -> tuple[Path, list[Path]]:

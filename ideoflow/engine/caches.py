@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 
@@ -90,6 +90,10 @@ def build_caches(plan: Plan, dataset: Dataset, prompts: Sequence[Prompt], emit: 
         encoder = make_encoder(plan, emit, rank, ranks)
         meter = Meter(encoder.device, lambda *news: emit(StageDone(*news)))
         filled, problems = Filled(0, 0), ()
+        if ranks > 1:  # each picture is read for its digest by one of them, and all remember
+            with suppress(IdeoflowError):  # told when it is encoded
+                encoder.digests.of([s.picture for s in dataset.samples][rank::ranks])
+            dist.barrier()
         try:
             filled = fill_caches(encoder, dataset, prompts, meter)
         except IdeoflowError as error:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from ideoflow.captions.boxes import Geometry
-from ideoflow.data.pictures import find_pictures, open_picture, picture_digest, shown_size
+from ideoflow.data.pictures import PICTURE_SUFFIXES, find_pictures, open_picture, picture_digest, shown_size
 from ideoflow.data.pixels import load_pixels, to_srgb
 from ideoflow.data.survey import Sample
 from ideoflow.diagnostics import IdeoflowError
@@ -269,6 +269,27 @@ def test_hidden_files_and_other_kinds_are_left_out(picture, tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [p.relative_to(tmp_path).as_posix() for p in find_pictures(tmp_path)] == ["a.JPG", "b/c.png"]
+
+
+def test_links_are_followed_once(picture, tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    for name in ("elsewhere/deep/a.png", "b.png"):
+        (tmp_path / name).touch()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "folder").symlink_to(tmp_path / "elsewhere")
+    (folder / "c.png").symlink_to(tmp_path / "b.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    assert [p.relative_to(folder).as_posix() for p in find_pictures(folder)] == ["c.png", "folder/deep/a.png"]
+
+
+@pytest.mark.parametrize("suffix", sorted(PICTURE_SUFFIXES))
+def test_pillow_reads_every_suffix_that_is_taken(picture, tmp_path, suffix):
+    registered = Image.registered_extensions()
+    file = tmp_path / f"a{suffix}"
+    picture(32, 16).save(file, registered[suffix])
+    assert load(file).shape == (16, 32, 3)
 
 
 def test_every_mode_of_pillow_becomes_rgb():

@@ -173,6 +173,17 @@ def test_a_folder_with_metadata(project):
     assert words("caption = 'column'") == ["from the list", "never read", "deeper"]
 
 
+def test_pictures_that_cannot_be_read_are_counted(project):
+    folder = project / "plain"
+    for name in ("x.heic", "y.HEIC", "z.dng", ".hidden.heic", "notes.md"):
+        (folder / name).touch()
+    (told,) = (d for d in dataset(project, "plain").warnings if d.code is codes.NOT_READ)
+    assert "2 .heic" in told.message and "1 .dng" in told.message and told.span.line
+    write_tar(project, "s.tar", [("a.png", picture_bytes(project, "a")), ("a.txt", b"a"), ("b.heic", b"")])
+    (told,) = (d for d in dataset(project, "s.tar").warnings if d.code is codes.NOT_READ)
+    assert "1 .heic" in told.message
+
+
 def test_several_captions_of_a_picture(project):
     """Different words, the same pixels; a caption that comes twice counts once."""
     captions = [CAPTION, "prose", json.dumps(CAPTION)]

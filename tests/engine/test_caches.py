@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ideoflow.data import keys, memory
 from ideoflow.data.upkeep import keys_of_recipe, stats, verify
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import data as codes
@@ -47,8 +48,8 @@ def test_everything_is_encoded_once(recipe):
     assert [e.stage for e in news if type(e).__name__ == "StageDone"] == ["captions", "pictures"]
     again = build_cache(prepare(recipe))
     assert (again.captions, again.pictures, again.encoded.captions, again.encoded.pictures) == (12, 6, 0, 0)
-    keys = keys_of_recipe(recipe)
-    assert len(keys) == 2 * 18, "in both types"
+    needed = keys_of_recipe(recipe)
+    assert len(needed) == 2 * 18, "in both types"
 
 
 def _one_of(rank, ranks, port, recipe, results):
@@ -97,3 +98,18 @@ def test_one_bad_picture_does_not_stop_the_others(recipe):
     assert entries(recipe.parent) == {"latents": (5, 0), "text": (12, 0)}
     picture.write_bytes(content)
     assert build_cache(prepare(recipe)).encoded.pictures == 1
+
+
+def test_two_processes_read_each_picture_once_for_its_digest(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_RACY_NS", -(10**9))  # files that were just made are remembered
+    plain = keys.picture_digest
+
+    def noting(picture):
+        with (tmp_path / "read").open("a") as log:
+            log.write(f"{picture.name}\n")
+        return plain(picture)
+
+    monkeypatch.setattr(keys, "picture_digest", noting)
+    build_with(2, recipe)
+    names = (tmp_path / "read").read_text().split()
+    assert sorted(names) == sorted(p.name for p in (recipe.parent / "pictures").glob("*.jpg"))

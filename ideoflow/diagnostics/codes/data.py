@@ -111,3 +111,13 @@ NOT_MIRRORED = define(
     """,
     "note",
 )
+NOT_READ = define(
+    "ID024",
+    "pictures of a kind that is not read",
+    """
+    Some files of the source are pictures by their suffix, such as `.heic` of a telephone or the raw files of
+    a camera, and of a kind that is not read. They are left out of training; make JPEG, PNG or WebP of them,
+    or take them away.
+    """,
+    "warning",
+)
