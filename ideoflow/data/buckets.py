@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Literal
 
 from ideoflow.captions.boxes import Geometry
 from ideoflow.model.spec import PIXELS_PER_TOKEN
@@ -21,15 +20,13 @@ _AREA_TOLERANCE = 0.08
 _MASK = (1 << 53) - 1
 
 
-def bucket_size(
-    ratio: float, resolution: int, kind: Literal["pixel_area", "pixel"] = "pixel_area"
-) -> tuple[int, int]:
+def bucket_size(ratio: float, resolution: int, kind: str = "pixel_area") -> tuple[int, int]:
     """The (width, height) to train pictures of aspect ``ratio`` (width by height) at: multiples of 16.
 
-    ``pixel_area`` wants an area of ``resolution`` squared, ``pixel`` a shorter side of ``resolution``. Each
-    side is rounded to the grid by itself, in proportion. With both errors counted as logarithms, that is the
-    size with the least sum of squares of the error in aspect, which is cropped away, and of the error in
-    area: to hold one of them exactly would cost the other a third of its value below 128 pixels.
+    The kind ``pixel_area`` wants an area of ``resolution`` squared, ``pixel`` a shorter side of it. Each side
+    is rounded to the grid by itself, in proportion. With both errors counted as logarithms, that is the size
+    with the least sum of squares of the error in aspect, which is cropped away, and of the error in area: to
+    hold one of them exactly would cost the other a third of its value below 128 pixels.
     """
     across = resolution * math.sqrt(ratio) if kind == "pixel_area" else resolution * max(1.0, ratio)
     return _on_grid(across), _on_grid(across / ratio)
@@ -42,7 +39,7 @@ def _on_grid(side: float) -> int:
     return max(SMALLEST_SIDE, below if side * side < below * above else above)
 
 
-def measure(width: int, height: int, kind: Literal["pixel_area", "pixel"]) -> float:
+def measure(width: int, height: int, kind: str) -> float:
     """A picture's size as ``resolution`` counts it: the side of a square of its area, or its shorter side."""
     return math.sqrt(width * height) if kind == "pixel_area" else float(min(width, height))
 

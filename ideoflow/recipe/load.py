@@ -25,10 +25,10 @@ from ideoflow.diagnostics.codes.recipe import (
 )
 from ideoflow.model.spec import match_targets
 from ideoflow.recipe.adapters import check_adapter
-from ideoflow.recipe.convert import from_plain, to_plain
+from ideoflow.recipe.convert import Report, from_plain, to_plain
 from ideoflow.recipe.places import Path, Place, find_places
 from ideoflow.recipe.settings import PictureSettings, RecipeTables, SourceSettings
-from ideoflow.recipe.sources import check_images, check_shares, check_source, matching_files
+from ideoflow.recipe.sources import check_images, check_shares, check_source, in_pixels, matching_files
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
             span = Span(str(file))
         problems.add(code, message, span, cure=cure, label=label)
 
-    tables = from_plain(RecipeTables, _with_defaults(data), report)
+    tables = from_plain(RecipeTables, _with_defaults(data, report), report)
     if tables is not None:
         recipe = Recipe(file, tables, text, places)
         _check_pairs(recipe, problems)
@@ -163,17 +163,25 @@ def parse_recipe(text: str, path: str | FilePath = "recipe.toml") -> Recipe:
     return recipe
 
 
-def _with_defaults(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The recipe's data with the keys of [data] filled in where a [[data.source]] leaves them out."""
+def _with_defaults(data: Mapping[str, Any], report: Report) -> Mapping[str, Any]:
+    """The recipe's data with the keys of [data] filled in where a [[data.source]] leaves them out.
+
+    Sizes that are written in megapixels are pixels from here on.
+    """
     table = data.get("data")
     if not isinstance(table, Mapping):
         return data
-    sources = table.get("source")
+    sources, kind = table.get("source"), table.get("resolution_type")
+    table = in_pixels(table, kind, ("data",), report)
     if not isinstance(sources, list) or not all(isinstance(s, Mapping) for s in sources):
-        return data
+        return {**data, "data": table}
+    sources = [
+        in_pixels(s, s.get("resolution_type", kind), ("data", "source", n), report)
+        for n, s in enumerate(sources)
+    ]
     known = {f.name for f in fields(PictureSettings)}
     shared = {key: value for key, value in table.items() if key in known}
-    filled = {**table, "source": [{**shared, **source} for source in sources]}
+    filled: dict[str, Any] = {**table, "source": [{**shared, **source} for source in sources]}
     sizes = [s["resolution"] for s in filled["source"] if isinstance(s.get("resolution"), int)]
     if sizes and "resolution" not in table:
         filled["resolution"] = max(sizes)  # what plans and validation pictures go by

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ideoflow.recipe.convert import to_plain
 from ideoflow.recipe.settings import RecipeTables
+from ideoflow.recipe.sources import MOST_MEGAPIXELS
 
 SCHEMA_ID = "https://ideoflow.dev/schemas/recipe-1.schema.json"
 _KEYWORDS = {
@@ -55,6 +56,10 @@ def _key(annotation: Any, spec: Field[Any]) -> dict[str, Any]:
     schema = {"description": spec.metadata["doc"]} | _type(annotation)
     bounded = schema.get("additionalProperties", schema)  # of a table, each value
     bounded |= {_KEYWORDS[k]: v for k, v in spec.metadata.items() if k in _KEYWORDS}
+    if "megapixels" in spec.metadata:
+        pixels = {key: schema.pop(key) for key in tuple(schema) if key != "description"}
+        area = {"type": "number", "minimum": 0, "maximum": MOST_MEGAPIXELS}
+        schema["anyOf"] = [pixels, {"description": "Megapixels, with resolution_type = 'area'."} | area]
     default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
     return schema if default in (MISSING, None) else schema | {"default": to_plain(default)}
 

@@ -20,15 +20,19 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     multiple_of: int | None = None,
+    megapixels: bool = False,
     elsewhere: Mapping[str, tuple[str, str]] | None = None,
 ) -> Any:
     """A dataclass field with its documentation and bounds; no default means that the key is required.
 
-    ``above`` is an exclusive lower bound. ``elsewhere`` are values that other trainers take and this one does
-    not: what is wrong with each here, and what to write instead.
+    ``above`` is an exclusive lower bound. ``megapixels`` marks a size that resolution_type = 'area' says in
+    megapixels, of which the reader makes pixels. ``elsewhere`` are values that other trainers take and this
+    one does not: what is wrong with each here, and what to write instead.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple_of": multiple_of}
     metadata: dict[str, Any] = {"doc": doc} | {k: v for k, v in bounds.items() if v is not None}
+    if megapixels:
+        metadata["megapixels"] = True
     if elsewhere:
         metadata["elsewhere"] = elsewhere
     if default is ...:
@@ -86,9 +90,6 @@ CROP_ELSEWHERE = {
     "true": ("does not say which part stays", "write 'center' or 'random'"),
     "false": ("is how other trainers say it", "write 'off'"),
 }
-RESOLUTION_ELSEWHERE = {
-    "area": ("counts in megapixels", "leave it out, and write resolution = 1024 for one megapixel")
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +128,13 @@ class PictureSettings:
         minimum=64,
         maximum=2048,
         multiple_of=16,
+        megapixels=True,
     )
-    resolution_type: Literal["pixel_area", "pixel"] = setting(
+    resolution_type: Literal["pixel_area", "pixel", "area"] = setting(
         "pixel_area",
         doc="pixel_area: every picture gets the area of resolution squared. pixel: its shorter side is "
-        "resolution, so that long pictures become larger.",
-        elsewhere=RESOLUTION_ELSEWHERE,
+        "resolution, so that long pictures become larger. area: as pixel_area, and resolution and the three "
+        "image sizes are written in megapixels: 1.0 is 1024.",
     )
     aspect: Literal["preserve", "square", "closest", "random"] = setting(
         "preserve",
@@ -162,19 +164,24 @@ class PictureSettings:
         "text, or speak of left and right, are never mirrored.",
     )
     minimum_image_size: int = setting(
-        0, doc="Pictures below this size, measured as resolution is, are left out and counted.", minimum=0
+        0,
+        doc="Pictures below this size, measured as resolution is, are left out and counted.",
+        minimum=0,
+        megapixels=True,
     )
     maximum_image_size: int | None = setting(
         None,
         doc="Pictures above this size, measured as resolution is, are first scaled down to "
         "target_downsample_size; smaller ones are cut at their own scale.",
         minimum=64,
+        megapixels=True,
     )
     target_downsample_size: int | None = setting(
         None,
         doc="Size that pictures above maximum_image_size are scaled to before a part of resolution is cut "
         "out. Default: as much of every picture as its size on the grid can hold.",
         minimum=64,
+        megapixels=True,
     )
     upscale_limit: float = setting(
         1.5, doc="Pictures that would be enlarged by more than this factor are reported.", minimum=1.0

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
 
 from ideoflow.diagnostics import Collector
 from ideoflow.diagnostics.codes.recipe import BAD_VALUE, IMPOSSIBLE_PAIR, MISSING_KEY, NO_SUCH_PATH
+from ideoflow.model.spec import PIXELS_PER_TOKEN
+from ideoflow.recipe.convert import Report
+from ideoflow.recipe.places import Path
 from ideoflow.recipe.settings import SourceSettings
 
 if TYPE_CHECKING:
@@ -22,7 +27,50 @@ SHARD_SUFFIX = ".tar"
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 
 
-def matching_files(folder: Path, pattern: str) -> list[Path]:
+# Megapixels that stand for the squares that people mean by them, as SimpleTuner reads them.
+_SQUARES = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
+LEAST_MEGAPIXELS, MOST_MEGAPIXELS = 0.004, 4.2
+_SIZES = {f.name: f.metadata for f in fields(SourceSettings) if "megapixels" in f.metadata}
+
+
+def side_of(megapixels: float) -> float:
+    """The side in pixels of a square of so many megapixels."""
+    for round_number, side in _SQUARES.items():
+        if abs(megapixels - round_number) < 0.05:
+            return side
+    return math.sqrt(megapixels * 1e6)
+
+
+def on_grid(side: float) -> int:
+    """The nearest side that ``resolution`` may be."""
+    return max(64, min(2048, round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN))
+
+
+def in_pixels(table: Mapping[str, Any], kind: Any, at: Path, report: Report) -> dict[str, Any]:
+    """A table of pictures' settings; where ``kind``, its resolution_type, is 'area', with sizes in pixels.
+
+    Args:
+        at: the table's place, under which sizes that are no megapixels are reported.
+    """
+    made = dict(table)
+    if kind != "area":
+        return made
+    made["resolution_type"] = "pixel_area"
+    for key, value in table.items():
+        if key not in _SIZES or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least = LEAST_MEGAPIXELS if _SIZES[key]["minimum"] else 0
+        if least <= value <= MOST_MEGAPIXELS:
+            made[key] = on_grid(side_of(value)) if key == "resolution" else round(side_of(value))
+        else:
+            message = f"'{key}' is {value} megapixels, as resolution_type = 'area' counts"
+            cure = "write 1.0 for one megapixel, or resolution_type = 'pixel_area' for sides in pixels"
+            report(BAD_VALUE, (*at, key), message, cure, f"from {least} to {MOST_MEGAPIXELS}")
+            del made[key]
+    return made
+
+
+def matching_files(folder: FilePath, pattern: str) -> list[FilePath]:
     """Files that ``pattern``, a path or a glob relative to ``folder``, names; sorted.
 
     ``{000..012}`` and ``{a,b}`` are written out first, as in names of WebDataset shards.
@@ -32,9 +80,9 @@ def matching_files(folder: Path, pattern: str) -> list[Path]:
     return sorted({file for plain in _without_braces(pattern) for file in _glob(folder, plain)})
 
 
-def _glob(folder: Path, pattern: str) -> list[Path]:
-    root = Path(pattern).anchor
-    base, rest = (Path(root), pattern[len(root) :]) if root else (folder, pattern)
+def _glob(folder: FilePath, pattern: str) -> list[FilePath]:
+    root = FilePath(pattern).anchor
+    base, rest = (FilePath(root), pattern[len(root) :]) if root else (folder, pattern)
     try:
         return [p for p in base.glob(rest) if p.is_file()]
     except ValueError:  # no pattern at all, or ** inside a name

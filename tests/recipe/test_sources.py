@@ -21,7 +21,6 @@ def refused(text):
     [
         ("crop = 'face'", "write 'center'"),
         ("crop = false", "write 'off'"),
-        ("resolution_type = 'area'", "resolution = 1024"),
         ("caption = 'textfile'", "write 'sidecar'"),
         ("caption = 'parquet'", "write 'column'"),
     ],
@@ -42,6 +41,53 @@ def test_sources_take_over_what_they_do_not_say():
     assert recipe.source_span(1, "crop").line == 8, "the table, where the key is nowhere"
     no_default = parse_recipe(SOURCES.replace("resolution = 512\n", "") + "resolution = 768")
     assert no_default.tables.data.resolution == 768, "validation pictures go by the sources"
+
+
+AREA = "resolution_type = 'area'\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "sizes"),
+    [
+        ("", (1024, 0, None, None)),
+        ("resolution = 1.0", (1024, 0, None, None)),
+        ("resolution = 1", (1024, 0, None, None)),
+        ("resolution = 0.25\nminimum_image_size = 0.0625", (512, 250, None, None)),
+        ("maximum_image_size = 4.0\ntarget_downsample_size = 2.0", (1024, 0, 2048, 1536)),
+        ("resolution = 0.7", (832, 0, None, None)),  # sqrt(700,000) = 836.7
+    ],
+)
+def test_megapixels_become_pixels(lines, sizes):
+    (source,) = parse_recipe(HEAD + AREA + lines).tables.data.sources
+    found = (source.resolution, source.minimum_image_size, source.maximum_image_size,
+             source.target_downsample_size)  # fmt: skip
+    assert found == sizes and source.resolution_type == "pixel_area"
+    pixels = [f"{k} = {v}" for k, v in zip(KEYS, sizes, strict=True) if v is not None]
+    assert parse_recipe(HEAD + "\n".join(pixels)).digest == parse_recipe(HEAD + AREA + lines).digest
+
+
+KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
+
+
+def test_each_source_counts_as_it_says():
+    head = HEAD + AREA + "resolution = 0.25\n"
+    text = head + "[[data.source]]\nimages = 'a'\n[[data.source]]\nimages = 'b'\nresolution = 1.0\n"
+    text += "[[data.source]]\nimages = 'c'\nresolution_type = 'pixel'\nresolution = 768\n"
+    text += "[[data.source]]\nimages = 'd'\nresolution_type = 'pixel'\n"
+    sources = parse_recipe(text).tables.data.sources
+    assert [s.resolution for s in sources] == [512, 1024, 768, 512]
+    assert [s.resolution_type for s in sources] == ["pixel_area", "pixel_area", "pixel", "pixel"]
+    text = HEAD + "resolution = 512\n[[data.source]]\nimages = 'a'\n" + AREA
+    assert parse_recipe(text).tables.data.sources[0].resolution == 512, "pixels, as [data] says"
+
+
+@pytest.mark.parametrize("wrong", ["1024", "0", "-1.0", "5.0", "nan"])
+def test_sizes_that_are_no_megapixels(wrong):
+    (diagnostic,) = refused(HEAD + AREA + f"resolution = {wrong}")
+    assert diagnostic.code is codes.BAD_VALUE and "megapixels" in diagnostic.message
+    assert diagnostic.span.line == 6 and "pixel_area" in diagnostic.cure
+    (diagnostic,) = refused(HEAD + f"[[data.source]]\n{AREA}minimum_image_size = 256")
+    assert diagnostic.span.line == 7
 
 
 @pytest.mark.parametrize(

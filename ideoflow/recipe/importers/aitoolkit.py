@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ideoflow.recipe.importers.draft import Draft, Row, on_grid
+from ideoflow.recipe.importers.draft import Draft, Row
 from ideoflow.recipe.importers.simpletuner import BASES
+from ideoflow.recipe.sources import on_grid
 
 _PRECISIONS = {"qfloat8": "fp8", "float8": "fp8", "qint8": "int8", "int8": "int8", "nf4": "nf4"}
 _DTYPES = {"float16": "bf16", "fp16": "bf16", "bf16": "bf16", "bfloat16": "bf16", "float32": "float32"}
@@ -123,7 +124,7 @@ def import_aitoolkit(draft: Draft, data: Mapping[str, Any]) -> None:
         why = "write <token> where the captions say [trigger], and set captions.placeholders"
         draft.lost("trigger_word", word, why)
     draft.take(_MODEL, first.get("model") or {}, "model: ")
-    draft.values.setdefault("model.base", BASES["fp8"])
+    draft.values["model.base"] = draft.values.get("model.base") or BASES["fp8"]
     draft.take(_NETWORK, first.get("network") or {}, "network: ")
     draft.take(_TRAIN, first.get("train") or {}, "train: ")
     draft.take(_SAVE, first.get("save") or {}, "save: ")

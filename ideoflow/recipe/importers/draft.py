@@ -17,7 +17,6 @@ from ideoflow.diagnostics.codes.recipe import NOT_A_CONFIG, NOT_CARRIED
 from ideoflow.recipe.load import parse_recipe
 from ideoflow.recipe.settings import RecipeTables
 
-GRID = 16
 # What reading a value raises that is not of the kind that the other trainer documents.
 ODD = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 
@@ -216,8 +215,3 @@ def toml(value: Any) -> str:
         return f"'{value}'"
     # JSON's escapes are TOML's, but for the control characters that JSON may leave as they are.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-
-
-def on_grid(side: float) -> int:
-    """The nearest side that a recipe takes."""
-    return max(64, min(2048, round(side / GRID) * GRID))

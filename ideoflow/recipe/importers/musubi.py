@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ideoflow.recipe.importers.draft import Draft, Row, on_grid
+from ideoflow.recipe.importers.draft import Draft, Row
 from ideoflow.recipe.importers.simpletuner import BASES
+from ideoflow.recipe.sources import on_grid
 
 _PRESETS = {"V4_QUALITY_48": "quality", "V4_DEFAULT_20": "default", "V4_TURBO_12": "turbo"}
 _FLAGS = re.compile(r"\s--\w+\s+\S+")
@@ -95,7 +96,7 @@ def import_musubi(draft: Draft, dataset: Mapping[str, Any], training: Mapping[st
     draft.take(_TRAINING, flat)
     if base := flat.get("dit"):
         draft.set("model.base", draft.path(str(base)), "dit")
-    draft.values.setdefault("model.base", BASES["fp8"])
+    draft.values["model.base"] = draft.values.get("model.base") or BASES["fp8"]
     general = dataset.get("general") or {}
     for table in dataset.get("datasets") or []:
         _source(draft, {**general, **table})

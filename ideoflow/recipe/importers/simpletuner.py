@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ideoflow.recipe.importers.draft import Draft, Row, on_grid
-from ideoflow.recipe.importers.simpletuner_loader import DataBackend, side_of
+from ideoflow.recipe.importers.draft import Draft, Row
+from ideoflow.recipe.importers.simpletuner_loader import DataBackend
+from ideoflow.recipe.sources import on_grid, side_of
 
 Take = Callable[[Draft, Any], None]
 
@@ -337,7 +338,7 @@ def import_simpletuner(
         off = {k for k in ordered if k.startswith("validation") or k == "user_prompt_library"}
         ordered = {k: v for k, v in ordered.items() if k not in off}
     draft.take(CONFIG, ordered)
-    draft.values.setdefault("model.base", BASES["fp8"])
+    draft.values["model.base"] = draft.values.get("model.base") or BASES["fp8"]
     if loader:
         draft.reading(loader_file, loader_file.read_text(encoding="utf-8-sig"))
     shared = {k: config[k] for k in _SHARED if config.get(k) is not None}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from ideoflow.recipe.importers.draft import Draft, Row, on_grid
+from ideoflow.recipe.importers.draft import Draft, Row
+from ideoflow.recipe.sources import on_grid, side_of
 
-# Megapixels that SimpleTuner takes for the squares that people mean by them.
-_SQUARES = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
 # SimpleTuner draws new crops each epoch and encodes them again; here a few are drawn and kept.
 RANDOM_CROPS = 4
 
@@ -97,8 +95,12 @@ class DataBackend:
 
     def _sizes(self) -> None:
         kind = self._get("resolution_type", "pixel_area")
-        side = side_of if kind == "area" else float
-        resolution = self._get("resolution", 1.0 if kind == "area" else 1024)
+        area = kind == "area"
+
+        def side(value: Any) -> float:
+            return side_of(float(value)) if area else float(value)
+
+        resolution = self._get("resolution", 1.0 if area else 1024)
         self.made["resolution"] = on_grid(side(resolution))
         if kind == "pixel":
             self.made["resolution_type"] = "pixel"
@@ -130,14 +132,6 @@ class DataBackend:
             self.made["crop_variants"] = RANDOM_CROPS
 
 
-def side_of(megapixels: Any) -> float:
-    """The side of a square of so many megapixels, as SimpleTuner reads them."""
-    for round_number, side in _SQUARES.items():
-        if abs(float(megapixels) - round_number) < 0.05:
-            return side
-    return math.sqrt(float(megapixels) * 1e6)
-
-
 LOADER: tuple[Row, ...] = (
     Row("id", "name", quiet=True),
     Row("type", "images", "`local` and `huggingface`; no S3, no lists of URLs", quiet=True),
@@ -154,7 +148,10 @@ LOADER: tuple[Row, ...] = (
     Row("crop_aspect_buckets", "aspects", "without weights", quiet=True),
     Row("resolution", "resolution", "rounded to 16 pixels", quiet=True),
     Row(
-        "resolution_type", "resolution_type", "`pixel`, `pixel_area`; `area` becomes `pixel_area`", quiet=True
+        "resolution_type",
+        "resolution_type",
+        "`pixel`, `pixel_area`; `area` becomes `pixel_area`, megapixels become pixels",
+        quiet=True,
     ),
     Row("minimum_image_size", "minimum_image_size", quiet=True),
     Row("maximum_image_size", "maximum_image_size", quiet=True),
