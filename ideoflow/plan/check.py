@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ideoflow.diagnostics import Diagnostic, Span
@@ -27,7 +28,9 @@ def check_digests(plan: Plan, recipe: Recipe, base: BaseFacts, data: DataSummary
         message = "the recipe has changed since it was planned"
         problems.append(_problem(RECIPE_CHANGED, message, str(recipe.path), again, notes))
     if data is not None and plan.digests.captions is not None and data.digest != plan.digests.captions:
-        notes = changed_values(encode(plan.data), encode(data), leave_out=("digest",))
+        # What is encoded already is no part of the data.
+        before, now = (encode(replace(d, digest="", cached=())) for d in (plan.data, data) if d is not None)
+        notes = changed_values(before, now)
         notes = notes or ["as many and of the same sizes as before, but not the same"]
         message = "the pictures or captions have changed since they were planned"
         problems.append(_problem(DATA_CHANGED, message, str(recipe.path), again, notes))
@@ -70,14 +73,14 @@ def _problem(code: Any, message: str, path: str, cure: str, notes: list[str]) ->
     return Diagnostic(code, message, Span(path), cure, notes=(*notes[:_SHOWN], *more))
 
 
-def changed_values(old: Any, new: Any, leave_out: tuple[str, ...] = ()) -> list[str]:
+def changed_values(old: Any, new: Any) -> list[str]:
     """``train.steps: 1000 -> 500`` for each value that differs between two pieces of JSON data."""
     before, after = dict(_flat(old)), dict(_flat(new))
     paths = [*before, *(path for path in after if path not in before)]
     return [
         f"{path}: {before.get(path, '(absent)')} -> {after.get(path, '(absent)')}"
         for path in paths
-        if before.get(path, _ABSENT) != after.get(path, _ABSENT) and path not in leave_out
+        if before.get(path, _ABSENT) != after.get(path, _ABSENT)
     ]
 
 

@@ -30,7 +30,7 @@ STAGE_NAMES = {
 
 
 def memory(plan: Plan, history: History) -> Html:
-    """Predicted against measured peaks, and the ledger."""
+    """Predicted against measured peaks, and the ledger; before anything has run, the predicted ones."""
     measured = {stage.name: stage.peak_bytes for stage in history.stages}
     names = list(dict.fromkeys(line.name for line in plan.ledger.lines))
     places: list[tuple[Phase | None, str]] = [(phase, STAGE_OF[phase]) for phase in PHASES]
@@ -48,13 +48,20 @@ def memory(plan: Plan, history: History) -> Html:
     scale = (2**30, "GiB") if _longest(rows) >= 2**30 else (2**20, "MiB")
     hardware = plan.hardware
     free = (hardware.free_bytes, f"{size(hardware.free_bytes)} free")
-    chart = bar_chart("chart-memory", "Peak memory, predicted and measured", rows, size, scale, free)
+    ran = bool(measured)
+    title = "Peak memory, predicted and measured" if ran else "Peak memory, predicted"
+    chart = bar_chart("chart-memory", title, rows, size, scale, free)
+    columns = ("phase", "predicted", "measured", "measured against predicted")
     return section(
         "memory",
         "Memory",
-        remark(_how_measured(plan), f" {free[1]} of {size(hardware.total_bytes)}. ", _uncalibrated(plan)),
-        tag("figure", chart, _legend(names), class_="plot"),
-        table(("phase", "predicted", "measured", "measured against predicted"), summary, (1, 2, 3)),
+        remark(
+            f"{_how_measured(plan)} " if ran else None,
+            f"{free[1]} of {size(hardware.total_bytes)}. ",
+            _uncalibrated(plan),
+        ),
+        tag("figure", chart, _legend(names, ran), class_="plot"),
+        table(columns, summary, (1, 2, 3)) if ran else None,
         tag("details", tag("summary", "The ledger, line by line"), _ledger(plan, names, history.lines))
         if names
         else None,
@@ -81,12 +88,13 @@ def _uncalibrated(plan: Plan) -> str | None:
     lines = plan.ledger.lines
     count = sum(not line.calibrated for line in lines)
     of = plural(len(lines), "predicted line")
-    return f"{count} of {of} not calibrated on real hardware." if count else None
+    return f"{count} of {of} not yet corrected by runs on this device." if count else None
 
 
-def _legend(names: Sequence[str]) -> Html:
+def _legend(names: Sequence[str], ran: bool) -> Html:
     items = [tag("li", tag("i", class_=f"swatch c{i % 8}"), name) for i, name in enumerate(names)]
-    return tag("ul", items, tag("li", tag("i", class_="swatch ink"), "measured"), class_="legend")
+    measured = tag("li", tag("i", class_="swatch ink"), "measured") if ran else None
+    return tag("ul", items, measured, class_="legend")
 
 
 def _compared(predicted: int | None, measured: int | None) -> tuple[str, str, str]:
@@ -132,7 +140,8 @@ def times(plan: Plan, history: History) -> Html:
         (STAGE_NAMES.get(n, n), duration(spent[n].seconds), plural(spent[n].passes, "pass", "passes"))
         for n in order
     ]
-    chart = bar_chart("chart-time", "Time of each stage, predicted and measured", rows, duration, scale)
+    title = "Time of each stage, predicted and measured" if spent else "Time of each stage, predicted"
+    chart = bar_chart("chart-time", title, rows, duration, scale)
     return section(
         "time",
         "Time",
@@ -208,11 +217,12 @@ def decisions(plan: Plan) -> Html:
 def _decision(decision: Decision) -> Html:
     by = tag("span", "your recipe" if decision.source == "recipe" else "the planner", class_="chip")
     rejected = [_rejected(r) for r in decision.rejected]
+    costs = any(r.delta_bytes is not None for r in decision.rejected)  # the same figures as differences
     return tag(
         "li",
         tag("h3", decision.id.replace("_", " "), " ", tag("code", value_text(decision.value)), by),
         tag("p", decision.reason),
-        remark(decision.evidence) if decision.evidence else None,
+        remark(decision.evidence) if decision.evidence and not costs else None,
         tag("ul", rejected, class_="rejected") if rejected else None,
     )
 

@@ -242,7 +242,7 @@ class Bars:
     measured: tuple[Segment, ...]
 
 
-_BAR, _ROW = 15, 68
+_BAR, _GAP, _HEAD = 15, 3, 32  # of one bar; below it; for a row's name above the first
 
 
 def bar_chart(
@@ -253,12 +253,17 @@ def bar_chart(
     scale: tuple[float, str],
     limit: tuple[float, str] | None = None,
 ) -> Html:
-    """Rows of two bars each; ``scale`` is the axis' unit (size, name), ``limit`` a line (value, name)."""
+    """Rows of two bars each, or of one where nothing was measured at all.
+
+    ``scale`` is the axis' unit (size, name), ``limit`` a line (value, name).
+    """
+    sides = ("predicted", "measured") if any(row.measured for row in rows) else ("predicted",)
     longest = max((sum(s.value for s in side) for r in rows for side in (r.predicted, r.measured)), default=0)
     limit = limit if limit and limit[0] <= 1.6 * longest else None
     # The figure stands behind its bar, so the longest leaves room for it.
     end = max(longest * 1.02, limit[0] * 1.02 if limit else 0) or 1.0
-    room, height = 0.74, _ROW * len(rows)
+    row_height = _HEAD + len(sides) * (_BAR + _GAP)
+    room, height = 0.74, row_height * len(rows)
     parts: list[Html] = []
 
     def across(value: float) -> str:
@@ -271,10 +276,10 @@ def bar_chart(
     parts.append(_line("axis", 0, height, "100%", height))
     parts.append(_text(scale[1], "label", "100%", height + 16, text_anchor="end"))
     for index, row in enumerate(rows):
-        y = _ROW * index + 22
+        y = row_height * index + 22
         parts.append(_text(row.label, "row", 0, y - 5))
-        for side, segments in (("predicted", row.predicted), ("measured", row.measured)):
-            start = 0.0
+        for side in sides:
+            start, segments = 0.0, row.predicted if side == "predicted" else row.measured
             for segment in segments:
                 colour = "ink" if segment.colour is None else f"c{segment.colour % 8}"
                 tip = tag("title", f"{segment.name}: {show(segment.value)}")
@@ -283,13 +288,14 @@ def bar_chart(
                 start += segment.value
             text = f"{show(start)} {side}" if segments else f"not {side}"
             parts.append(_text(text, "tick", across(start), y, dx=6, dy="0.95em"))
-            y += _BAR + 3
+            y += _BAR + _GAP
     if limit:
         x = across(limit[0])
         parts.append(_line("limit", x, 0, x, height))
         parts.append(_text(limit[1], "label", x, -4, text_anchor="middle"))
+    told = {r.label: {"predicted": _sum(r.predicted, show), "measured": _sum(r.measured, show)} for r in rows}
     caption = "; ".join(
-        f"{r.label}: {_sum(r.predicted, show)} predicted, {_sum(r.measured, show)} measured" for r in rows
+        f"{label}: {', '.join(f'{sums[side]} {side}' for side in sides)}" for label, sums in told.items()
     )
     return _svg(id, title, caption, parts, height + 24, "chart bars")
 

@@ -39,6 +39,8 @@ def _headline(plan: Plan) -> Html:
         ("good", "Fits") if plan.fits else ("bad", f"Does not fit: {size(peak - free)} too much")
     )
     tiles = [("peak", size(peak), f"of {size(free)} free"), ("adapter", size(plan.sizes.adapter), "file")]
+    if plan.sizes.latents is not None and plan.sizes.text is not None:
+        tiles.append(("caches", size(plan.sizes.latents + plan.sizes.text), "on the disk"))
     if plan.time:
         steps = plural(plan.tables.train.steps, "step")
         tiles.append(("step", duration(plan.time.step_ms / 1e3), "predicted"))

@@ -4,6 +4,7 @@ import dataclasses
 
 from ideoflow.plan import check_digests, make_plan, named_hardware
 from ideoflow.plan.check import changed_values, plan_changes
+from ideoflow.plan.document import Cached
 
 
 def planned(base, recipe, data, card="rtx-4090"):
@@ -30,6 +31,8 @@ def test_changed_data(full_base, write_recipe, summarize):
     edited = dataclasses.replace(summarize(), digest="e" * 64)
     (problem,) = check_digests(plan, write_recipe(), full_base, edited)
     assert problem.notes == ("as many and of the same sizes as before, but not the same",)
+    encoded = dataclasses.replace(edited, cached=(Cached("bfloat16", 48, 48),))
+    assert check_digests(plan, write_recipe(), full_base, encoded)[0].notes == problem.notes
 
 
 def test_data_is_not_compared_where_none_was_planned(full_base, write_recipe, summarize):

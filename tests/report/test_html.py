@@ -152,7 +152,7 @@ def test_memory_and_time_stand_against_their_predictions(finished):
     assert "Training 880 MiB 915 MiB +4 %" in text
     assert "Loading the model – 760 MiB –" in text
     assert "whole process (RSS)" in text
-    assert "7 of 12 predicted lines not calibrated" in text
+    assert "7 of 12 predicted lines not yet corrected" in text
     assert "34 s predicted, 36.1 s measured" in text
     assert "The plan expected 113 ms a step" in text
 

@@ -34,6 +34,8 @@ def test_it_shows_every_phase_and_what_would_help(card, fits, plan_on):
     for word in ("Encoding captions", "Encoding pictures", "Training", "Sampling", plan.hardware.name):
         assert word in text
     assert ("What would make it fit" in text) == (not fits)
+    # Nothing has run: no row, column or colour is kept for what was measured.
+    assert "not measured" not in text and ">measured<" not in text.split("The ledger, line by line")[0]
     for change in plan.changes:
         assert escape(change.words) in text
     for decision in plan.decisions:
