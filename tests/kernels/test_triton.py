@@ -4,6 +4,8 @@ The interpreter is chosen when Triton is imported, so without a GPU this file se
 """
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +108,45 @@ def test_dequantize_and_transpose(tokens, width, monkeypatch):
     same(FUSED.dequantize(*args), EAGER.dequantize(*args))
     transposed = FUSED.transpose(weight.values)
     assert transposed.is_contiguous() and torch.equal(transposed.float(), weight.values.float().t())
+
+
+@CASES
+def test_dequantize_int8(tokens, width):
+    values = torch.randint(-127, 128, (tokens, width), dtype=torch.int8, device=DEVICE)
+    scale = torch.rand(tokens, device=DEVICE)
+    for dtype in (torch.bfloat16, torch.float32):
+        same(FUSED.dequantize(values, scale, dtype), EAGER.dequantize(values, scale, dtype))
+
+
+def test_one_token():
+    """Captions of one token, and gradients of one: every launch is of a single row."""
+    h, y, factor, sample = normal(1, 40), normal(1, 40), normal(1, 40), samples(1) * 0
+    for fp8 in (False, True):
+        same(FUSED.quantize(h, fp8), EAGER.quantize(h, fp8))
+        results = []
+        for ops in (FUSED, EAGER):
+            operand = ops.norm_modulate(h, factor, sample, 1e-5, fp8)
+            back = ops.gated_residual_backward(h, y, factor, sample, 1e-5, None, fp8)
+            results.append((
+                operand, back, ops.norm_modulate_backward(y, h, factor, sample, 1e-5, h),
+                ops.gated_residual(h, y, factor, sample, 1e-5), ops.swiglu(h, fp8),
+                ops.swiglu_backward(y[:, :20], h, None, fp8), ops.adapter_down(operand, normal_like(h)),
+            ))  # fmt: skip
+        for got, expected in zip(*results, strict=True):
+            same(got, expected)
+
+
+def normal_like(x, rank=6):
+    """The same matrix [K, rank] each time, for x [T, K]."""
+    g = torch.Generator().manual_seed(x.shape[1])
+    return torch.randn(rank, x.shape[1], generator=g).to(x.device, x.dtype).t()
+
+
+def test_every_operation_is_held_against_the_reference():
+    """Whoever adds one adds its test here."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    missing = [op for op in kernels.OPS if not re.search(rf"\b(FUSED|ops)\.{op}\(", text)]
+    assert missing == []
 
 
 def test_every_e4m3_value_is_decoded_from_its_bits(monkeypatch):
