@@ -11,7 +11,8 @@ features ever held. With W the projection's weight, g the norm's and f = (f_1 ..
 
     W (g f / rms(f)) + b  =  (sum over k of W_k (g_k f_k)) / rms(f) + b,   rms(f)^2 = mean of f^2 + eps,
 
-so each tapped layer adds its part and is forgotten. Captions are run one by one, without padding.
+so each tapped layer adds its part and is forgotten. Captions of about one length are run together, padded at
+their ends: attention is causal, so no token of a caption sees what comes after it.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.load import complete, load_tokenizer, read_tensors, told
 from ideoflow.model.spec import TAPPED_LAYERS
 
-# Tokens of the captions that go through a layer together. Their states and sums take 26 KB a token at the
-# true size: with two layers and the projection all stays under 3 GiB.
-TOKENS_AT_ONCE = 49152
+# Tokens of the captions that go through a layer in turn. Their states and sums take 26 KB a token at the true
+# size: with two layers and the projection all stays under 3 GiB.
+TOKENS_AT_ONCE = 40960
+# Tokens, padding included, that go through a layer in one call: enough to fill a card. A processor gains
+# nothing by it, and alone each caption has the same bits in any company.
+TOKENS_A_BATCH = {"cuda": 2048, "cpu": 1}
 _NORM_EPS = 1e-6  # of llm_cond_norm
 _PROJECTION = ("llm_cond_norm.weight", "llm_cond_proj.weight", "llm_cond_proj.bias")
 
@@ -157,11 +161,12 @@ class TextEncoder:
         progress: Callable[[float], None],
         before_results: Callable[[], None],
     ) -> list[Tensor]:
-        ids = [torch.tensor([tokens], device=self.device) for tokens in captions]
+        batches = _batches(captions, TOKENS_A_BATCH["cuda" if self.device.type == "cuda" else "cpu"])
+        ids = [_padded([captions[c] for c in batch]).to(self.device) for batch in batches]
         table = self._read("embed_tokens.weight")
         states = [nn.functional.embedding(i, table) for i in ids]
         del table
-        places = [torch.arange(i.shape[1], device=self.device)[None] for i in ids]
+        places = [torch.arange(i.shape[1], device=self.device).expand(i.shape) for i in ids]
         # Text has the same position on all three axes of the rotary embedding.
         rotary = [
             self.decoder.rotary_emb(s, p.expand(3, *p.shape)) for s, p in zip(states, places, strict=True)
@@ -177,32 +182,34 @@ class TextEncoder:
             for s, i, p in zip(states, ids, places, strict=True)
         ]
         hidden = self.bias.shape[0]
-        sums = [torch.zeros(i.shape[1], hidden, device=self.device) for i in ids]
-        squares = [torch.zeros(i.shape[1], 1, device=self.device) for i in ids]
+        sums = [torch.zeros(*i.shape, hidden, device=self.device) for i in ids]
+        squares = [torch.zeros(*i.shape, 1, device=self.device) for i in ids]
         last = TAPPED_LAYERS[-1]
         for index, layer in enumerate(self._layers(last + 1)):
-            for c, state in enumerate(states):
-                states[c] = layer(
+            for b, state in enumerate(states):
+                states[b] = layer(
                     state,
-                    attention_mask=masks[c],
-                    position_ids=places[c],
+                    attention_mask=masks[b],
+                    position_ids=places[b],
                     past_key_values=None,
-                    position_embeddings=rotary[c],
+                    position_embeddings=rotary[b],
                 )
             if index in TAPPED_LAYERS:
                 tap = TAPPED_LAYERS.index(index)
                 norm, weight = self.norm_by_tap[tap], self.weight_by_tap[tap].float()
                 for state, total, square in zip(states, sums, squares, strict=True):
-                    f = state[0].float()
+                    f = state.float()
                     square += f.square().sum(-1, keepdim=True)
                     total += (f * norm) @ weight.T
             progress((index + 1) / (last + 1))
         before_results()
         features = self.norm_by_tap.numel()
-        return [
-            (total * (square / features + _NORM_EPS).rsqrt() + self.bias).to(self.dtype)
-            for total, square in zip(sums, squares, strict=True)
-        ]
+        found: dict[int, Tensor] = {}
+        for batch, total, square in zip(batches, sums, squares, strict=True):
+            for row, caption in enumerate(batch):
+                one = total[row, : len(captions[caption])], square[row, : len(captions[caption])]
+                found[caption] = (one[0] * (one[1] / features + _NORM_EPS).rsqrt() + self.bias).to(self.dtype)
+        return [found[caption] for caption in range(len(captions))]
 
     def _layers(self, count: int) -> Iterator[nn.Module]:
         """The first decoder layers, each there while it is used; the next one is read meanwhile."""
@@ -247,3 +254,20 @@ def _groups(captions: Sequence[list[int]], tokens: int) -> Iterator[Sequence[lis
         total += len(caption)
     if start < len(captions):
         yield captions[start:]
+
+
+def _batches(captions: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """Which captions to pad to one length, by index: neighbours in length, at most ``tokens`` padded."""
+    batches: list[list[int]] = []
+    for caption in sorted(range(len(captions)), key=lambda c: len(captions[c])):
+        if batches and (len(batches[-1]) + 1) * len(captions[caption]) <= tokens:
+            batches[-1].append(caption)
+        else:
+            batches.append([caption])
+    return batches
+
+
+def _padded(captions: Sequence[list[int]]) -> Tensor:
+    """Token ids [captions, longest]; any token will do as padding."""
+    longest = max(map(len, captions))
+    return torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in captions])

@@ -65,8 +65,8 @@ _FRAGMENTATION = 0.05
 # glibc's malloc keeps freed blocks below 32 MiB (mallopt(3), M_MMAP_THRESHOLD): seen as 1.4 times what came
 # and went in a run on the nano base; larger tensors are given back.
 _HOST_KEEPS, _HOST_KEEPS_OF = 1.4, 300 << 20
-# Captions' tokens that go through a layer of the text encoder together (ideoflow.model.text).
-_TOKENS_AT_ONCE = 49152
+# Captions' tokens that go through a layer of the text encoder in turn, and in one call (ideoflow.model.text).
+_TOKENS_AT_ONCE, _TOKENS_A_BATCH = 40960, 2048
 
 
 def kept_by_block(
@@ -262,8 +262,9 @@ def _text(add: _Add, base: BaseFacts, shapes: Shapes, choice: Choice) -> None:
     together = min(max(shapes.caption_tokens, longest), max(_TOKENS_AT_ONCE, longest))
     # States, the sums of what was tapped, rotary tables and a mask by caption.
     states = together * (e * width + 4 * hidden + 4 + 2 * e * spec.head_dim + longest)
-    # Within one caption: a layer's widest tensors, then a tapped state in float32 with its part of the sum.
-    passing = longest * max(e * (3 * spec.intermediate_size + 6 * width), 4 * (2 * width + hidden))
+    # Within one call: a layer's widest tensors, then a tapped state in float32 with its part of the sum.
+    at_once = longest if choice.device == "cpu" else min(together, max(_TOKENS_A_BATCH, longest))
+    passing = at_once * max(e * (3 * spec.intermediate_size + 6 * width), 4 * (2 * width + hidden))
     # One layer is computed with, the next one is being read.
     layer = 2 * e * spec.layer_parameters() + passing + 4 * width * hidden
     stages = {

@@ -89,19 +89,31 @@ def test_the_token_ids_are_the_pipelines_length(encoder, pipeline):
         assert len(encoder.tokens(caption)) == len(encoded_by_the_pipeline(pipeline, caption))
 
 
-@pytest.mark.parametrize("limit", [1, 60, 10_000])
-def test_captions_that_go_together_do_not_touch_each_other(encoder, monkeypatch, limit):
+@pytest.mark.parametrize(("limit", "batch"), [(1, 1), (60, 100), (10_000, 1), (10_000, 2048)])
+def test_captions_that_go_together_do_not_touch_each_other(encoder, monkeypatch, limit, batch):
+    """Padding included: only the order of the sums may differ."""
+    alone = {caption: encoder.encode(caption) for caption in CAPTIONS}
     monkeypatch.setattr(text, "TOKENS_AT_ONCE", limit)
+    monkeypatch.setitem(text.TOKENS_A_BATCH, "cpu", batch)
     done = []
     groups = encoder.encode_tokens([encoder.tokens(c) for c in CAPTIONS], done.append)
     together = [features for group in groups for features in group]
     for caption, features in zip(CAPTIONS, together, strict=True):
-        assert torch.equal(features, encoder.encode(caption))
+        close = {"rtol": 1e-5, "atol": 1e-5} if batch > 1 else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(features, alone[caption], **close)
     assert done == sorted(done) and done[-1] == len(CAPTIONS)
+
+
+def test_batches_are_of_about_one_length():
+    captions = [[1] * n for n in (5, 300, 7, 290, 6, 2000, 1)]
+    batches = text._batches(captions, 600)
+    assert batches == [[6, 0, 4, 2], [3, 1], [5]]
+    assert text._padded([captions[c] for c in batches[1]]).shape == (2, 300)
 
 
 def test_the_plan_counts_as_many_tokens_together():
     assert memory._TOKENS_AT_ONCE == text.TOKENS_AT_ONCE
+    assert text.TOKENS_A_BATCH["cuda"] == memory._TOKENS_A_BATCH
 
 
 def test_no_more_than_two_layers_are_there(encoder):
