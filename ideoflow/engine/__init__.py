@@ -4,7 +4,8 @@ The engine reads a :class:`~ideoflow.plan.document.Plan`, never a recipe, and te
 :mod:`ideoflow.engine.events`.
 """
 
-from ideoflow.engine.warm import keep_compiled
+from ideoflow.engine.warm import grow_memory, keep_compiled
 
 # Before torch is imported here: Inductor fixes its cache's folder as soon as some library imports it.
 keep_compiled()
+grow_memory()

@@ -16,7 +16,7 @@ from torch import nn
 from ideoflow.data.order import draw
 from ideoflow.engine.setup import build
 from ideoflow.engine.step import TrainingSample, prepare
-from ideoflow.engine.warm import keep_compiled
+from ideoflow.engine.warm import grow_memory, keep_compiled
 from ideoflow.plan.document import Plan
 from ideoflow.recipe import ScheduleSettings
 
@@ -60,6 +60,20 @@ def test_a_cache_that_cannot_be_made_is_left_to_the_compilers(
     monkeypatch.setenv("IDEOFLOW_CACHE", str(tmp_path / "file"))
     keep_compiled()
     assert not set(VARIABLES) & set(os.environ)
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("linux", {}), ("win32", {}), ("linux", {"a": "b"})])
+def test_memory_grows_unless_the_user_said_how(
+    monkeypatch: pytest.MonkeyPatch, platform: str, chosen: Any
+) -> None:
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising=False)
+    if chosen:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    monkeypatch.setattr(sys, "platform", platform)
+    grow_memory()
+    expected = "expandable_segments:True" if platform == "linux" and not chosen else None
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 @pytest.mark.slow
