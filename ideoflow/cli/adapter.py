@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ideoflow.model.quiet import hush_libraries
+
 if TYPE_CHECKING:
     from ideoflow.artifacts.info import AdapterInfo
 
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
+    hush_libraries()
     args.act(args)
     return 0
 

@@ -24,6 +24,7 @@ from ideoflow.model.base import read_safetensors_header, weight_files
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.forms import infer_transformer
 from ideoflow.model.quiet import disable_progress_bars, import_library
+from ideoflow.model.spec import TransformerSpec
 
 # Type of everything that is not quantised, and of the arithmetic.
 PRECISIONS = {"float32": torch.float32, **dict.fromkeys(("bf16", "fp8", "int8", "nf4"), torch.bfloat16)}
@@ -156,9 +157,14 @@ def _transformer_config(folder: Path, part: str, place: Path) -> Any:
     for name in (part, "transformer") if place.is_file() else (part,):
         if (folder / name / "config.json").exists():
             return Ideogram4Transformer2DModel.load_config(folder / name)
-    return asdict(
-        infer_transformer({k: v for f in weight_files(place) for k, v in read_safetensors_header(f).items()})
+    spec = infer_transformer(
+        {k: v for f in weight_files(place) for k, v in read_safetensors_header(f).items()}
     )
+    if spec.attention_head_dim != TransformerSpec().attention_head_dim:
+        # How a head is divided among the axes of the rotary embedding is in no shape.
+        cure = "download or export it with its config.json"
+        fail(BAD_CONFIG, f"{place} is not of the released sizes, and has no config.json", cure=cure)
+    return asdict(spec)
 
 
 def _checkpoint(part: Path, wanted: Mapping[str, tuple[int, ...]]) -> Checkpoint:

@@ -11,6 +11,7 @@ from diffusers import Ideogram4Transformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ideoflow.diagnostics import IdeoflowError
 from ideoflow.engine.step import predict_velocity
 from ideoflow.kernels.float8 import Float8Linear
 from ideoflow.model.base import locate_base
@@ -116,14 +117,31 @@ def test_a_dense_base_can_be_held_in_fp8(make: Any, dense: dict[str, Tensor]) ->
     assert (restored - original).norm() / original.norm() < 0.03
 
 
-def test_the_original_layout_loads_without_a_config(dense, config, tmp_path):
-    """Sizes inferred from the tensors' shapes give the same model as a config.json."""
+def test_the_original_layout_loads_without_a_config(tmp_path):
+    """Sizes inferred from the tensors' shapes give the same model as a config.json, heads as released."""
+    torch.manual_seed(0)
+    model = Ideogram4Transformer2DModel(
+        num_layers=2, num_attention_heads=1, intermediate_size=64, adaln_dim=32, llm_features_dim=416
+    ).bfloat16()
     with_config, without = tmp_path / "a", tmp_path / "b"
     for folder in (with_config, without):
         (folder / "transformer").mkdir(parents=True)
-        save_file(fuse(dense), folder / "transformer" / "model.safetensors")
-    (with_config / "transformer" / "config.json").write_text(config)
+        save_file(fuse(model.state_dict()), folder / "transformer" / "model.safetensors")
+    model.save_config(with_config / "transformer")
     models = [load_transformer(f, precision="fp8", device=CPU) for f in (with_config, without)]
+    g = torch.Generator().manual_seed(0)
+    text, noisy = torch.randn(5, 256, generator=g), torch.randn(16, 128, generator=g)
+    with torch.no_grad():
+        one, other = (predict_velocity(m, noisy, torch.tensor([0.4]), text, (4, 4)) for m in models)
+    assert torch.equal(one, other)
     states = [m.state_dict() for m in models]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k].float(), states[1][k].float()) for k in states[0])
+
+
+def test_other_sizes_without_a_config_are_told(dense, tmp_path):
+    """How a head is divided among the rotary embedding's axes is in no shape."""
+    (tmp_path / "transformer").mkdir()
+    save_file(fuse(dense), tmp_path / "transformer" / "model.safetensors")
+    with pytest.raises(IdeoflowError, match="no config"):
+        load_transformer(tmp_path, precision="fp8", device=CPU)
