@@ -21,6 +21,7 @@ from ideoflow.data.shards import (
     Index,
     Place,
     Shard,
+    leftovers,
     mark_used,
     new_shard_name,
     places,
@@ -112,6 +113,10 @@ class TensorCache:
         group = (kind, base, _NAMES[value.dtype], value.shape[1])
         if group not in self._filling:
             self.wait()
+            if self._writer is None:  # what earlier kills left behind may be large
+                with contextlib.suppress(OSError):
+                    for file in leftovers(self.folder):
+                        file.unlink()
             self._filling[group] = _Filling(ShardWriter(self.folder, kind, base, value.nbytes))
         filling = self._filling[group]
         if key not in filling.keys:

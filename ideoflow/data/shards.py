@@ -50,6 +50,8 @@ SUFFIX = ".safetensors"
 _SNAPSHOT = "index.npz"
 # Headers read in one go that are worth a snapshot.
 _SNAPSHOT_AFTER = 256
+# A shard is closed after a minute: a scratch file that is older than this belongs to nobody any more.
+_SCRATCH_SECONDS = 3600.0
 # Bytes that are read at a time.
 _PIECE = 256 << 10
 _COLUMNS = {"high": "<u8", "low": "<u8", "shard": "<u4", "begin": "<u4", "length": "<u4", "crc": "<u4"}
@@ -99,6 +101,14 @@ def mark_used(folder: Path, shards: Iterable[Shard]) -> None:
     for shard in shards:
         with contextlib.suppress(OSError):  # somebody else's files, or gone
             os.utime(folder / shard.name)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Scratch files that nobody writes any more."""
+    if not folder.is_dir():
+        return []
+    old = time.time() - _SCRATCH_SECONDS
+    return [p for p in folder.iterdir() if p.name.startswith(".") and p.is_file() and p.stat().st_mtime < old]
 
 
 def read_shard(file: Path) -> tuple[Shard, Arrays]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ideoflow.data.keys import DIGESTS, DTYPES, Keys, PictureDigests, cache_folder, needed_keys
-from ideoflow.data.shards import Index, Shard, join_keys, places, read_bytes, read_shard
+from ideoflow.data.shards import Index, Shard, join_keys, leftovers, places, read_bytes, read_shard
 from ideoflow.data.survey import read_dataset, read_prompts
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.data import CACHE_UNWRITABLE
@@ -20,8 +20,6 @@ from ideoflow.model.base import locate_base
 from ideoflow.recipe import load_recipe
 
 DAY = 86400.0
-# A shard that is written takes seconds: a scratch file that is older belongs to nobody any more.
-_SCRATCH_SECONDS = 3600.0
 # Shards below this share of a full one are put together.
 _SMALL = 0.25
 _READERS = 8
@@ -76,7 +74,7 @@ def stats(folder: Path) -> Stats:
         )
         for group, numbers in sorted(groups.items())
     ]
-    return Stats(folder, tuple(holdings), tuple(index.damaged), len(_leftovers(folder)), index.nbytes)
+    return Stats(folder, tuple(holdings), tuple(index.damaged), len(leftovers(folder)), index.nbytes)
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def prune(
     stays = np.bincount(rows["shard"][wanted], minlength=len(index.shards))
     thinned = {n for n, shard in enumerate(index.shards) if stays[n] < shard.entries}
     merged = thinned | _small(index, thinned, SHARD_BYTES * _SMALL)
-    removed, leftovers = int((~wanted).sum()), _leftovers(folder)
+    removed, broken_off = int((~wanted).sum()), leftovers(folder)
     size = int(rows["length"][~wanted].sum())
     if not dry_run:
         with _told(folder):
@@ -208,9 +206,9 @@ def prune(
                         (folder / shard.name).unlink(missing_ok=True)
                     emptied = []
                 progress("prune", done, len(merged))
-            for file in [*leftovers, *(folder / name for name in index.damaged)]:
+            for file in [*broken_off, *(folder / name for name in index.damaged)]:
                 file.unlink(missing_ok=True)
-    return Pruned(removed, size, len(merged), len(leftovers) + len(index.damaged))
+    return Pruned(removed, size, len(merged), len(broken_off) + len(index.damaged))
 
 
 def keys_of_recipe(path: str | Path) -> set[str]:
@@ -269,11 +267,3 @@ def _age(folder: Path, shard: Shard, now: float) -> float:
         return max(0.0, now - (folder / shard.name).stat().st_mtime)
     except OSError:
         return 0.0
-
-
-def _leftovers(folder: Path) -> list[Path]:
-    """Scratch files that nobody writes any more."""
-    if not folder.is_dir():
-        return []
-    old = time.time() - _SCRATCH_SECONDS
-    return [p for p in folder.iterdir() if p.name.startswith(".") and p.is_file() and p.stat().st_mtime < old]

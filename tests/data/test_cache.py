@@ -63,6 +63,15 @@ def test_a_shard_is_closed_when_it_is_large_or_old(cache, monkeypatch):
     assert len(shards(cache)) == 6
 
 
+def test_what_a_kill_left_an_hour_ago_is_removed_by_the_next_writer(cache):
+    cache.folder.mkdir()
+    old, new = cache.folder / ".text-old", cache.folder / ".text-being-written"
+    old.touch(), new.touch()
+    os.utime(old, (time.time() - 7200,) * 2)
+    put(cache, KEY, torch.zeros(1, 1))
+    assert new.exists() and not old.exists()
+
+
 def test_a_file_is_for_everybody_who_may_read_the_folder(cache):
     put(cache, KEY, torch.zeros(1, 1))
     cache.flush()

@@ -13,6 +13,7 @@ from ideoflow.recipe import parse_recipe
 
 TEXT = "model.base = 'nano'\ndata.images = 'x'\n[train]\nsteps = 20\nbatch = 2\naccumulation = 2\n"
 SAMPLES, VARIANTS = 24, 3
+WHOLE = (Share("x", 0, SAMPLES),)
 
 
 @pytest.fixture
@@ -30,9 +31,9 @@ def stored(tmp_path):
     return cache, data
 
 
-def batches(stored, text=TEXT, **options):
+def batches(stored, text=TEXT, shares=WHOLE, **options):
     cache, data = stored
-    return Batches(parse_recipe(text).tables, data, [Share("x", 0, SAMPLES)], cache, **options)
+    return Batches(parse_recipe(text).tables, data, shares, cache, **options)
 
 
 def sample_of(s):
@@ -59,6 +60,41 @@ def test_a_run_that_goes_on_gets_the_same_steps(stored):
     steps = [whole.of(step) for step in range(20)]
     for step in (13, 14, 15, 3, 19):  # also out of turn
         assert same(later.of(step), steps[step])
+
+
+MIXTURES = {
+    "weights": (Share("a", 0, 4, variants=3, weight=0.7), Share("b", 12, 6, variants=2, weight=0.3)),
+    "repeats": (Share("a", 0, 4, variants=3, repeats=2), Share("b", 12, 12)),
+}
+
+
+@pytest.mark.parametrize("shares", MIXTURES.values(), ids=MIXTURES)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_run_that_is_broken_off_within_an_epoch_meets_what_it_would_have_met(stored, shares, ranks):
+    """Crops, weights, repeats, several captions and dropped ones, on each of several processes."""
+    text = TEXT + "[captions]\ndropout = 0.3\n"
+    for rank in range(ranks):
+        where = {"shares": shares, "rank": rank, "ranks": ranks}
+        whole = batches(stored, text, **where)
+        steps = [whole.of(step) for step in range(20)]
+        for broken_off in (1, 5, 12):
+            first, torch_state = batches(stored, text, **where), torch.get_rng_state()
+            for step in range(broken_off):
+                assert same(first.of(step), steps[step])
+            torch.manual_seed(broken_off)  # what else goes on in a process changes nothing
+            later = batches(stored, text, **where)
+            assert all(same(later.of(step), steps[step]) for step in range(broken_off, 20))
+            torch.set_rng_state(torch_state)
+
+
+@pytest.mark.parametrize("shares", MIXTURES.values(), ids=MIXTURES)
+def test_several_processes_meet_what_one_would(stored, shares):
+    """Two of batch 2 take, in each step, the samples, crops, captions and noise of one of batch 4."""
+    alone = batches(stored, TEXT.replace("batch = 2", "batch = 4"), shares)
+    both = [batches(stored, shares=shares, rank=rank, ranks=2) for rank in range(2)]
+    for step in range(20):
+        parts = [reader.of(step) for reader in both]
+        assert same([a + b for a, b in zip(*parts, strict=True)], alone.of(step))
 
 
 def test_a_step_is_so_many_passes_of_so_many_samples(stored):
