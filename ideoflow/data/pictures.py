@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -147,9 +147,9 @@ def _column_chunk(file: Path, column: str, group: int) -> Any:
     return values
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """Every picture in a folder and its sub-folders, sorted; hidden files and folders are left out."""
-    return sorted(p for p in visible_files(folder) if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+def find_pictures(files: Iterable[Path]) -> list[Path]:
+    """Those of the files that are pictures by their suffix, sorted."""
+    return sorted(p for p in files if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
 
 
 def visible_files(folder: Path) -> Iterator[Path]:

@@ -42,8 +42,9 @@ def find_entries(
     span = recipe.source_span(number, "images")
     root, files = _locate(recipe.folder, source.images, span, say)
     if not files:
-        found = Found(root, _folder(root, source, problems))
-        _report_unread((p.name for p in visible_files(root)), span, problems)
+        files_there = list(visible_files(root))
+        found = Found(root, _folder(root, find_pictures(files_there), source, problems))
+        _report_unread((p.name for p in files_there), span, problems)
     elif files[0].suffix.lower() == SHARD_SUFFIX:
         found = Found(root, [e for file in files for e in _shard(file, root, source, problems)])
         _report_unread((name for file in files for name, _, _ in _members(file)), span, problems)
@@ -63,7 +64,7 @@ def find_entries(
 
 def _report_unread(names: Iterable[str], span: Span, problems: Collector) -> None:
     """Tells of pictures of kinds that are not read, which nobody would miss otherwise."""
-    suffixes = (PurePosixPath(name).suffix.lower() for name in names)
+    suffixes = ("." + name.rpartition(".")[2].lower() for name in names)
     if unread := Counter(suffix for suffix in suffixes if suffix in UNREAD_SUFFIXES):
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(unread.items()))
         cure = "make JPEG, PNG or WebP of them, or take them away"
@@ -119,9 +120,9 @@ def _files_of(folder: Path) -> list[Path]:
     return []
 
 
-def _folder(root: Path, source: SourceSettings, problems: Collector) -> list[Entry]:
+def _folder(root: Path, pictures: list[Path], source: SourceSettings, problems: Collector) -> list[Entry]:
     """Pictures of a folder; where it has a metadata file of Hugging Face's imagefolder, with its captions."""
-    entries = {p: Entry(p, p.relative_to(root).as_posix()) for p in find_pictures(root)}
+    entries = {p: Entry(p, p.relative_to(root).as_posix()) for p in pictures}
     if source.caption in ("auto", "column"):
         parents = {p.parent for p in entries}
         folders = parents | {f for p in parents for f in p.parents if f.is_relative_to(root)}
