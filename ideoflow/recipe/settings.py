@@ -86,7 +86,7 @@ CAPTION_ELSEWHERE = {
     ),
 }
 CROP_ELSEWHERE = {
-    "face": ("would need something that finds faces", "write 'center'"),
+    "face": ("would need something that finds faces", "write 'center', or cut the faces out beforehand"),
     "true": ("does not say which part stays", "write 'center' or 'random'"),
     "false": ("is how other trainers say it", "write 'off'"),
 }

@@ -1,6 +1,9 @@
 """Statistics, verification and pruning: what is wanted stays, readable throughout; the rest goes."""
 
+import multiprocessing
 import os
+import random
+import signal
 import time
 
 import pytest
@@ -143,6 +146,23 @@ def test_a_reader_of_what_is_pruned_goes_on(tmp_path):
     reader = TensorCache(tmp_path)
     prune(tmp_path)
     assert all((reader.get(KEYS[n]) == float(n)).all() for n in range(20))
+
+
+def test_a_prune_that_is_killed_loses_nothing_that_stays(tmp_path):
+    context = multiprocessing.get_context("fork")
+    chance = random.Random(1)
+    wanted = {n for n in range(40) if n % 3}
+    for start in range(0, 40, 2):
+        fill(tmp_path, range(start, min(start + 3, 40)))
+    for _ in range(8):
+        process = context.Process(target=prune, args=(tmp_path,), kwargs={"keep": [KEYS[n] for n in wanted]})
+        process.start()
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert wanted <= present(tmp_path) and verify(tmp_path).good
+    prune(tmp_path, keep=[KEYS[n] for n in wanted])
+    assert present(tmp_path) == wanted and len(shards(tmp_path)) == 1
 
 
 def test_a_folder_that_may_not_be_changed(tmp_path, monkeypatch):
