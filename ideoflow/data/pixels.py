@@ -24,7 +24,8 @@ def load_pixels(sample: Sample) -> Tensor:
     """
     with open_picture(sample.picture) as image:
         image.load()
-        picture = to_srgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # copies nothing where nothing is turned
+        picture = to_srgb(image)
     # Lanczos averages over the whole source area of each pixel, so that shrinking does not alias.
     resized = picture.resize(sample.size, Image.Resampling.LANCZOS, box=sample.geometry.window)
     if sample.geometry.flip:

@@ -200,7 +200,7 @@ def prune(
                         writer.put(key, value, kind=shard.kind, base=shard.base)
                 emptied.append(shard)
                 # Removed when what stays of them is on the disk, and before that holds everything twice.
-                if sum(s.size for s in emptied) > 8 * SHARD_BYTES or done == len(merged):
+                if sum(s.size for s in emptied) > 4 * SHARD_BYTES or done == len(merged):
                     writer.flush()
                     for shard in emptied:
                         (folder / shard.name).unlink(missing_ok=True)
