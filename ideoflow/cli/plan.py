@@ -18,6 +18,7 @@ from ideoflow.diagnostics.codes.plan import (
     NO_DECISION,
     NO_RECIPE,
     NOTHING_MEASURED,
+    OPTIONS_APART,
     PLAN_UNWRITABLE,
 )
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", metavar="A,B", help="a table of these cards")
     for axis, example in (("batch", "1,2,4"), ("resolution", "512,1024"), ("rank", "8,32")):
         parser.add_argument(f"--{axis}", metavar=example, help=f"a table of these values of {axis}")
-    parser.add_argument("--explain", metavar="DECISION", help="one decision with its alternatives")
+    parser.add_argument("--explain", metavar="DECISION", help="one decision with its alternatives, or all")
     parser.add_argument("--diff", metavar="PLAN", help="what differs from an earlier plan.json")
     parser.add_argument("--json", action="store_true", help="the plan as JSON")
     parser.add_argument(
@@ -59,10 +60,23 @@ def execute(args: argparse.Namespace) -> int:
         return _calibrate(args)
     if args.recipe is None:
         fail(NO_RECIPE, "there is no recipe to plan", cure="ideoflow plan RECIPE")
+    _check_options(args)
     if Path(args.recipe).suffix == ".json":
         return _report(args, load_plan(args.recipe), None)
     planner = _Planner(args)
     return _report(args, planner.plan(), planner)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """No option is ignored: those that would be are mistakes."""
+    tables = [f"--{name}" for name in ("compare", "batch", "resolution", "rank") if getattr(args, name)]
+    views = [f"--{name}" for name in ("json", "explain", "diff") if getattr(args, name)]
+    if Path(args.recipe).suffix == ".json" and (others := ["--gpu"] * bool(args.gpu) + tables):
+        message = f"{args.recipe} is a finished plan, and {others[0]} makes another one"
+        fail(OPTIONS_APART, message, cure="give the recipe that it was made from")
+    if len(found := views + tables) > 1 and views:
+        message = f"{found[0]} does not go with {', '.join(found[1:])}"
+        fail(OPTIONS_APART, message, cure="ask for one after the other")
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -115,7 +129,11 @@ class _Planner:
         show(warnings)
 
     def plan(
-        self, recipe: Recipe | None = None, data: DataSummary | None = None, hardware: Hardware | None = None
+        self,
+        recipe: Recipe | None = None,
+        data: DataSummary | None = None,
+        hardware: Hardware | None = None,
+        brief: bool = False,
     ) -> Plan:
         from ideoflow.plan import make_plan
 
@@ -126,6 +144,7 @@ class _Planner:
             hardware or self.hardware,
             calibration=self.calibration,
             prompts=self.prompts,
+            brief=brief,
         )
 
     def variants(self, axis: str, values: Sequence[int], hardware: Hardware) -> list[Plan]:
@@ -135,7 +154,7 @@ class _Planner:
         plans = []
         for value in values:
             tables, data = with_axis(self.recipe.tables, self.data, axis, value)
-            plans.append(self.plan(replace(self.recipe, tables=tables), data, hardware))
+            plans.append(self.plan(replace(self.recipe, tables=tables), data, hardware, brief=True))
         return plans
 
 
@@ -178,7 +197,7 @@ def _tables(args: argparse.Namespace, planner: _Planner, console: Console) -> No
     cards = [planner.hardware, *(named_hardware(n) for n in (args.compare or "").split(",") if n.strip())]
     axes = {axis: _numbers(axis, text) for axis in AXES if (text := getattr(args, axis))}
     if args.compare and not axes:
-        rows = [(card.name, [planner.plan(hardware=card)]) for card in cards]
+        rows = [(card.name, [planner.plan(hardware=card, brief=True)]) for card in cards]
         print_table("machine", ["peak, a step"], rows, console)
     for axis, values in axes.items():
         rows = [(card.name, planner.variants(axis, values, card)) for card in cards]
@@ -204,6 +223,12 @@ def _explain(plan: Plan, name: str) -> None:
     from ideoflow.plan.render import print_decision
 
     known = [d.id for d in plan.decisions]
+    if name == "all":
+        with _console() as console:
+            for decision in plan.decisions:
+                print_decision(plan, decision, console)
+                console.print()
+        return
     if name not in known:
         near = closest(name, known)
         cure = f"did you mean {near}?" if near else f"one of: {', '.join(known)}"

@@ -56,6 +56,7 @@ def make_plan(
     *,
     calibration: Calibration | None = None,
     prompts: int | None = None,
+    brief: bool = False,
 ) -> Plan:
     """Decides everything that a run needs to know; the same arguments give the same plan.
 
@@ -66,6 +67,7 @@ def make_plan(
         hardware: the machine, at hand or by name.
         calibration: measurements to correct the formulas with; by default those that ship.
         prompts: number of validation pictures; by default one for each entry of ``validate.prompts``.
+        brief: for a table: memory, times and sizes without decisions, warnings and what would help.
 
     Raises:
         IdeoflowError: if the targets match nothing in this base, the device asked for is not there, or
@@ -86,11 +88,14 @@ def make_plan(
         problem.targets,
         hardware,
         data,
-        tuple(_with_its_line(d, recipe) for d in _decisions(problem, best)),
+        () if brief else tuple(_with_its_line(d, recipe) for d in _decisions(problem, best)),
         best.ledger,
         estimate_time(problem, best),
         disk_sizes(tables, base, data, problem),
+        host_bytes=0 if problem.device == "cpu" else problem.host_bytes(best.choice),
     )
+    if brief:
+        return plan
     changes = () if plan.fits else cheapest_changes(problem, best)
     plan = replace(plan, changes=changes)
     return replace(plan, warnings=advise(plan, problem, best, recipe))

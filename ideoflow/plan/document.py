@@ -273,6 +273,7 @@ class Plan:
 
     ``tables`` are the recipe's settings with defaults filled in, ``targets`` the modules that get an adapter,
     in the model's order. ``changes`` are ranked, cheapest first, and empty where the plan fits.
+    ``host_bytes`` is what waits in the host's memory beside a GPU: weights, moments, activations.
     """
 
     format: int
@@ -290,6 +291,7 @@ class Plan:
     sizes: DiskSizes
     warnings: tuple[Diagnostic, ...] = ()
     changes: tuple[Change, ...] = ()
+    host_bytes: int = 0
 
     def decision(self, id: str) -> Decision:
         """The decision called ``id``.

@@ -37,6 +37,7 @@ Linears stored in FP8 keep nothing more, but their modules dequantise the weight
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 from ideoflow.kernels.budget import PACKED_MULTIPLE
@@ -69,6 +70,7 @@ _HOST_KEEPS, _HOST_KEEPS_OF = 1.4, 300 << 20
 _TOKENS_AT_ONCE, _TOKENS_A_BATCH = 40960, 2048
 
 
+@cache
 def kept_by_block(
     spec: TransformerSpec,
     adapted: frozenset[str],

@@ -58,7 +58,7 @@ _REJECTED = {
     "no-gain": "no gain",
     "unsupported": "not on this device",
     "only-on-request": "",
-    "not-installed": "not installed",
+    "not-installed": "{faster}not installed",
     "no-gpu": "no GPU",
 }
 
@@ -215,7 +215,9 @@ def rejected_words(plan: Plan, rejected: Rejected) -> str:
     slower = "" if rejected.delta_ms is None else milliseconds(rejected.delta_ms)
     if rejected.reason_code == "slower" and not slower:
         return "slower"
-    return _REJECTED.get(rejected.reason_code, rejected.reason_code).format(over=over, ms=slower)
+    faster = "" if rejected.delta_ms is None else f"{milliseconds(-rejected.delta_ms)} faster, "
+    words = _REJECTED.get(rejected.reason_code, rejected.reason_code)
+    return words.format(over=over, ms=slower, faster=faster)
 
 
 def _memory(plan: Plan) -> RenderableType:
@@ -237,6 +239,11 @@ def _memory(plan: Plan) -> RenderableType:
         grid.add_row(f"  {PHASE_NAMES[phase]}", *cells)
     verdict = "fits" if plan.fits else f"over by {size(plan.ledger.peak_bytes - limit)}"
     grid.add_row("  free", amount(limit), Text(verdict, style="green" if plan.fits else "bold red"))
+    if plan.host_bytes >= GIB:
+        free = plan.hardware.host_free_bytes
+        of = f" of {size(free)} that are free there" if free is not None else ""
+        words = f"GiB{of}: what waits in the machine's own memory"
+        grid.add_row("  host", gib(plan.host_bytes), Text(words, style="dim"))
     return Padding(grid, (1, 0, 0, 0))
 
 

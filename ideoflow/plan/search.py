@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from operator import attrgetter
 
 from ideoflow.kernels.budget import MOST_GRAPHS, PACKED_MULTIPLE
 from ideoflow.model.base import BaseFacts
@@ -75,7 +76,7 @@ class Problem:
     def adapter(self) -> AdapterSize:
         return adapter_size(self.tables.adapter, self.modules)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The greatest rank of a low-rank product that tokens go through."""
         low_rank = self.tables.adapter.kind in ("lora", "dora")
@@ -134,12 +135,11 @@ class Problem:
     @cached_property
     def combinations(self) -> tuple[Choice, ...]:
         """All that the machine could do, the recipe's word apart."""
-        fixed, kind = fixed_decisions(self.tables), self.tables.adapter.kind
-        every = combinations(self.hardware, self.device, self.targets, fixed, kind)
         guidance: tuple[str, ...] = ("proxy",)
         if self.base.has_unconditional and self.prompts:
             guidance = GUIDANCE if self.device == "cuda" else ("loaded", "proxy")
-        return tuple(replace(c, unconditional=value) for c in every for value in guidance)
+        fixed, kind = tuple(fixed_decisions(self.tables).items()), self.tables.adapter.kind
+        return _combinations(self.hardware, self.device, self.targets, fixed, kind, guidance)
 
     def host_bytes(self, choice: Choice) -> int:
         """What a GPU run needs of host memory: what samples are made with waits there, and what is offloaded.
@@ -158,6 +158,20 @@ class Problem:
 
     def factors(self, choice: Choice) -> Factors:
         return self.calibration.factors(self.hardware.name, choice.path, choice.compiled)
+
+
+@lru_cache(maxsize=8)
+def _combinations(
+    hardware: Hardware,
+    device: str,
+    targets: tuple[str, ...],
+    fixed: tuple[tuple[str, str | float], ...],
+    kind: str,
+    guidance: tuple[str, ...],
+) -> tuple[Choice, ...]:
+    """The same for most of the problems that advice is sought for."""
+    every = combinations(hardware, device, targets, dict(fixed), kind)
+    return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
 
 @dataclass(frozen=True)
@@ -349,11 +363,14 @@ def solve(problem: Problem) -> Evaluation:
     return choose(seen, storage)
 
 
+_BUT_THE_BUDGET = attrgetter(*(f.name for f in fields(Choice) if f.name != "activation_budget"))
+
+
 def _evaluations(problem: Problem, choices: Iterable[Choice]) -> Iterator[Evaluation]:
     """What can come of them: a larger activation budget than one that is too large already is left out."""
-    series: dict[Choice, list[Choice]] = {}
+    series: dict[tuple[object, ...], list[Choice]] = {}
     for choice in choices:
-        series.setdefault(replace(choice, activation_budget=0.0), []).append(choice)
+        series.setdefault(_BUT_THE_BUDGET(choice), []).append(choice)
     for alike in series.values():
         for choice in sorted(alike, key=lambda c: c.activation_budget):
             yield (found := evaluate(problem, choice))

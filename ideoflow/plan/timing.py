@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from ideoflow.kernels.budget import AWAY, ROUNDING, choose_kept
 from ideoflow.model.base import BaseFacts
@@ -164,6 +165,7 @@ def linear_parameters(spec: TransformerSpec) -> int:
     return spec.num_layers * sum(o * i for name, (o, i) in block.items() if "adaln" not in name)
 
 
+@cache
 def pointwise_bytes(
     spec: TransformerSpec, adapted: frozenset[str], element: int, *, compiled: bool, adapter: int
 ) -> int:

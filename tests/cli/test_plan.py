@@ -139,11 +139,36 @@ def test_explain_one_decision(recipe, capsys):
         (("--gpu", "h100", "--compare", "toaster"), "IP010"),
         (("--gpu", "h100", "--diff", "absent.json"), "IP001"),
         (("--gpu", "h100", "-o", "."), "IP009"),
+        (("--gpu", "h100", "--json", "--batch", "1,2"), "IP030"),
+        (("--gpu", "h100", "--explain", "engine", "--diff", "p.json"), "IP030"),
     ],
 )
 def test_mistakes_are_diagnostics(argv, code, recipe, capsys):
     exit_code, _, err = run(capsys, recipe, *argv)
     assert exit_code == 1 and f"[{code}]" in err and "help" in err
+
+
+@pytest.mark.parametrize("option", [("--gpu", "h100"), ("--batch", "1,2"), ("--compare", "h100")])
+def test_a_finished_plan_is_not_made_again(option, recipe, capsys, tmp_path):
+    file = tmp_path / "barn.plan.json"
+    run(capsys, recipe, "--gpu", "h200", "-o", file)
+    code, _, err = run(capsys, file, *option)
+    assert code == 1 and "[IP030]" in err and "give the recipe" in err
+
+
+def test_explain_all_tells_every_decision_within_80_columns(recipe, capsys):
+    plan = Plan.from_json(run(capsys, recipe, "--gpu", "rtx-3060", "--json")[1])
+    _, out, _ = run(capsys, recipe, "--gpu", "rtx-3060", "--explain", "all")
+    heads = [line for line in out.splitlines() if " = " in line and not line.startswith(" ")]
+    assert [line.split(" = ")[0] for line in heads] == [d.id for d in plan.decisions]
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_page_says_what_waits_on_the_host(recipe, capsys):
+    _, out, _ = run(capsys, recipe, "--gpu", "rtx-3060")
+    host = next(line.split() for line in out.splitlines() if line.startswith("  host"))
+    # Both transformers' blocks in FP8, 8.07 GiB each, and half a GiB of moments or more.
+    assert 16.1 < float(host[1]) < 20
 
 
 def test_a_damaged_plan_is_a_diagnostic(tmp_path, capsys):

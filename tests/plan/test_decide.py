@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from ideoflow.diagnostics import IdeoflowError
-from ideoflow.plan import Plan, make_plan, named_hardware
+from ideoflow.plan import Plan, make_plan, named_hardware, search
+from ideoflow.plan.calibration import shipped
 from ideoflow.plan.choices import DOMAINS
 from ideoflow.plan.search import Problem, candidates, evaluate, times_known
 
@@ -199,8 +200,6 @@ def test_every_plan_is_consistent(situation, plan_for):
 @pytest.mark.parametrize("name", ["rtx-4090", "h100", "a100-40gb"])
 def test_no_allowed_combination_that_fits_makes_a_faster_run(name, full_base, write_recipe, summarize):
     """The choice against a plain enumeration of everything that may be decided."""
-    from ideoflow.plan.calibration import shipped
-
     hardware, recipe = named_hardware(name), write_recipe(LONG)
     problem = Problem(recipe.tables, full_base, summarize(), hardware, shipped(), 0)
     plan = make_plan(recipe, full_base, summarize(), hardware)
@@ -224,6 +223,18 @@ def test_no_allowed_combination_that_fits_makes_a_faster_run(name, full_base, wr
     taken = next(e for e in every if all(getattr(e.choice, d) == plan.value(d) for d in DOMAINS))
     assert taken in fitting
     assert taken.run_seconds <= 1.03 * min(e.run_seconds for e in fitting)
+
+
+@pytest.mark.parametrize("machine", ["4gb", "rtx-4070", "a100-40gb"])
+def test_the_search_leaves_nothing_out_that_is_better(
+    machine, full_base, write_recipe, summarize, monkeypatch
+):
+    """Budgets beyond one that is too large are not evaluated; the result is that of evaluating all."""
+    base = dataclasses.replace(full_base, storage="fp8")
+    problem = Problem(write_recipe(LONG).tables, base, summarize(), named_hardware(machine), shipped(), 1)
+    quick = search.solve(problem)
+    monkeypatch.setattr(search, "_evaluations", lambda problem, some: [evaluate(problem, c) for c in some])
+    assert search.solve(problem) == quick
 
 
 def test_rejected_alternatives_carry_their_cost(plan_for):
@@ -452,8 +463,6 @@ def test_without_a_data_set_the_recipes_resolution_is_planned(full_base, write_r
 
 
 def test_problem_knows_when_times_are_known(full_base, write_recipe):
-    from ideoflow.plan.calibration import shipped
-
     recipe = write_recipe()
     problem = Problem(recipe.tables, full_base, None, named_hardware("24gb"), shipped(), 0)
     assert not times_known(problem, candidates(problem)[0])

@@ -240,3 +240,13 @@ NO_RECIPE = define(
     `ideoflow plan` takes the path of a recipe or of a plan.json. Only `--calibrate` may go without one.
     """,
 )
+OPTIONS_APART = define(
+    "IP030",
+    "options that do not go together",
+    """
+    `ideoflow plan` shows one thing at a time: the page with its tables (`--compare`, `--batch`,
+    `--resolution`, `--rank`), the plan as JSON (`--json`), a decision (`--explain`) or what differs
+    (`--diff`). `-o` and `--html` go with each of them. A plan.json is a finished plan: for another card, or a
+    table of variants, give the recipe.
+    """,
+)
