@@ -24,6 +24,7 @@ from ideoflow.model.forms import (
     infer_transformer,
     instead,
     is_original_layout,
+    lost_half,
     no_number,
     odd_scale,
     readable,
@@ -456,12 +457,14 @@ def _storage(part: str, place: Path, header: Mapping[str, Any], span: Span | Non
         IdeoflowError: when it cannot be read, or scales do not belong to their weights.
     """
     try:
-        form, odd, untyped = form_of(header), odd_scale(header), no_number(header)
+        form, odd, untyped, lost = form_of(header), odd_scale(header), no_number(header), lost_half(header)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         fail(BAD_CONFIG, f"a weight file in {place} cannot be used: {error}", span, cure=_AGAIN)
     if form not in readable(part):
         what = "the transformer in " if part.endswith("transformer") else ""
         fail(UNSUPPORTED_FORM, f"{what}{place} is stored as {form}", span, cure=_cure(part, form))
+    if lost:
+        fail(WRONG_WEIGHTS, f"{place}: tensors are missing: {lost}", span, cure=_AGAIN)
     if odd:
         message = f"{place}: {odd} has the shape {header[odd]['shape']}, which is no scale a row or a tensor"
         fail(UNSUPPORTED_FORM, message, span, cure=_cure(part, form))

@@ -205,6 +205,8 @@ class Checkpoint:
         if "_scale" not in source.sides:
             return torch.ones(rows, device=device)
         scale = source.sides["_scale"].read(device).float().flatten()
+        if not scale.isfinite().all():
+            raise ValueError(f"{source.sides['_scale'].key} holds numbers that are not finite")
         if scale.numel() == 1:
             return scale.expand(rows).contiguous()
         return _third(scale, source)

@@ -74,11 +74,22 @@ def odd_scale(header: Mapping[str, Any]) -> str | None:
     return next((name for name in header if name.endswith(".weight_scale") and not fits(name)), None)
 
 
+def lost_half(header: Mapping[str, Any]) -> str | None:
+    """The name of the first FP8 weight or scale that is missing beside the other.
+
+    Without its scale a weight is far too large. None is missed where no weight has one.
+    """
+    scaled = {name.removesuffix("_scale") for name in header if name.endswith(".weight_scale")}
+    eight = {n for n, t in header.items() if t["dtype"] == "F8_E4M3" and n.endswith(".weight")}
+    bare = eight - scaled if scaled else set()
+    return min((scaled - header.keys()) | {f"{name}_scale" for name in bare}, default=None)
+
+
 def no_number(header: Mapping[str, Any]) -> str | None:
     """The first plain weight, bias or scale whose type cannot hold it, such as an integer."""
     for name, tensor in header.items():
-        side = name.endswith(("_scale", ".bias")) or "norm" in name
-        if side and tensor["dtype"] not in ("F64", "F32", "BF16", "F16", "F8_E4M3"):
+        plain = name.endswith((".weight", ".bias", "_scale")) and f"{name}.absmax" not in header
+        if plain and tensor["dtype"] not in ("F64", "F32", "BF16", "F16", "F8_E4M3"):
             return name
     return None
 

@@ -19,6 +19,8 @@ from ideoflow.model.forms import (
     infer_transformer,
     instead,
     is_original_layout,
+    lost_half,
+    no_number,
     plain_name,
     readable,
 )
@@ -89,6 +91,12 @@ def _report(name: str, place: Path) -> PartReport:
             parameters += prod(tensor["shape"]) * packed
     form, transformer = form_of(header), name.endswith("transformer")
     problems = _transformer_problems(place, header, form) if transformer else []
+    if lost := lost_half(header):
+        problems.append(Diagnostic(WRONG_WEIGHTS, f"{place}: tensors are missing: {lost}", cure=_ANOTHER))
+    if untyped := no_number(header):
+        stored = header[untyped]["dtype"]
+        message = f"{place}: {untyped} is stored as {stored}, which is no floating point"
+        problems.append(Diagnostic(WRONG_WEIGHTS, message, cure=_ANOTHER))
     if form not in readable(name):
         message = f"{place} is stored as {form}"
         problems = [Diagnostic(UNSUPPORTED_FORM, message, cure=instead(form))]

@@ -284,6 +284,28 @@ def test_scales_that_belong_to_no_row(copy, shape):
     assert diagnostic.code is codes.UNSUPPORTED_FORM and "w.weight_scale" in diagnostic.message
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_a_scale_that_is_missing_among_others(copy, part):
+    """One that is read without its scale is hundreds of times too large."""
+    eight = torch.zeros(8, 8).to(FP8)
+    store(copy, part, {"a.weight": eight, "a.weight_scale": torch.ones(8), "b.weight": eight.clone()})
+    diagnostic = located(copy)
+    assert diagnostic.code is codes.WRONG_WEIGHTS and "b.weight_scale" in diagnostic.message
+    store(copy, part, {"a.weight": eight, "a.weight_scale": torch.ones(8), "b.weight_scale": torch.ones(8)})
+    assert located(copy).message.endswith("missing: b.weight")
+    store(copy, part, {"a.weight": eight, "b.weight": eight.clone()})  # rounded without any scales
+    assert locate_base(str(copy)).present
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float8_e5m2])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_one_weight_that_is_no_number(copy, part, dtype):
+    """The form is that of most bytes; the others must be numbers as well."""
+    store(copy, part, {"a.weight": torch.zeros(64, 8), "b.weight": torch.zeros(8, 8).to(dtype)})
+    diagnostic = located(copy)
+    assert diagnostic.code is codes.WRONG_WEIGHTS and f"{part}: b.weight is stored as" in diagnostic.message
+
+
 def test_nf4_storage(copy):
     weight = torch.zeros(4096, 1, dtype=torch.uint8)
     sides = {".absmax": torch.ones(2), ".quant_map": torch.ones(16)}

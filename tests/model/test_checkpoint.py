@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_forms import FORMS, fuse, to_fp8
 from diffusers import Ideogram4Transformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ideoflow.diagnostics import IdeoflowError
@@ -145,3 +145,15 @@ def test_other_sizes_without_a_config_are_told(dense, tmp_path):
     save_file(fuse(dense), tmp_path / "transformer" / "model.safetensors")
     with pytest.raises(IdeoflowError, match="no config"):
         load_transformer(tmp_path, precision="fp8", device=CPU)
+
+
+def test_a_scale_that_is_not_finite_is_told(make, dense):
+    """It would show only in a loss that is not a number, as if the learning rate were too high."""
+    folder, key = make("split, FP8, [out]"), "layers.1.feed_forward.w2.weight_scale"
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    state = {k: v.clone() for k, v in load_file(file).items()}
+    state[key][3] = float("nan")
+    file.unlink()
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(IdeoflowError, match=key):
+        load_transformer(folder, precision="fp8", device=CPU)
