@@ -71,6 +71,7 @@ LOKR = {"adapter.factor": "8", "adapter.decompose_both": "true", "adapter.full_m
 # What these do is tested where they act: on files, on reports, on where things go.
 ELSEWHERE = {
     "data.images", "data.source", "data.instance_prompt", "data.caption_column", "data.image_column",
+    "data.image_folder",
     "data.aspects", "data.crop_variants", "data.minimum_image_size", "data.maximum_image_size",
     "data.upscale_limit", "captions.wrap", "captions.variants",
     "captions.max_tokens", "cache.folder", "train.checkpoint_every",

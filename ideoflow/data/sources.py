@@ -49,7 +49,9 @@ def find_entries(
         found = Found(root, [e for file in files for e in _shard(file, root, source, problems)])
         _report_unread((name for file in files for name, _, _ in _members(file)), span, problems)
     else:
-        found = Found(root, [e for file in files for e in _listed(file, source, problems)])
+        beside = recipe.folder / source.image_folder if source.image_folder else None
+        listed = (e for file in files for e in _listed(file, source, beside or file.parent, problems))
+        found = Found(root, list(listed))
     if not found.entries and not problems.errors:
         known = ", ".join(sorted(PICTURE_SUFFIXES))
         what = f"no pictures in {root}" if not files else f"no pictures in {source.images}"
@@ -127,7 +129,7 @@ def _folder(root: Path, pictures: list[Path], source: SourceSettings, problems: 
         parents = {p.parent for p in entries}
         folders = parents | {f for p in parents for f in p.parents if f.is_relative_to(root)}
         lists = [f / name for f in sorted(folders) for name in METADATA if (f / name).is_file()]
-        for listed in (entry for file in lists for entry in _listed(file, source, problems)):
+        for listed in (entry for file in lists for entry in _listed(file, source, file.parent, problems)):
             picture = listed.picture
             if not isinstance(picture, Path) or picture not in entries:
                 continue
@@ -140,8 +142,8 @@ def _has_sidecar(picture: Path) -> bool:
     return any(picture.with_suffix(suffix).is_file() for suffix in CAPTION_SUFFIXES)
 
 
-def _listed(file: Path, source: SourceSettings, problems: Collector) -> Iterator[Entry]:
-    for found in read_list(file, source):
+def _listed(file: Path, source: SourceSettings, root: Path, problems: Collector) -> Iterator[Entry]:
+    for found in read_list(file, source, root):
         if isinstance(found, Diagnostic):
             problems.extend([found])
             if len(problems.errors) >= problems.limit:

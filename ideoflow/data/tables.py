@@ -10,7 +10,7 @@ from typing import Any
 
 from ideoflow.captions.inputs import CAPTION_COLUMNS, NAME_COLUMNS
 from ideoflow.captions.rules import ROOT
-from ideoflow.data.pictures import ParquetCell, Stored
+from ideoflow.data.pictures import PICTURE_SUFFIXES, ParquetCell, Stored
 from ideoflow.data.texts import ColumnProblem, Entry, record_texts
 from ideoflow.diagnostics import Diagnostic, IdeoflowError, Span, fail
 from ideoflow.diagnostics.codes.caption_tools import NO_PYARROW
@@ -18,14 +18,17 @@ from ideoflow.diagnostics.codes.data import BAD_LIST
 from ideoflow.recipe import SourceSettings
 
 
-def read_list(file: Path, source: SourceSettings) -> Iterator[Entry | Diagnostic]:
+def read_list(file: Path, source: SourceSettings, root: Path) -> Iterator[Entry | Diagnostic]:
     """Every picture that a list names, with its captions, or what is wrong with its row.
+
+    Args:
+        root: the folder that paths in it are relative to.
 
     Raises:
         IdeoflowError: when the file as a whole cannot be read.
     """
     if file.suffix.lower() == ".parquet":
-        yield from _parquet(file, source)
+        yield from _parquet(file, source, root)
         return
     for line, record in _records(file):
         place = Span(str(file), line)
@@ -42,7 +45,7 @@ def read_list(file: Path, source: SourceSettings) -> Iterator[Entry | Diagnostic
                 "name the column of the pictures' paths: data.image_column",
             )
             continue
-        yield _entry(file.parent / name, name, record, source, place)
+        yield _entry(_located(root, name), name, record, source, place)
 
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any] | Diagnostic]]:
@@ -83,6 +86,15 @@ def _path_in(record: Mapping[str, Any], column: str | None) -> str | None:
     return None
 
 
+def _located(root: Path, name: str) -> Path:
+    """The picture of that name, which some lists write without its suffix."""
+    if Path(name).suffix.lower() not in PICTURE_SUFFIXES:
+        for suffix in sorted(PICTURE_SUFFIXES):
+            if (file := root / f"{name}{suffix}").is_file():
+                return file
+    return root / name
+
+
 def _entry(
     picture: Stored, name: str, record: Mapping[str, Any], source: SourceSettings, place: Span
 ) -> Entry | Diagnostic:
@@ -94,7 +106,7 @@ def _entry(
         return Diagnostic(BAD_LIST, str(problem), place, "name the right one: data.caption_column")
 
 
-def _parquet(file: Path, source: SourceSettings) -> Iterator[Entry | Diagnostic]:
+def _parquet(file: Path, source: SourceSettings, root: Path) -> Iterator[Entry | Diagnostic]:
     try:
         import pyarrow as arrow
         from pyarrow import parquet
@@ -117,7 +129,7 @@ def _parquet(file: Path, source: SourceSettings) -> Iterator[Entry | Diagnostic]
                         cell = ParquetCell(file, image, group, row)
                         yield _entry(cell, name or cell.name, record, source, place)
                     elif name:
-                        yield _entry(file.parent / name, name, record, source, place)
+                        yield _entry(_located(root, name), name, record, source, place)
                     else:
                         cure = "fill it in, or take the row out"
                         yield Diagnostic(BAD_LIST, f"row {line} has an empty '{paths}'", place, cure)

@@ -122,6 +122,9 @@ class PictureSettings:
         doc="Column of a list or table with the picture's path or its bytes. Default: image, file_name and "
         "other usual names.",
     )
+    image_folder: str | None = setting(
+        None, doc="Folder that the paths in a list or table are relative to. Default: the list's own."
+    )
     resolution: int = setting(
         1024,
         doc="Side in pixels of a square of the area that pictures are resized to; see resolution_type.",

@@ -106,9 +106,16 @@ def _without_braces(pattern: str) -> Iterator[str]:
 
 
 def check_images(recipe: Recipe, number: int, source: SourceSettings, problems: Collector) -> None:
-    """Reports ``images`` that names nothing; the hub is not asked."""
-    images = source.images
-    if images.startswith(HUB_PREFIX) or (recipe.folder / images).is_dir():
+    """Reports ``images`` that names nothing, and a wrong ``image_folder``; the hub is not asked."""
+    images, beside = source.images, source.image_folder
+    whole = images.startswith(HUB_PREFIX) or (recipe.folder / images).is_dir()
+    no_list = whole or images.endswith(SHARD_SUFFIX)
+    if beside is not None and (no_list or not (recipe.folder / beside).is_dir()):
+        message = "image_folder is set, but images is no list" if no_list else f"'{beside}' is no folder"
+        cure = "image_folder is where the paths in a list begin, relative to the recipe's own folder"
+        code = IMPOSSIBLE_PAIR if no_list else NO_SUCH_PATH
+        problems.add(code, message, recipe.source_span(number, "image_folder"), cure=cure)
+    if whole:
         return
     span = recipe.source_span(number, "images")
     files = matching_files(recipe.folder, images)

@@ -97,6 +97,22 @@ def test_a_list_of_paths(project):
         assert content(dataset(project, f"list.{suffix}")) == expected, suffix
 
 
+def test_a_list_beside_its_pictures(project):
+    """Paths begin in another folder than the list's, and may lack a suffix, as in SimpleTuner's tables."""
+    expected = content(dataset(project, "plain"))
+    (project / "tables").mkdir()
+    plain = [{**r, "file_name": r["file_name"].removeprefix("plain/")} for r in rows(project)]
+    bare = [{**r, "file_name": r["file_name"].removesuffix(".png")} for r in plain]
+    for records in (plain, bare):
+        write_jsonl(project, "tables/list.jsonl", records)
+        write_parquet(project, "tables/list.parquet", records)
+        for suffix in ("jsonl", "parquet"):
+            assert content(dataset(project, f"tables/list.{suffix}", "image_folder = 'plain'")) == expected
+    for images, beside, says in (("plain", "plain", "no list"), ("tables/list.jsonl", "gone", "no folder")):
+        with pytest.raises(IdeoflowError, match=says):
+            dataset(project, images, f"image_folder = '{beside}'")
+
+
 def test_pictures_in_parquet(project):
     expected = content(dataset(project, "plain"))
     records = [

@@ -63,6 +63,7 @@ VALUES = {
     "data.aspect": ("'square'", "1.5"),
     "data.upscale_limit": ("1", "0.99"),
     "data.caption_column": ("'words'", "1"),
+    "data.image_folder": ("'pictures'", "1"),
     "data.image_column": ("'picture'", "['a']"),
     "data.resolution_type": ("'area'", "'volume'"),
     "data.aspects": ("[1, 2.0]", "['1:1']"),

@@ -140,6 +140,8 @@ class Draft:
             IdeoflowError: when what is left is no recipe.
         """
         names: Counter[str] = Counter()
+        if len(self.sources) == 1:  # a part of what is trained, and this is all: training is counted in steps
+            self.sources[0] = {k: v for k, v in self.sources[0].items() if k not in ("repeats", "weight")}
         for source in self.sources:
             name = str(source.get("name") or source["images"])
             names[name] += 1

@@ -57,6 +57,8 @@ class DataBackend:
             self._lost("type", kind, "pictures have to be on this disk or on the hub: the source is left out")
             return None
         if self._get("caption_strategy") == "parquet" and (table := self._get("parquet", {}).get("path")):
+            if pictures := self._get("instance_data_dir"):
+                self.made["image_folder"] = self.draft.path(str(pictures))
             return self.draft.path(str(table))
         return self.draft.path(str(self._get("instance_data_dir", ".")))
 
@@ -90,7 +92,8 @@ class DataBackend:
         if image := self._get("image_column") or columns.get("filename_column"):
             self.made["image_column"] = image
         for key in columns:
-            if key not in ("path", "caption_column", "filename_column", "width_column", "height_column"):
+            if key not in ("path", "caption_column", "filename_column", "width_column", "height_column",
+                           "identifier_includes_extension"):  # fmt: skip
                 self._lost(key, columns[key], "not a part of a recipe")
 
     def _sizes(self) -> None:
@@ -138,7 +141,7 @@ LOADER: tuple[Row, ...] = (
     Row("dataset_type", "", "pictures; caches of embeddings have no table of their own", quiet=True),
     Row("disabled", "", "a disabled source is left out", quiet=True),
     Row("disable", "", "likewise", quiet=True),
-    Row("instance_data_dir", "images", quiet=True),
+    Row("instance_data_dir", "images", "with a table of captions, `image_folder`", quiet=True),
     Row("dataset_name", "images", "`hf://datasets/OWNER/NAME`", quiet=True),
     Row("split", "images", "the training split; name the files of another", quiet=True),
     Row("revision", "images", "`hf://datasets/OWNER/NAME@REVISION`", quiet=True),
@@ -186,7 +189,7 @@ LOADER: tuple[Row, ...] = (
     Row("caption_shuffle", "captions.shuffle", "elements are shuffled, for all sources alike"),
     Row("metadata_backend", "", "sizes are read from the pictures' headers, once", quiet=True),
     Row("metadata_update_interval", "", "the data set is read when a run starts", quiet=True),
-    Row("repeats", "repeats", "one more: 0 there is 1 here", quiet=True),
+    Row("repeats", "repeats", "one more: 0 there is 1 here; nothing for a single source", quiet=True),
     Row("probability", "weight", quiet=True),
     Row("max_num_samples", "", "put fewer pictures into a folder of their own"),
     Row("start_epoch", "", "every source is trained from the first step to the last"),

@@ -244,7 +244,7 @@ def test_captions(project):
     s, warnings = source(project, caption_strategy="parquet", parquet=table, **plain)
     assert (s.images, s.caption, s.image_column, s.caption_column) == (
         "datasets/list.parquet", "column", "id", "words")  # fmt: skip
-    assert warnings == []
+    assert s.image_folder == LOCAL["instance_data_dir"] and warnings == []
     s, _ = source(project, type="huggingface", dataset_name="owner/boats", caption_strategy="huggingface",
                   revision="v2", caption_column="text", **plain)  # fmt: skip
     assert (s.images, s.caption_column) == ("hf://datasets/owner/boats@v2", "text")
@@ -269,6 +269,8 @@ def test_several_sources_with_repeats_weights_and_defaults(project):
     assert {"masks:", "far:"} <= {d.message.split(" ")[0] for d in made.warnings}
     made = convert(project, None, [{**LOCAL, "id": "a", "probability": 0.7}, {**LOCAL, "id": "b"}])
     assert [s.weight for s in parse_recipe(made.text).tables.data.source] == [0.7, 1.0]
+    made = convert(project, None, [{**LOCAL, "id": "a", "probability": 0.7, "repeats": 9}])
+    assert parse_recipe(made.text) and not made.warnings, "of a single source they change nothing"
 
 
 def test_a_recipe_in_another_folder_finds_the_pictures(project):
