@@ -31,7 +31,7 @@ def snapshot(
     Raises:
         IdeoflowError: gated, unknown, offline, disk full.
     """
-    from huggingface_hub import get_token, snapshot_download
+    from huggingface_hub import get_token, is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -59,10 +59,10 @@ def snapshot(
         fail(missing, f"the hub has no {kind} '{name}' that you can see", span, cure=cure)
     except HFValidationError as error:
         fail(missing, f"'{name}' is not a hub id: {error}", span, cure="write it as 'owner/name'")
-    except OfflineModeIsEnabled:
-        cure = f"unset HF_HUB_OFFLINE where there is a connection, or {local}"
-        fail(NO_DOWNLOAD, f"{name} is not on this disk, and HF_HUB_OFFLINE is set", span, cure=cure)
-    except LocalEntryNotFoundError:
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        if isinstance(error, OfflineModeIsEnabled) or is_offline_mode():
+            cure = f"unset HF_HUB_OFFLINE where there is a connection, or {local}"
+            fail(NO_DOWNLOAD, f"{name} is not on this disk, and HF_HUB_OFFLINE is set", span, cure=cure)
         cure = f"check the connection and try again (it resumes), or {local}"
         fail(NO_DOWNLOAD, f"{name} is not on this disk and the hub cannot be reached", span, cure=cure)
     except Exception as error:  # HTTP, TLS, disk: what is raised differs between versions of the hub's client
