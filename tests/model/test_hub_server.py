@@ -1,4 +1,4 @@
-"""The hub's own client against a small hub on this machine: what is refused, missing, or cut off on the way."""
+"""The hub's own client against a small hub on this machine: what is refused, missing, or cut off."""
 
 import json
 import os
@@ -116,8 +116,14 @@ def ask(hub, tmp_path, *cases, **environment):
 
 
 def test_what_the_hub_answers_is_told(hub, tmp_path):
-    cases = [("owner/gated", None, None), ("owner/gated", None, "other"), ("owner/open", "v9", None),
-             ("owner/none", None, None), ("owner/open", "v1", None), ("owner/gated", None, "accepted")]  # fmt: skip
+    cases = [
+        ("owner/gated", None, None),
+        ("owner/gated", None, "other"),
+        ("owner/open", "v9", None),
+        ("owner/none", None, None),
+        ("owner/open", "v1", None),
+        ("owner/gated", None, "accepted"),
+    ]
     no_token, no_licence, no_revision, unknown, there, accepted = ask(hub, tmp_path, *cases)
     assert no_token[0] == "IM004" and "no token" in no_token[1]
     assert "hf auth login" in no_token[2] and "https://huggingface.co/owner/gated" in no_token[2]
