@@ -4,7 +4,7 @@
     python benchmarks/plan_accuracy.py --list                        # those, with what each should take
     python benchmarks/plan_accuracy.py --shard 1/2 --seconds 400 --json a.json   # half of them, within a time
     python benchmarks/plan_accuracy.py --skip a.json --json b.json               # what a run left over
-    python benchmarks/plan_accuracy.py --merge a.json b.json --json all.json     # one summary of several
+    python benchmarks/plan_accuracy.py --merge a.json b.json --json all.json     # one summary, planned again
     python benchmarks/plan_accuracy.py --size nano --device cpu --configurations 12   # a try without a GPU
 
 The configurations are a covering: values of every two decisions meet, where both are possible together, and
@@ -342,6 +342,13 @@ def summary(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]
     return found
 
 
+def planned_again(row: dict[str, Any], size: str = "full") -> dict[str, Any]:
+    """What was measured on an H200, with what the code at hand predicts of it."""
+    c = Configuration(**{name: row[name] for name in Configuration.__dataclass_fields__})
+    row = {**row, **predictions(plan_of(c, base_facts(size), named_hardware("h200")))}
+    return {**row, **errors(row)}
+
+
 def conclude(report: dict[str, Any], path: str | None) -> None:
     rows = report["rows"]
     report["summary"] = {key: summary(rows, key) for key in ("memory_error", "time_error")}
@@ -383,12 +390,16 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
     parser.add_argument("--list", action="store_true", help="print the plans for an H200, run nothing")
-    parser.add_argument("--merge", nargs="+", metavar="FILE", help="join results and print their summary")
+    parser.add_argument(
+        "--merge", nargs="+", metavar="FILE", help="join results, plan them again, print a summary"
+    )
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.merge:
         parts = [json.loads(Path(f).read_text()) for f in args.merge]
-        rows = sorted((r for p in parts for r in p["rows"]), key=lambda r: r["index"])
+        rows = sorted(
+            (planned_again(r, args.size) for p in parts for r in p["rows"]), key=lambda r: r["index"]
+        )
         conclude({**parts[0], "rows": rows}, args.json)
         return
     started, device, base = time.perf_counter(), torch.device(args.device), base_facts(args.size)

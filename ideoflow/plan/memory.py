@@ -59,8 +59,12 @@ from ideoflow.plan.sizes import (
     weight_bytes,
 )
 
-# A CUDA context with cuBLAS' workspace and the kernels of a training step; a process with torch on a host.
+# A CUDA context with the kernels of a training step (0.8 GiB on an H200, with the most multiprocessors); a
+# process with torch on a host.
 _CONTEXT = {"cuda": 550 << 20, "cpu": 640 << 20}
+# What libraries allocate besides: cuBLAS for each thread and stream, attention, and ends of blocks that are
+# too small to use. It was 0.2 GiB on an H200 for both engines at every size.
+_WORKSPACES = 200 << 20
 # What the caching allocator holds beyond what is allocated, as a share of what comes and goes.
 _FRAGMENTATION = 0.05
 # glibc's malloc keeps freed blocks below 32 MiB (mallopt(3), M_MMAP_THRESHOLD): seen as 1.4 times what came
@@ -217,6 +221,8 @@ def build_ledger(
     train = _train_fused if choice.engine == "fused" else _train_reference
     _weights(add, "train", base.transformer, choice, group)
     train(add, base.transformer, targets, rank, size, shapes, choice, batch, accumulation)
+    if choice.device == "cuda":
+        add("train", "workspaces", _WORKSPACES, "of cuBLAS and attention, as measured")
     if choice.device == "cpu" and shapes.sample_tokens:
         # On a GPU these wait in the host's memory; on a CPU that is the same memory.
         waiting = base.vae.parameters() * choice.element
@@ -288,8 +294,8 @@ def _text(add: _Add, base: BaseFacts, shapes: Shapes, choice: Choice) -> None:
 def _latents(add: _Add, spec: VaeSpec, shapes: Shapes, choice: Choice) -> None:
     e = choice.element
     add("latents", "autoencoder", spec.parameters() * e, f"{_count(spec.parameters())} x {e} bytes")
-    # A residual block at full resolution: its input, norm, activation, convolution and sum.
-    held = 5 * spec.block_out_channels[0] * shapes.pixels * e
+    # A residual block at full resolution: its input, norm, activation, convolution, its workspace, sum.
+    held = 6 * spec.block_out_channels[0] * shapes.pixels * e
     add("latents", "activations", held, f"encoding {shapes.pixels / 1e6:.2f} megapixels", transient=True)
 
 

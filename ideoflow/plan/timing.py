@@ -7,7 +7,8 @@ transfers from the host. Rates are a data sheet's peaks times the share of them 
 
 * frozen Linears: 2 T x parameters; the backward pass computes input gradients only, so as much again;
 * attention: 4 T^2 h a block, backward 2.5 times that (Dao 2023, FlashAttention-2, section 4.1);
-* adapter: 2 T x its parameters, backward twice that;
+* adapter: 2 T x its parameters, backward twice that; the fused engine's thin products also wait for the rows
+  that they read, whatever the rank;
 * pointwise: bytes read and written, counted from the modules' own code; backward twice that.
 
 Checkpointing adds one forward pass of every block that is adapted or lies behind one that is; the fused
@@ -16,6 +17,7 @@ engine adds the forward work of what its activation budget does not keep (:mod:`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -49,6 +51,8 @@ _COMPILE_SECONDS, _KERNEL_SECONDS = 40.0, 15.0
 _BLOCK_GAPS_MS = 0.35
 # bitsandbytes' 8-bit AdamW waits for every tensor: 31 ms for 476 of them.
 _8BIT_TENSOR_MS = 0.065
+# Moments on the host come in by buckets while others go out: an H200 waited 26 ms for 95 M, 64 for 380 M.
+_BUCKETS_MS = 10.0
 # Bytes a second from a disk: a usual NVMe drive's, well below its data sheet's.
 _DISK = 2e9
 SAMPLING_STEPS = {"quality": 48, "default": 20, "turbo": 12}
@@ -94,6 +98,7 @@ class Speed:
 
     matmul: float
     adapter: float
+    adapter_rows: float
     attention_forward: float
     attention_backward: float
     pointwise: float
@@ -121,6 +126,7 @@ class Speed:
         return cls(
             1e12 * peak * share["matmul"],
             1e12 * adapter,
+            math.inf,
             1e12 * peak * share[f"{mask}attention_forward"],
             1e12 * peak * share[f"{mask}attention_backward"],
             1e9 * rates.memory_gbps * share[f"elementwise_{mode}"],
@@ -135,17 +141,18 @@ class Speed:
         fp8 = 1e12 * (rates.fp8_tflops or rates.bf16_tflops)
         # PyTorch's own attention goes through cuDNN from Hopper on.
         kind = "cudnn" if (hardware.compute_capability or (0, 0)) >= (9, 0) else "sdpa"
-        if attention_kernel(hardware, "fused")[0] == "flash4":
-            kind = "flash4"
+        kernel = attention_kernel(hardware, "fused")[0]
+        kind = "flash4" if kernel == "flash4" else kind
         return cls(
             fp8 * share["matmul_fp8"] if choice.matmul == "fp8" else bf16 * share["matmul_bf16"],
             bf16 * share["adapter"],
+            1e9 * rates.memory_gbps * share["adapter_rows"],
             bf16 * share[f"{kind}_attention_forward"],
             bf16 * share[f"{kind}_attention_backward"],
             1e9 * rates.memory_gbps * share["elementwise"],
             1e9 * rates.memory_gbps * share["weights"],
             1e9 * rates.host_gbps,
-            1e-3 * shares.block_ms["fused"],
+            1e-3 * shares.block_ms[kernel],
         )
 
 
@@ -252,8 +259,8 @@ def _waiting_parts(
                 "fetching", round(1e3 * passes * wait, 3), f"{moved / 1e9:.0f} GB a pass, not hidden"
             )
     if choice.optimizer_state in ("cpu", "paged"):
-        # In and out follow one another: 26 ms for 95 M numbers on an H200.
-        seconds = 8 * numbers / speed.host * (2 if choice.optimizer_state == "cpu" else 4)
+        one_way = 8 * numbers / speed.host
+        seconds = one_way + 1e-3 * _BUCKETS_MS if choice.optimizer_state == "cpu" else 4 * one_way
         yield TimePart("moments", round(1e3 * seconds, 3), f"{8 * numbers / 1e9:.1f} GB each way")
     if choice.optimizer_state == "8bit":
         tensors = 2 * len(targets)
@@ -293,20 +300,23 @@ def _reference_parts(
         "attention": attention * forwards / speed.attention_forward
         + 2.5 * attention * backwards / speed.attention_backward,
         "pointwise": tokens * moved * (forwards + 2 * backwards) / speed.pointwise,
-        "launch": speed.block_seconds * spec.num_layers * (forwards + backwards) / 3 / load.together,
         "transfer": sent / speed.host,
     }
+    # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
+    launching = speed.block_seconds * spec.num_layers * (forwards + backwards) / 3 / load.together
+    seconds["launch"] = max(0.0, launching - sum(seconds.values()))
     evidence = {
         "matmul": f"{dense * (forwards + backwards) / 1e12:.0f} TFLOP a sample",
         "adapter": f"{size.multiplied / 1e6:.0f} M numbers, {'float32' if load.adapter == 4 else 'bf16'}",
         "attention": f"{attention * (forwards + 2.5 * backwards) / 1e12:.0f} TFLOP a sample",
         "pointwise": f"{tokens * moved * (forwards + 2 * backwards) / 1e9:.0f} GB moved a sample",
-        "launch": "kernels of each block, as measured",
+        "launch": f"{1e3 * launching:.0f} ms of the host a sample, of which the device waits for the rest",
         "transfer": f"{sent / 1e6:.0f} MB a sample",
     }
     parts = [
         TimePart(name, round(1e3 * load.samples * value, 3), evidence[name])
         for name, value in seconds.items()
+        if value
     ]
     return (*parts, _optimizer_part(size.parameters, speed))
 
@@ -369,6 +379,9 @@ def _fused_parts(
     backward = 10 * squares * h * layers * live
     adapter = size.parameters
     own = 2 * tokens * adapter * (3 + 0.5 * share_again) / speed.adapter
+    thin = [p for names in blocks.values() for p in fused.products(spec, names, rank, fp8).values() if p.rank]
+    rows_read = sum((2 + 0.5 * share_again) * p.inputs + 2 * p.outputs for p in thin)
+    own += tokens * rows_read / speed.adapter_rows
     if size.kind != "lora":
         own = _foreign_seconds(size, tokens, share_again, fp8, speed, load)
     # Reads and writes: norms, attention's operand, rotary, gated residuals, SwiGLU; adapters add to results.
@@ -408,7 +421,6 @@ def _fused_parts(
             "between the kernels of each block",
         ),
     )
-    # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
     launching = load.passes * layers * speed.block_seconds * (1 + live + share_again) / 2
     waiting = max(0.0, launching - sum(seconds for _, seconds, _ in rows)) if choice.graphs == "off" else 0.0
     words = f"{1e3 * launching:.0f} ms of the host, of which the device waits for the rest"
@@ -449,7 +461,8 @@ def sampling_seconds(
         )
         computing = 2 * length * linear_parameters(spec) / speed.matmul
         computing += 4 * length**2 * spec.hidden * spec.num_layers / speed.attention_forward
-        computing += length * moved / speed.pointwise + speed.block_seconds * spec.num_layers / 3
+        computing += length * moved / speed.pointwise
+        computing = max(computing, speed.block_seconds * spec.num_layers / 3)
         seconds += max(computing, fetched * streamed_bytes(spec, choice.precision) / link)
     return steps * seconds
 

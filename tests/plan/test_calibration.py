@@ -91,7 +91,7 @@ def test_a_measured_run_makes_the_next_plan_predict_it(full_base, write_recipe, 
     """Round trip: record what a run took, plan again, and the ledger and the clock say that."""
     arguments = write_recipe(), full_base, summarize(), named_hardware("h200")
     lasting = (
-        "weights", "adapter", "gradients", "optimizer state", "working copies", "work buffer"
+        "weights", "adapter", "gradients", "optimizer state", "working copies", "work buffer", "workspaces"
     )  # fmt: skip
     plan = make_plan(*arguments)
     fixed = sum(x.bytes for x in plan.ledger.of("train") if x.name in lasting)

@@ -81,7 +81,8 @@ def test_the_reference_engine_offloads_by_groups(offload, plan_for):
 
 
 # What an H200 held at most, in GiB (torch.cuda.max_memory_allocated), with FP8 products at batch 1, 1024 x
-# 1024, 320 text tokens, rank 32.
+# 1024, 320 text tokens, rank 32. These steps ran without a trainer around them, which holds the rest of the
+# workspaces.
 @pytest.mark.parametrize(
     ("offload", "budget", "gib"),
     [("none", 0, 12.1), ("inputs", 0, 11.18), ("outputs", 0, 11.06), ("gate_up", 0.18, 12.71)],
@@ -90,7 +91,7 @@ def test_what_waits_on_the_host_as_measured(offload, budget, gib, plan_for):
     asked = f'activation_offload = "{offload}"\nactivation_budget = {budget}\ngraphs = "off"\n'
     plan = plan_for("fp8", "h200", memory(asked + 'offload = "none"\noptimizer_state = "float32"\n'))
     lines = [x.bytes for x in plan.ledger.of("train") if x.name not in NOT_ALLOCATED]
-    assert sum(lines) / GIB == pytest.approx(gib, rel=0.02)
+    assert sum(lines) / GIB == pytest.approx(gib, rel=0.035)
 
 
 def test_graphs_are_for_steps_that_wait_for_the_host(plan_for):
