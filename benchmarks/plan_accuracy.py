@@ -420,7 +420,11 @@ def main() -> None:
         possible = {p for _, c in zip(range(20_000), drawn(random.Random(0)), strict=False) for p in pairs(c)}
         print(f"of {len(possible)} pairs of values {len(possible - met)} do not meet")
     rows: list[dict[str, Any]] = []
-    report = {"environment": environment(device), "arguments": vars(args), "rows": rows}
+    report = {
+        "environment": environment(device),
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("json", "merge", "skip")},
+        "rows": rows,
+    }
     weights = Weights(args.size, device)
     with tempfile.TemporaryDirectory() as folder:
         spec = base.transformer
