@@ -88,6 +88,7 @@ def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
     prepared, events, reserved = prepare(plan_file), [], 0
+    stages: dict[str, dict[str, float]] = {}
     started = time.perf_counter()
 
     def tell(event: Any) -> None:
@@ -98,13 +99,13 @@ def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
                 reserved = max(reserved, torch.cuda.max_memory_reserved())
             peak = f", {event.peak_bytes / GIB:.1f} GiB" if event.peak_bytes else ""
             print(f"  {event.stage}: {event.seconds:.1f} s{peak}", file=sys.stderr, flush=True)
+            stage = stages.setdefault(event.stage, {"seconds": 0.0, "peak_gib": 0.0})
+            stage["seconds"] += event.seconds
+            stage["peak_gib"] = max(stage["peak_gib"], event.peak_bytes / GIB)
+            # Of a run that ends early, what it did is known all the same.
+            stages_file(plan_file).write_text(json.dumps(stages), encoding="utf-8")
 
     result = run(prepared, on_event=tell)
-    stages: dict[str, dict[str, float]] = {}
-    for e in (e for e in events if type(e).__name__ == "StageDone"):
-        stage = stages.setdefault(e.stage, {"seconds": 0.0, "peak_gib": 0.0})
-        stage["seconds"] += e.seconds
-        stage["peak_gib"] = max(stage["peak_gib"], e.peak_bytes / GIB)
     steps = sorted(e.seconds for e in events if type(e).__name__ == "StepDone")
     plan = prepared.plan
     return {
@@ -116,6 +117,10 @@ def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
         "predicted_gib": {stage: allocated(plan, phase) / GIB for stage, phase in STAGES.items()},
         "decisions": {d.id: d.value for d in plan.decisions},
     }
+
+
+def stages_file(plan_file: Path) -> Path:
+    return plan_file.with_suffix(".stages.json")
 
 
 def allocated(plan: Plan, phase: Phase) -> int:
@@ -169,6 +174,9 @@ def carry_out_each(args: argparse.Namespace, scratch: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)  # checkpoints are large
         write_json(args.out, {**about, "rows": rows})
         if "failed" in row:
+            if (done := stages_file(plan)).exists():
+                row["stages"] = json.loads(done.read_text(encoding="utf-8"))
+                write_json(args.out, {**about, "rows": rows})
             print(f"{name}: failed after {time.perf_counter() - started:.0f} s: {row['failed']}", flush=True)
             continue
         said = row["predicted_gib"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -46,15 +47,19 @@ def environment(device: torch.device) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    # A copy on a machine without the repository's history is told its commit.
+    commit = (
+        os.environ.get("GIT_COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
     )
     return {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.processor() or "cpu",
         "packages": packages,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "date": time.strftime("%Y-%m-%d"),
     }
 

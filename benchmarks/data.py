@@ -261,6 +261,7 @@ def encoders(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         way = partial(encoding, partial(run, base, captions, dtype, device), device)
         results[name], made[name] = told(way, f"{len(captions)} captions, {name}")
         results[name]["captions_per_second"] = len(captions) / results[name]["seconds"]
+        print(f"    {results[name]}", flush=True)
     results["streamed_share_of_resident_speed"] = (
         results["resident"]["seconds"] / results["streamed"]["seconds"]
     )
