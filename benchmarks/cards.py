@@ -6,7 +6,7 @@ weights: it encodes captions and pictures, loads the transformer, trains 20 step
 Printed are the peak of each stage against what the plan said of it, both without the CUDA context, and the
 step time on the GPU at hand (which is not that card's).
 
-    python benchmarks/cards.py --base /scratch/base --out cards.json      # 27 GB, made if it is not there
+    python benchmarks/cards.py --base /scratch/base --out cards.json      # 19 GB, made if it is not there
     python benchmarks/cards.py --base /scratch/base --cards 8gb,12gb      # some of them
     python benchmarks/cards.py --size nano --base /scratch/nano --steps 2   # a try without a GPU, not capped
 """

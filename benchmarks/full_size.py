@@ -1,7 +1,7 @@
 """Does the whole path hold at the true size? Runs a recipe on a base of full size with random weights.
 
 No weights are downloaded: transformer (9.3 G), text encoder (8.2 G) and autoencoder are filled with random
-numbers on the GPU and written to disk (26 GB with the transformer in FP8), then `ideoflow`'s own workflow
+numbers on the GPU and written to disk (19 GB in FP8, as the official release), then `ideoflow`'s own workflow
 plans, encodes, trains, samples and exports, exactly as for a user. Prints what each stage took, and the
 memory predicted against measured.
 
@@ -59,7 +59,8 @@ PARTS = ("text_encoder", "vae", "transformer")
 def make_base(folder: Path, form: str, device: str, parts: Collection[str] = PARTS) -> None:
     """A base of full size, or the parts of it that are asked for; tells the seconds of each.
 
-    ``form`` is ``bf16`` (diffusers' layout) or ``fp8`` (the original layout: fused qkv, e4m3, a scale a row).
+    ``form`` is ``bf16`` (diffusers' layout) or ``fp8`` as the official release has it: transformer and text
+    encoder in e4m3 with a scale a row, the former in the original layout with fused qkv.
     The unconditional transformer is the same files again. Without ``transformer``, that folder holds its
     text projection only, which is what encoding captions needs of it. What is there is not made again.
     """
@@ -93,6 +94,7 @@ def make_base(folder: Path, form: str, device: str, parts: Collection[str] = PAR
         if name in parts and not (folder / name).exists():
             config = model.save_config if name == "vae" else model.config.save_pretrained
             state = fill(model, device).state_dict()
+            state = original_fp8(state) if form == "fp8" and name == "text_encoder" else state
             file = "diffusion_pytorch_model" if name == "vae" else "model"
             write_part(folder / name, config, state, file)
             del state
@@ -115,6 +117,8 @@ def make_base(folder: Path, form: str, device: str, parts: Collection[str] = PAR
 # Marks a transformer's folder in which the blocks are missing.
 PROJECTION_ONLY = "projection-only"
 _SHARD = 5 << 30
+# Tables of two dimensions that are no Linear.
+_EMBEDDINGS = ("embed_image_indicator.weight", "embed_tokens.weight", "pos_embed.weight")
 
 
 def write_part(
@@ -162,7 +166,7 @@ def original_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             value = torch.cat([state[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")])
             name = name.replace("to_q", "qkv")
         name = name.replace("attention.to_out.0", "attention.o")
-        if value.ndim == 2 and "indicator" not in name:
+        if value.ndim == 2 and not name.endswith(_EMBEDDINGS):
             out[name], out[f"{name}_scale"] = quantize_weight(value)
         else:
             out[name] = value
