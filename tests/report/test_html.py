@@ -183,6 +183,7 @@ def test_decisions_warnings_settings_and_versions(finished):
     ("value", "extra", "words"),
     [
         ("loaded", "", "true asymmetric guidance"),
+        ("streamed", "", "true asymmetric guidance"),
         ("proxy", "", "proxy guidance"),
         ("loaded", "guidance = 1.0", "no unconditional velocity takes part"),
         ("proxy", "guidance = 4.5\nsteps = 6", "6 steps, guidance 4.5, proxy guidance"),
