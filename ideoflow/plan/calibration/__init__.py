@@ -23,8 +23,10 @@ from ideoflow.plan.codec import Mismatch, decode, encode
 from ideoflow.resources import user_cache, write_whole
 
 FORMAT = 1
-# Runs of one combination that are looked at, newest last; kept in the file; and how far they may correct.
-_RECENT, _KEPT, _LARGEST = 8, 500, 4.0
+# Runs of one combination that are looked at, newest last; and kept in the file.
+_RECENT, _KEPT = 8, 500
+# How far they may correct. Of processors only the memory is known beforehand; their time is a guess.
+_LARGEST_MEMORY, _LARGEST_TIME = 4.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,17 @@ class Calibration:
         times = [
             r.measured_step_ms / r.predicted_step_ms for r in same or runs or here if r.predicted_step_ms
         ]
-        time = _bounded(statistics.median(times)) if times else 1.0
+        time = _bounded(statistics.median(times), _LARGEST_TIME) if times else 1.0
         if not same:
             return Factors(time=time)
         memory = max(r.measured_moving / max(r.predicted_moving, 1) for r in same)
         count = f"{len(same)} run{'s' if len(same) > 1 else ''} on this {device}"
-        return Factors(_bounded(memory), time, count)
+        return Factors(_bounded(memory, _LARGEST_MEMORY), time, count)
 
 
-def _bounded(factor: float) -> float:
+def _bounded(factor: float, largest: float) -> float:
     """A measurement that is wildly off (a shared machine, a swap) must not make plans absurd."""
-    return min(max(factor, 1 / _LARGEST), _LARGEST)
+    return min(max(factor, 1 / largest), largest)
 
 
 @cache
