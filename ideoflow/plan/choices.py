@@ -12,7 +12,11 @@ from ideoflow.plan.sizes import Choice
 from ideoflow.recipe import RecipeTables
 
 # Each decision that is searched for, with its values; a budget that the recipe sets joins those here.
-BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# The first hundredths save most time a byte (attention's results), so budgets lie closer there.
+BUDGETS = (
+    *(0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
+    *(0.6, 0.7, 0.8, 0.9, 1.0),
+)
 DOMAINS: dict[str, tuple[str | float, ...]] = {
     "engine": ("fused", "reference"),
     "precision": ("bf16", "fp8", "int8", "nf4", "float32"),
