@@ -129,7 +129,8 @@ def test_the_page_tells_what_waits_on_the_host(machine, plan_for):
     print_page(plan, Console(file=text, width=80))
     shown = {line.split()[0] for line in text.getvalue().splitlines() if line.strip()}
     assert ("offload" in shown) == (plan.value("offload") != "none") == (machine == "rtx-4060")
-    assert "optimizer_state" not in shown and max(map(len, text.getvalue().splitlines())) <= 80
+    assert ("optimizer_state" in shown) == (plan.value("optimizer_state") != "float32")
+    assert max(map(len, text.getvalue().splitlines())) <= 80
     found = {r.value: r.reason_code for r in plan.decision("offload").rejected}
     assert {found[v] for v in ("block", "leaf", "disk")} == {"only-on-request"}
 
