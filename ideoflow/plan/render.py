@@ -396,7 +396,7 @@ def _cell(plan: Plan) -> Text:
 def gib(size: float) -> str:
     """``22.2``, and ``0.03`` below a tenth."""
     value = size / GIB
-    return f"{value:.1f}" if value >= 0.095 or value == 0 else f"{value:.2f}"
+    return f"{value:.1f}" if value >= 0.095 or value == 0 else f"{max(value, 0.01):.2f}"
 
 
 def mib(size: float) -> str:
