@@ -147,7 +147,7 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
     if plan.value("checkpointing") == "on":
         transformer.enable_gradient_checkpointing()
     if plan.value("compile") == "regional":
-        transformer.compile_repeated_blocks()
+        compile_blocks(transformer)
     return Trainable(
         transformer,
         parameters,
@@ -155,6 +155,13 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
         partial(accumulate, transformer),
         streamed=offload != "none",
     )
+
+
+def compile_blocks(transformer: Ideogram4Transformer2DModel) -> None:
+    """Compiles the blocks' own forward, and not what hooks do before it: those of the streamer put the
+    weights in place, which must be done anew in every pass. The blocks share their code."""
+    for block in transformer.layers:
+        block.forward = torch.compile(block.forward)
 
 
 def _offload_groups(

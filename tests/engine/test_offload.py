@@ -1,12 +1,16 @@
 """Weights that wait on the host: the same gradients as without, in the order that training needs them."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig
+from torch._dynamo.utils import counters
 
 from ideoflow.data.order import Draw
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.offload import WeightStream, offload_groups, stream_blocks
+from ideoflow.engine.setup import compile_blocks
 from ideoflow.engine.step import accumulate, accumulate_packed, predict_velocity, prepare
 from ideoflow.model.load import load_transformer
 from ideoflow.recipe import ScheduleSettings
@@ -71,6 +75,18 @@ def test_streamed_blocks_give_the_same_gradients(nano, plain):
     assert same(gradients(model, reference_step(model)), plain)
     # Two steps over six blocks and back with three slots: at each turn three blocks are there already.
     assert stream.fetched == 6 + 3 * 3
+
+
+def test_streamed_blocks_may_be_compiled(nano, plain, monkeypatch):
+    """With the backend that only traces, which computes with the very same operators."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = adapted(nano, streamed=True)
+    stream = stream_blocks(model, DEVICE)
+    counters.clear()
+    compile_blocks(model)
+    assert same(gradients(model, reference_step(model)), plain)
+    assert stream.fetched == 6 + 3 * 3
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"], "shared by all blocks"
 
 
 @pytest.mark.parametrize("level", ["block", "leaf"])

@@ -143,3 +143,12 @@ def test_samples_on_a_small_card_get_true_guidance(plan_for):
     # Two samplings of ten steps, in each both transformers.
     assert plan.time.sample_seconds >= 2 * 10 * 2 * blocks / (1e9 * plan.hardware.rates.host_gbps)
     assert not any(w.code.id == "IP027" for w in plan.warnings)
+
+
+def test_streamed_and_compiled_blocks_are_there_on_request(plan_for):
+    both = '[memory]\nengine = "reference"\noffload = "stream"\ncompile = "regional"\n'
+    plan = plan_for("fp8", "rtx-4090", both)
+    assert plan.fits and (plan.value("offload"), plan.value("compile")) == ("stream", "regional")
+    assert plan.value("checkpointing") == "on"
+    alone = plan_for("fp8", "rtx-4090", both.replace('compile = "regional"\n', ""))
+    assert alone.value("compile") == "off"
