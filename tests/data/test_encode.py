@@ -111,6 +111,18 @@ def test_the_cache_holds_what_the_encoders_give(encoder_for, samples, nano_base,
     assert encoder.encode_pictures(samples) == 0 and encoder.encoded(samples) == encoded
 
 
+@pytest.mark.gpu
+def test_pictures_that_follow_each_other_on_a_gpu_are_as_alone(encoder_for, samples, nano_base):
+    """The next one is launched before the last one is fetched: none gets another's numbers."""
+    device = torch.device("cuda")
+    encoder = encoder_for(dtype=torch.bfloat16, device=device)
+    many = [s for s in samples for _ in range(3)]
+    vae = load_vae(nano_base.folder, dtype=torch.bfloat16, device=device)
+    for sample, where in zip(many, pictures(encoder, many), strict=True):
+        alone = encode_pixels(vae, load_pixels(sample)[None])[0].cpu()
+        assert torch.equal(encoder.cache.get(where.latents), alone)
+
+
 def test_a_damaged_entry_is_made_anew(encoder_for, samples):
     encoder = encoder_for()
     encoder.encode_captions([s.caption for s in samples])
