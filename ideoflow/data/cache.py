@@ -39,7 +39,7 @@ SHARD_SECONDS = 60.0
 # Bytes that may wait for the disk: closing a shard takes no longer than these.
 _UNSYNCED_BYTES = 32 << 20
 # What an entry takes in the header at most, and the most room that is left for a header.
-_ENTRY_WORDS, _LARGEST_ROOM = 192, 1 << 20
+_ENTRY_WORDS, _LARGEST_ROOM = 128, 1 << 20
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
