@@ -17,6 +17,7 @@ autoencoder.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -379,11 +380,14 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results: dict[str, Any] = {"environment": environment(device), "cores": os.cpu_count(), "note": args.note}
+    machine = environment(device) | {"cores": os.cpu_count(), "note": args.note}
+    # Parts that are measured elsewhere, or at other times, stay in the file.
+    there = json.loads(Path(args.json).read_text()) if args.json and Path(args.json).exists() else {}
+    results: dict[str, Any] = {name: part for name, part in there.items() if name in PARTS}
     for name in args.only:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-            results[name] = PARTS[name](Path(scratch), args)
+            results[name] = PARTS[name](Path(scratch), args) | {"machine": machine}
         print(f"{name}: {time.perf_counter() - started:.0f} s")
         show(results[name])
         sys.stdout.flush()
