@@ -8,6 +8,7 @@ cache.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def _fill(file: Path, start: int, out: Tensor) -> None:
             pass
 
 
-def _through_pinned(stream: object, piece: Tensor, file: Path, before: torch.cuda.Event) -> None:
+def _through_pinned(stream: FileIO, piece: Tensor, file: Path, before: torch.cuda.Event) -> None:
     # Freed pinned memory stays with torch's allocator, so that the next piece has it at once.
     host = torch.empty(len(piece), dtype=torch.uint8, pin_memory=True)
     _read_exactly(stream, host, file)
@@ -66,10 +67,10 @@ def _through_pinned(stream: object, piece: Tensor, file: Path, before: torch.cud
     copies.synchronize()
 
 
-def _read_exactly(stream: object, out: Tensor, file: Path) -> None:
+def _read_exactly(stream: FileIO, out: Tensor, file: Path) -> None:
     view = memoryview(out.numpy())
     while view:
-        count = stream.readinto(view)  # type: ignore[attr-defined]
+        count = stream.readinto(view)
         if not count:
             raise ValueError(f"{file} is cut short")
         view = view[count:]
