@@ -35,11 +35,12 @@ def add_adapter(transformer: Ideogram4Transformer2DModel, plan: Plan) -> dict[st
     with torch.random.fork_rng():
         torch.manual_seed(plan.tables.train.seed)
         transformer.add_adapter(peft_config(settings, modules))
+    device = transformer.device  # it walks through all modules each time
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
         if parameter.requires_grad:
             # PEFT puts it beside the base's weight, which may wait on the host.
-            parameter.data = parameter.data.to(transformer.device, torch.float32)
+            parameter.data = parameter.data.to(device, torch.float32)
     if settings.kind == "dora":
         _measure_rows(transformer)
     if settings.kind == "lokr":
