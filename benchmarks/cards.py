@@ -33,9 +33,8 @@ from full_size import make_base
 from ideoflow.data.survey import read_dataset, read_prompts
 from ideoflow.model.base import locate_base
 from ideoflow.model.nano import make_nano
-from ideoflow.plan import Plan, detect_hardware, make_plan, named_hardware
-from ideoflow.plan.document import Phase
-from ideoflow.plan.record import NOT_ALLOCATED
+from ideoflow.plan import detect_hardware, make_plan, named_hardware
+from ideoflow.plan.record import STAGE_OF, allocated
 from ideoflow.recipe import load_recipe
 from ideoflow.resources import recipes
 from ideoflow.workflow import prepare, run
@@ -43,8 +42,6 @@ from ideoflow.workflow import prepare, run
 # The card that each recipe is planned for.
 CARDS = {"8gb": "rtx-4060", "12gb": "rtx-4070", "16gb": "rtx-4080", "24gb": "rtx-4090", "48gb": "l40s",
          "80gb": "h100"}  # fmt: skip
-# Stages of a run, and the phases of the ledger that they are.
-STAGES: dict[str, Phase] = {"captions": "text", "pictures": "latents", "train": "train", "samples": "sample"}
 GIB = 1 << 30
 
 
@@ -114,18 +111,16 @@ def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
         "step_ms": 1e3 * steps[len(steps) // 2],
         "stages": stages,
         "reserved_gib": reserved / GIB,
-        "predicted_gib": {stage: allocated(plan, phase) / GIB for stage, phase in STAGES.items()},
+        "predicted_gib": {
+            stage: sum(line.bytes for line in allocated(plan.ledger, phase)) / GIB
+            for phase, stage in STAGE_OF.items()
+        },
         "decisions": {d.id: d.value for d in plan.decisions},
     }
 
 
 def stages_file(plan_file: Path) -> Path:
     return plan_file.with_suffix(".stages.json")
-
-
-def allocated(plan: Plan, phase: Phase) -> int:
-    """What the plan says that torch allocates in a phase."""
-    return sum(line.bytes for line in plan.ledger.of(phase) if line.name not in NOT_ALLOCATED)
 
 
 def main() -> None:
@@ -172,11 +167,10 @@ def carry_out_each(args: argparse.Namespace, scratch: Path) -> None:
         started = time.perf_counter()
         row = rows[name] = _child([*command, "--cap", str(cap)], cache, args.seconds)
         shutil.rmtree(folder / name, ignore_errors=True)  # checkpoints are large
+        if "failed" in row and (done := stages_file(plan)).exists():
+            row["stages"] = json.loads(done.read_text(encoding="utf-8"))
         write_json(args.out, {**about, "rows": rows})
         if "failed" in row:
-            if (done := stages_file(plan)).exists():
-                row["stages"] = json.loads(done.read_text(encoding="utf-8"))
-                write_json(args.out, {**about, "rows": rows})
             print(f"{name}: failed after {time.perf_counter() - started:.0f} s: {row['failed']}", flush=True)
             continue
         said = row["predicted_gib"]

@@ -57,7 +57,7 @@ from ideoflow.model.load import is_streamed
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.plan import Plan, detect_hardware, make_plan, named_hardware
 from ideoflow.plan.document import Bucket, DataSummary, Decision, Hardware
-from ideoflow.plan.record import NOT_ALLOCATED
+from ideoflow.plan.record import allocated
 from ideoflow.recipe import parse_recipe
 
 TEXT_TOKENS = 320
@@ -317,8 +317,8 @@ def run(
 
 
 def predictions(plan: Plan) -> dict[str, float]:
-    allocated = sum(x.bytes for x in plan.ledger.of("train") if x.name not in NOT_ALLOCATED)
-    row: dict[str, float] = {"predicted_allocated": allocated, "predicted_peak": plan.ledger.peak("train")}
+    tensors = sum(line.bytes for line in allocated(plan.ledger))
+    row: dict[str, float] = {"predicted_allocated": tensors, "predicted_peak": plan.ledger.peak("train")}
     return row | ({"predicted_ms": plan.time.step_ms} if plan.time else {})
 
 

@@ -14,7 +14,7 @@ from ideoflow.data.captions import caption_variants
 from ideoflow.data.memory import FileMemory, stamps
 from ideoflow.data.pictures import Stored, container, picture_digest, stored_name
 from ideoflow.data.survey import Dataset, Prompt, Sample
-from ideoflow.model.base import NANO, BaseFacts, safetensors_header, weight_files
+from ideoflow.model.base import NANO, BaseFacts, data_start, read_safetensors_header, weight_files
 from ideoflow.model.digest import sampled_digest, samples
 from ideoflow.plan.document import Cached, DataSummary
 from ideoflow.recipe import CaptionSettings, Recipe
@@ -102,8 +102,8 @@ def encoder_digests(base: BaseFacts) -> tuple[str, str]:
     encoder = sampled_digest(base.folder, only=("text_encoder", "tokenizer"), suffixes=_TEXT_FILES)
     text = hashlib.sha256(encoder.encode())
     for file in weight_files(base.files.get("transformer", base.folder / "transformer")):
-        tensors, _ = safetensors_header(file)
-        data = file.stat().st_size - max((t["data_offsets"][1] for t in tensors.values()), default=0)
+        tensors = read_safetensors_header(file)
+        data = data_start(file, tensors)
         for name in sorted(n for n in tensors if "llm_cond_" in n):
             begin, end = tensors[name].pop("data_offsets")
             text.update(f"{name[name.index('llm_cond_') :]} {tensors[name]}".encode())

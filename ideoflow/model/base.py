@@ -423,6 +423,11 @@ def safetensors_header(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return tensors, metadata
 
 
+def data_start(file: Path, tensors: Mapping[str, Any]) -> int:
+    """The byte from which a header's offsets count, given what :func:`safetensors_header` tells."""
+    return file.stat().st_size - max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
+
+
 def part_headers(place: Path, span: Span | None = None) -> dict[str, Any]:
     """Type, shape and place of every tensor of a part, from the headers of its files.
 

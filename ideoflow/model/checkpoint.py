@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ideoflow.model.base import read_safetensors_header, weight_files
+from ideoflow.model.base import data_start, read_safetensors_header, weight_files
 from ideoflow.model.quiet import import_library
 from ideoflow.model.reading import read_tensor
 
@@ -226,7 +226,7 @@ def _places(file: Path) -> Iterator[_Place]:
     header = read_safetensors_header(file)
     with safe_open(file, framework="pt"):
         pass  # it checks that sizes and places are those of the shapes
-    data = file.stat().st_size - max((t["data_offsets"][1] for t in header.values()), default=0)
+    data = data_start(file, header)
     for key, facts in header.items():
         if facts["dtype"] not in _DTYPES:
             raise ValueError(f"{key} is of the type {facts['dtype']}, which no base has")

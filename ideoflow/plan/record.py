@@ -28,9 +28,9 @@ STAGE_OF: Mapping[Phase, str] = {
 _ABOVE, _NEAR = 0.05, 0.03
 
 
-def allocated(ledger: Ledger) -> list[LedgerLine]:
-    """The lines of training that are tensors."""
-    return [line for line in ledger.of("train") if line.name not in NOT_ALLOCATED]
+def allocated(ledger: Ledger, phase: Phase = "train") -> list[LedgerLine]:
+    """The lines of a phase that are tensors."""
+    return [line for line in ledger.of(phase) if line.name not in NOT_ALLOCATED]
 
 
 def engine_digest() -> str:

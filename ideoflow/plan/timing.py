@@ -139,10 +139,9 @@ class Speed:
     def _of_fused(cls, hardware: Hardware, rates: Rates, choice: Choice, shares: Shares) -> Speed:
         share, bf16 = shares.efficiency, 1e12 * rates.bf16_tflops
         fp8 = 1e12 * (rates.fp8_tflops or rates.bf16_tflops)
-        # PyTorch's own attention goes through cuDNN from Hopper on.
-        kind = "cudnn" if (hardware.compute_capability or (0, 0)) >= (9, 0) else "sdpa"
-        kernel = attention_kernel(hardware, "fused")[0]
-        kind = "flash4" if kernel == "flash4" else kind
+        kernel = kind = attention_kernel(hardware, "fused")[0]
+        if kernel != "flash4":  # PyTorch's own attention goes through cuDNN from Hopper on
+            kind = "cudnn" if (hardware.compute_capability or (0, 0)) >= (9, 0) else "sdpa"
         return cls(
             fp8 * share["matmul_fp8"] if choice.matmul == "fp8" else bf16 * share["matmul_bf16"],
             bf16 * share["adapter"],
@@ -378,11 +377,12 @@ def _fused_parts(
     forward = 4 * squares * h * layers * (1 + again("attention"))
     backward = 10 * squares * h * layers * live
     adapter = size.parameters
-    own = 2 * tokens * adapter * (3 + 0.5 * share_again) / speed.adapter
-    thin = [p for names in blocks.values() for p in fused.products(spec, names, rank, fp8).values() if p.rank]
-    rows_read = sum((2 + 0.5 * share_again) * p.inputs + 2 * p.outputs for p in thin)
-    own += tokens * rows_read / speed.adapter_rows
-    if size.kind != "lora":
+    if size.kind == "lora":
+        thin = [p for n in blocks.values() for p in fused.products(spec, n, rank, fp8).values() if p.rank]
+        rows_read = sum((2 + 0.5 * share_again) * p.inputs + 2 * p.outputs for p in thin)
+        own = 2 * tokens * adapter * (3 + 0.5 * share_again) / speed.adapter
+        own += tokens * rows_read / speed.adapter_rows
+    else:
         own = _foreign_seconds(size, tokens, share_again, fp8, speed, load)
     # Reads and writes: norms, attention's operand, rotary, gated residuals, SwiGLU; adapters add to results.
     ends = 2 * e * (5 * h + 2 * f) if adapter else 0
