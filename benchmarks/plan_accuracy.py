@@ -57,6 +57,7 @@ from ideoflow.model.load import is_streamed
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.plan import Plan, detect_hardware, make_plan, named_hardware
 from ideoflow.plan.document import Bucket, DataSummary, Decision, Hardware
+from ideoflow.plan.profiles import find_profile
 from ideoflow.plan.record import allocated
 from ideoflow.recipe import parse_recipe
 
@@ -344,9 +345,9 @@ def summary(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]
 
 
 def planned_again(row: dict[str, Any], size: str = "full") -> dict[str, Any]:
-    """What was measured on an H200, with what the code at hand predicts of it."""
+    """What was measured on a card, with what the code at hand predicts of it."""
     c = Configuration(**{name: row[name] for name in Configuration.__dataclass_fields__})
-    row = {**row, **predictions(plan_of(c, base_facts(size), named_hardware("h200")))}
+    row = {**row, **predictions(plan_of(c, base_facts(size), named_hardware(row["card"])))}
     return {**row, **errors(row)}
 
 
@@ -408,6 +409,8 @@ def main() -> None:
     started, device, base = time.perf_counter(), torch.device(args.device), base_facts(args.size)
     real = device.type == "cuda" and not args.list
     hardware = detect_hardware(args.device) if real else named_hardware("h200")
+    profile = find_profile(hardware.name, hardware.total_bytes)
+    card = profile.key if profile else hardware.name
     shard, shards = map(int, args.shard.split("/"))
     wanted, done = [], {r["index"] for f in args.skip for r in json.loads(Path(f).read_text())["rows"]}
     for index, c in enumerate(covering(args.configurations, 1 if args.size == "full" else 8)):
@@ -434,7 +437,7 @@ def main() -> None:
         samples = Samples(Path(folder) / "cache", spec.hidden, spec.in_channels)
         for index, c, plan in wanted:
             seconds = predicted_seconds(plan, c, args.steps)
-            row = {"index": index, "held_out": index % 3 == 2, **asdict(c), **predictions(plan)}
+            row = {"index": index, "held_out": index % 3 == 2, "card": card, **asdict(c), **predictions(plan)}
             rows.append(row)
             begun = time.perf_counter()
             if args.list:
