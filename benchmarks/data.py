@@ -33,11 +33,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from common import environment, write_json
 from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
 from full_size import make_base
 from PIL import Image
-from transformers import AutoConfig, Qwen3VLModel
+from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLModel
 
 from ideoflow.captions.boxes import Geometry
 from ideoflow.data import shards
@@ -49,6 +50,7 @@ from ideoflow.data.shards import Index, Shard
 from ideoflow.data.survey import Sample, Share
 from ideoflow.engine.batches import Batches
 from ideoflow.model import text
+from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.load import load_vae, read_tensors
 from ideoflow.model.nano import make_nano
 from ideoflow.model.text import TextEncoder
@@ -315,7 +317,13 @@ def resident_text(
     base: Path, captions: list[list[int]], dtype: torch.dtype, device: torch.device
 ) -> tuple[float, list[torch.Tensor]]:
     """The plain way: transformers' model as a whole on the device, diffusers' norm and projection."""
-    model = Qwen3VLModel.from_pretrained(base / "text_encoder", dtype=dtype).to(device).eval()
+    with init_empty_weights(include_buffers=False):
+        model = Qwen3VLModel(Qwen3VLConfig.from_pretrained(base / "text_encoder"))
+    # transformers cannot read the release's FP8 form: our reader's numbers, its own arithmetic.
+    weights = Checkpoint(base / "text_encoder")
+    held = {name: weights.dense(name, dtype, device) for name, _ in model.named_parameters()}
+    model.load_state_dict(held, strict=False, assign=True)
+    model.to(device).eval()
     config = Ideogram4Transformer2DModel.load_config(base / "transformer")
     with torch.device("meta"):
         whole = Ideogram4Transformer2DModel.from_config(config)

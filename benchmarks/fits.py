@@ -22,6 +22,7 @@ import torch
 from common import environment, write_json
 from plan_accuracy import Configuration, Samples, Weights, base_facts, outcome, plan_of
 
+from ideoflow.engine.warm import grow_memory
 from ideoflow.plan import Plan, named_hardware
 
 GIB = 1 << 30
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="run nothing")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    grow_memory()  # as a run does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.list:
         parser.error("this needs a GPU; --list shows what it would run")

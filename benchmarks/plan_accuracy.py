@@ -5,6 +5,7 @@
     python benchmarks/plan_accuracy.py --shard 1/2 --seconds 400 --json a.json   # half of them, within a time
     python benchmarks/plan_accuracy.py --skip a.json --json b.json               # what a run left over
     python benchmarks/plan_accuracy.py --merge a.json b.json --json all.json     # one summary, planned again
+    python benchmarks/plan_accuracy.py --launching --json launching.json         # what the host takes to launch
     python benchmarks/plan_accuracy.py --size nano --device cpu --configurations 12   # a try without a GPU
 
 The configurations are a covering: values of every two decisions meet, where both are possible together, and
@@ -14,6 +15,9 @@ all that differs from a run is that the frozen weights are random, and one copy 
 configurations of a precision. Predicted is what the formulas and the shares of peak that ship say, without
 any correction. Every third configuration is *held out*: whoever fits shares may fit them to the rest only.
 A configuration that ran out of memory, or that the planner says does not fit, is a row too.
+
+``--launching`` measures other configurations: pictures so small that a step takes as long as the host needs to
+launch it. What the time model says of launching is fitted to those, none of which is among the above.
 
 Without a GPU, plans are made for an H200 and carried out on the processor without graphs: a try of the code,
 whose times mean nothing and are compared with nothing.
@@ -163,6 +167,24 @@ def covering(count: int, scale: int = 1, seed: int = 7) -> list[Configuration]:
     return [replace(c, pixels=c.pixels // scale) for c in chosen]
 
 
+def launch_bound(scale: int = 1) -> list[Configuration]:
+    """Steps in which the device waits for the host, one decision changed at a time."""
+    usual = Configuration("fused", "bf16", "bf16", "flash4", 1.0, "none", "none", "float32", "off", "off",
+                          1, 256 // scale, 8)  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {}, {"budget": 0.0}, {"attention": "cudnn_varlen"}, {"attention": "sdpa"},
+        *({"activation_offload": away} for away in ("inputs", "outputs", "gate_up")),
+        {"optimizer_state": "cpu"}, {"optimizer_state": "8bit"}, {"offload": "stream"},
+        {"precision": "fp8"}, {"precision": "fp8", "matmul": "fp8"},
+        {"precision": "fp8", "matmul": "fp8", "budget": 0.0}, {"precision": "int8"},
+        {"precision": "nf4"}, {"precision": "nf4", "budget": 0.0},
+        *({"engine": "reference", "attention": "sdpa", "precision": p, "budget": b, "compile": c}
+          for p, b, c in (("bf16", 1.0, "off"), ("bf16", 0.0, "off"), ("fp8", 1.0, "off"), ("nf4", 1.0, "off"),
+                          ("bf16", 1.0, "regional"))),
+    ]  # fmt: skip
+    return [replace(usual, **change) for change in changes]
+
+
 def base_facts(size: str) -> BaseFacts:
     specs = {
         "full": (TransformerSpec(), TextEncoderSpec(), VaeSpec()),
@@ -304,11 +326,12 @@ def run(
         set_up_seconds = time.perf_counter() - begun
         trainer = Trainer(plan, trainable, data, [Share("random", 0, len(data))], samples.cache, checkpoints,
                           events.append, Stop())  # fmt: skip
-        trainer.train(before + measured)
+        # One more, since the last interval ends with its gradients and not with its update.
+        trainer.train(before + measured + 1)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             reserved = torch.cuda.memory_reserved(device)
-    times = [e.seconds for e in events if type(e).__name__ == "StepDone"]
+    times = [e.seconds for e in events if type(e).__name__ == "StepDone"][:-1]
     found: dict[str, Any] = {"ms": 1e3 * statistics.median(times[before:]), "set_up_seconds": set_up_seconds,
                              "step_seconds": times}  # fmt: skip
     if device.type == "cuda":
@@ -347,7 +370,8 @@ def summary(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]
 def planned_again(row: dict[str, Any], size: str = "full") -> dict[str, Any]:
     """What was measured on a card, with what the code at hand predicts of it."""
     c = Configuration(**{name: row[name] for name in Configuration.__dataclass_fields__})
-    row = {**row, **predictions(plan_of(c, base_facts(size), named_hardware(row["card"])))}
+    hardware = replace(named_hardware(row["card"]), host_speed=row["host_speed"])
+    row = {**row, **predictions(plan_of(c, base_facts(size), hardware))}
     return {**row, **errors(row)}
 
 
@@ -391,6 +415,7 @@ def main() -> None:
         "--skip", nargs="+", default=[], metavar="FILE", help="what these have is not measured"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
+    parser.add_argument("--launching", action="store_true", help="steps that wait for the host")
     parser.add_argument("--list", action="store_true", help="print the plans for an H200, run nothing")
     parser.add_argument(
         "--merge", nargs="+", metavar="FILE", help="join results, plan them again, print a summary"
@@ -413,7 +438,9 @@ def main() -> None:
     card = profile.key if profile else hardware.name
     shard, shards = map(int, args.shard.split("/"))
     wanted, done = [], {r["index"] for f in args.skip for r in json.loads(Path(f).read_text())["rows"]}
-    for index, c in enumerate(covering(args.configurations, 1 if args.size == "full" else 8)):
+    scale = 1 if args.size == "full" else 8
+    chosen = launch_bound(scale) if args.launching else covering(args.configurations, scale)
+    for index, c in enumerate(chosen):
         if index % shards == shard - 1 and index not in done:
             wanted.append((index, c, plan_of(c, base, hardware)))
     # One precision after the other, and within it what is streamed last: weights are made and moved once.
@@ -437,7 +464,8 @@ def main() -> None:
         samples = Samples(Path(folder) / "cache", spec.hidden, spec.in_channels)
         for index, c, plan in wanted:
             seconds = predicted_seconds(plan, c, args.steps)
-            row = {"index": index, "held_out": index % 3 == 2, "card": card, **asdict(c), **predictions(plan)}
+            row = {"index": index, "held_out": index % 3 == 2 and not args.launching, "card": card,
+                   "host_speed": hardware.host_speed, **asdict(c), **predictions(plan)}  # fmt: skip
             rows.append(row)
             begun = time.perf_counter()
             if args.list:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,7 +142,8 @@ class Checkpoint:
         """The tensor's values in ``dtype``: scales multiplied in, 4-bit codes looked up."""
         source = self.sources[name]
         if ".absmax" in source.sides:
-            return _third(self._four_bit(source, device), source).to(dtype)
+            pieces = [piece for _, piece in self.pieces(name, dtype, device)]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if len(source.shape) < 2:
             return source.place.read(device).to(dtype)
         if source.place.dtype == dtype:
@@ -157,8 +158,7 @@ class Checkpoint:
         """The same by runs of rows, so that no second copy of a large tensor ever exists: (rows, values)."""
         source = self.sources[name]
         if ".absmax" in source.sides:
-            whole = _third(self._four_bit(source, device), source).to(dtype)
-            yield slice(0, len(whole)), whole
+            yield from self._four_bit(source, dtype, device)
             return
         scale: Tensor | None = None
         count = max(1, _PIECE // max(1, prod(source.shape[1:])))
@@ -211,14 +211,39 @@ class Checkpoint:
             return scale.expand(rows).contiguous()
         return _third(scale, source)
 
-    def _four_bit(self, source: _Source, device: torch.device) -> Tensor:
+    def _four_bit(
+        self, source: _Source, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """4-bit codes looked up, by runs of rows; as a whole where blocks of numbers do not end with rows."""
         import_library("bitsandbytes", "a checkpoint in NF4")  # seconds
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
-        state = {f"weight{side}": place.read(device) for side, place in source.sides.items()}
-        packed = source.place.read(device)
-        whole: Tensor = dequantize_4bit(packed, QuantState.from_dict(state, device=device))
-        return whole
+        sides = {f"weight{side}": place.read(device) for side, place in source.sides.items()}
+        state = QuantState.from_dict(sides, device=device)
+        packed, block = source.place.read(device).flatten(), state.blocksize
+        scales = state.absmax
+        if state.nested:
+            scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        rows, width = state.shape[0], prod(state.shape[1:])
+        here = rows if source.third is None else rows // 3
+        start, count = (source.third or 0) * here, max(1, _PIECE // width)
+        # Runs of rows that begin and end with a block of numbers.
+        aligned = block // gcd(block, width)
+        count = -(-count // aligned) * aligned
+        whole = start % aligned or here % aligned
+        for first in range(0, here, here if whole else count):
+            low, high = (start + first) * width, (start + min(first + count, here)) * width
+            if whole:
+                low, high = 0, rows * width
+            part = QuantState(
+                scales[low // block : -(-high // block)].float(),
+                torch.Size((high - low,)), state.code, block, state.quant_type, state.dtype,
+            )  # fmt: skip
+            found = dequantize_4bit(packed[low // 2 : -(-high // 2), None], part).view(-1, *state.shape[1:])
+            if whole:
+                yield slice(0, here), _third(found, source).to(dtype)
+            else:
+                yield slice(first, first + len(found)), found.to(dtype)
 
 
 def _places(file: Path) -> Iterator[_Place]:

@@ -18,16 +18,17 @@ bytes of an activation (4 for float32, else 2).
 | statistics: a number a norm (one a head for q and k), and attention's log-sum-exp a head | 16 + 12 x heads |
 
 Frozen Linears keep nothing: the gradient of a frozen weight is not computed. **Kept by a compiled block** is
-what is not pointwise from something kept: inputs of adapters (once each, ``e`` bytes), q and k before and
-after their norm, v, the results of attention, of its projection and of the feed-forward, the middle hidden
-state, and w1's and w3's results: 11 e h + 2 e f,
-and the statistics.
+what is not pointwise from something kept: inputs of adapters, q and k before and after their norm, v, the
+results of attention, of its projection and of the feed-forward, and w1's and w3's results: 8 e h + 2 e f, and
+the statistics. Inputs of adapters count once each: in the adapter's type where PEFT casts to it, else in
+``e`` bytes, and then the middle hidden state as well. Of Linears stored in FP8 or int8 the compiler also
+keeps each dense weight in bf16, which the eager block computes again.
 
 With **checkpointing** each block keeps only its input (and all share diffusers' mask of tokens^2 bytes, which
 the reference engine then ignores), and one block at a time is recomputed in full. While a block goes
 backward, gradients are alive: three of the feed-forward's width and one of hidden width in bf16, two of the
-feed-forward's width in float32; in a compiled block, which also recomputes into them, six of each. The
-backward workspace of attention comes later, when the feed-forward's tensors are gone, and is smaller.
+feed-forward's width in float32; in a compiled block, which also recomputes into them, six of each in bf16.
+The backward workspace of attention comes later, when the feed-forward's tensors are gone, and is smaller.
 
 ``tests/plan/test_memory.py`` holds the table to what autograd really saves for diffusers' block, to the byte,
 the peak to what the allocator saw, and both to what plain diffusers was measured to take on an H200.
@@ -94,6 +95,8 @@ def kept_by_block(
     rest = len(inputs) * rank * adapter + 4 * 4 + 3 * 4 * spec.num_attention_heads
     if compiled:
         shared = {_input_of(name): width for name, width in inputs.items()}
+        if adapter != element:
+            return element * (8 * h + 2 * f) + adapter * sum(shared.values()) + rest
         # Attention's result and the product of the feed-forward are kept, or pointwise from what is.
         extra = sum(width for source, width in shared.items() if source in ("norm1", "ffn_norm1"))
         return element * (9 * h + extra + 2 * f) + rest
@@ -112,13 +115,11 @@ def _input_of(module: str) -> str:
     return sources.get(module, "norm1" if module.startswith("attention") else "ffn_norm1")
 
 
-def backward_workspace(
-    spec: TransformerSpec, element: int, *, compiled: bool, adapter: int = ADAPTER_BYTES
-) -> int:
+def backward_workspace(spec: TransformerSpec, element: int, *, compiled: bool) -> int:
     """Bytes a token of gradients that are alive at once while a block goes backward."""
     h, f = spec.hidden, spec.intermediate_size
     if compiled:
-        return element * 6 * (h + f) + (2 * adapter * f if adapter != element else 0)
+        return element * 6 * (h + f)
     return element * (3 * f + h) if element < 4 else element * 2 * f
 
 
@@ -166,7 +167,7 @@ def activations(
     return Activations(
         checkpoints=tokens * len(kept) * element * spec.hidden,
         kept=tokens * (max(kept, default=0) if checkpointing else sum(kept)),
-        backward=tokens * backward_workspace(spec, element, compiled=compiled, adapter=adapter),
+        backward=tokens * backward_workspace(spec, element, compiled=compiled),
         mask=mask_bytes + (tokens * tokens if checkpointing else 0),
         ends=tokens * ends,
     )
@@ -251,6 +252,7 @@ TRANSIENT = frozenset(
         "recomputed block",
         "block at work",
         "dequantised weight",
+        "dense weights",
         "saved activations",
         "adapter's own",
         "adapter workspace",
@@ -333,6 +335,9 @@ def _train_reference(
     add(
         "train", "dequantised weight", dense, "the largest one, in float32 on its way to bf16", transient=True
     )
+    whole = dense_weights_bytes(spec, choice, 1 if on else blocks)
+    words = f"in bf16, kept by {'the compiled block' if on else 'compiled blocks'} for the backward pass"
+    add("train", "dense weights", whole, words, transient=True)
     own = size.kept(shapes.tokens, e, block=on)
     add("train", "adapter's own", own, f"what PEFT's {size.kind} keeps beyond a LoRA", transient=True)
     words = f"matrices of a weight's size that PEFT's {size.kind} makes"
@@ -340,7 +345,7 @@ def _train_reference(
     add("train", "backward workspace", a.backward, "gradients alive at once in a block", transient=True)
     add("train", "attention mask", a.mask, "kept by the checkpoints", transient=True)
     add("train", "inputs and loss", a.ends, "last hidden state, rotary tables, velocity", transient=True)
-    _optimizer_step(add, gradients, held + a.total + dense + own + size.workspace)
+    _optimizer_step(add, choice, gradients, held + a.total + dense + whole + own + size.workspace)
 
 
 def _train_fused(
@@ -389,13 +394,16 @@ def _train_fused(
     # Rotary tables, seven index tensors, the velocity with its target and gradient.
     ends = tokens * (e * spec.attention_head_dim + 60 + 14 * spec.in_channels)
     add("train", "inputs and loss", ends, "rotary tables, indices, velocity", transient=True)
-    _optimizer_step(add, gradients, p.total - p.gradients + held + own + ends)
+    _optimizer_step(add, choice, gradients, p.total - p.gradients + held + own + ends)
 
 
-def _optimizer_step(add: _Add, gradients: int, before: int) -> None:
-    """AdamW's foreach step makes one temporary of the adapter's size, when the activations are gone."""
-    words = "all gradients and AdamW's temporary, beyond the rest"
-    add("train", "optimizer step", 2 * gradients - before, words, transient=True)
+def _optimizer_step(add: _Add, choice: Choice, gradients: int, before: int) -> None:
+    """When the activations are gone, all gradients are there; and on a processor, where AdamW is torch's
+    foreach one and not a fused kernel, one temporary of the adapter's size."""
+    on_gpu = choice.device == "cuda"
+    words = "all gradients" if on_gpu else "all gradients and AdamW's temporary"
+    needed = gradients if on_gpu else 2 * gradients
+    add("train", "optimizer step", needed - before, f"{words}, beyond the rest", transient=True)
 
 
 def dequantised_bytes(spec: TransformerSpec, choice: Choice) -> int:
@@ -403,6 +411,13 @@ def dequantised_bytes(spec: TransformerSpec, choice: Choice) -> int:
     for those with scales, one in bf16 with the scales' own for 4-bit ones."""
     largest = spec.hidden * spec.intermediate_size
     return largest * {"fp8": 8, "int8": 8, "nf4": 3}.get(choice.precision, 0)
+
+
+def dense_weights_bytes(spec: TransformerSpec, choice: Choice, blocks: int) -> int:
+    """What so many compiled blocks keep of weights that are stored with scales."""
+    if not choice.compiled or choice.precision not in ("fp8", "int8"):
+        return 0
+    return streamed_bytes(spec, "bf16") // spec.num_layers * blocks
 
 
 def _weights(add: _Add, phase: Phase, spec: TransformerSpec, choice: Choice, group: tuple[int, bool]) -> None:

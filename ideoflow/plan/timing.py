@@ -105,6 +105,7 @@ class Speed:
     memory: float
     host: float
     block_seconds: float
+    host_speed: float
 
     @classmethod
     def of(cls, hardware: Hardware, choice: Choice, shares: Shares, load: Load) -> Speed:
@@ -122,17 +123,20 @@ class Speed:
         adapter = peak if same else rates.fp32_tflops
         adapter *= share["adapter_bf16" if same and choice.element == 2 else "adapter_float32"]
         mode = "compiled" if choice.compiled else "eager"
-        mask = "masked_" if load.masked else ""
+        # Without a mask, PyTorch's own attention goes through cuDNN from Hopper on.
+        cudnn = (hardware.compute_capability or (0, 0)) >= (9, 0)
+        kernel = "masked_" if load.masked else "cudnn_" if cudnn else ""
         return cls(
             1e12 * peak * share["matmul"],
             1e12 * adapter,
             math.inf,
-            1e12 * peak * share[f"{mask}attention_forward"],
-            1e12 * peak * share[f"{mask}attention_backward"],
+            1e12 * peak * share[f"{kernel}attention_forward"],
+            1e12 * peak * share[f"{kernel}attention_backward"],
             1e9 * rates.memory_gbps * share[f"elementwise_{mode}"],
             1e9 * rates.memory_gbps * share["elementwise_compiled"],
             1e9 * rates.host_gbps,
-            1e-3 * shares.block_ms[mode],
+            1e-3 * shares.block_ms[mode] / hardware.host_speed,
+            hardware.host_speed,
         )
 
     @classmethod
@@ -151,7 +155,8 @@ class Speed:
             1e9 * rates.memory_gbps * share["elementwise"],
             1e9 * rates.memory_gbps * share["weights"],
             1e9 * rates.host_gbps,
-            1e-3 * shares.block_ms[kernel],
+            1e-3 * shares.block_ms[kernel] / hardware.host_speed,
+            hardware.host_speed,
         )
 
 
@@ -263,7 +268,8 @@ def _waiting_parts(
         yield TimePart("moments", round(1e3 * seconds, 3), f"{8 * numbers / 1e9:.1f} GB each way")
     if choice.optimizer_state == "8bit":
         tensors = 2 * len(targets)
-        yield TimePart("moments", round(_8BIT_TENSOR_MS * tensors, 3), f"{tensors} tensors, one by one")
+        seconds = 1e-3 * _8BIT_TENSOR_MS * tensors / speed.host_speed
+        yield TimePart("moments", round(1e3 * seconds, 3), f"{tensors} tensors, one by one")
 
 
 def _reference_parts(

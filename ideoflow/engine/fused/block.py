@@ -107,6 +107,9 @@ class FusedBlock:
         self.enter(False)
         values = _Values(self, h, batch, modulation, {})
         keep = {name for group in kept or () for name in _GROUPS[group]}
+        if not self.fp8:
+            # It is attention's result itself, which may be on its way to the host.
+            keep.discard("x_o")
 
         def drop(*names: str) -> None:
             for name in names:
