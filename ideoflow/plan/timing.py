@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from ideoflow.kernels.budget import AWAY, ROUNDING, choose_kept
+from ideoflow.kernels.budget import AWAY, ROUNDING
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TransformerSpec, VaeSpec
 from ideoflow.plan import fused
@@ -361,8 +361,8 @@ def _fused_parts(
     live = 1 - first / layers
     tokens, squares = load.tokens, load.squares
     away = choice.activation_offload
-    counted = fused.group_bytes(spec, int(tokens), e, fp8, away)
-    kept = [g | frozenset(AWAY[away]) for g in choose_kept(choice.activation_budget, layers, counted)[first:]]
+    groups_of = fused.kept_groups(spec, int(tokens), choice.activation_budget, e, fp8=fp8, offload=away)
+    kept = [g | frozenset(AWAY[away]) for g in groups_of[first:]]
 
     def again(group: str) -> float:
         """Share of all blocks that compute a group a second time."""
