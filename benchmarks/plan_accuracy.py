@@ -181,6 +181,7 @@ def plan_of(c: Configuration, base: BaseFacts, hardware: Hardware) -> Plan:
     if c.engine == "fused":
         memory |= {"matmul": c.matmul, "activation_budget": c.budget, "graphs": c.graphs,
                    "activation_offload": c.activation_offload}  # fmt: skip
+        memory |= {"exact_blocks": 0} if c.matmul == "fp8" else {}
     else:
         memory |= {"checkpointing": "on" if c.budget == 0 else "off", "compile": c.compile}
     lines = [

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from ideoflow.kernels.budget import PACKED_MULTIPLE
 from ideoflow.model.base import BaseFacts
@@ -360,13 +360,17 @@ def _train_fused(
     away, graphs = choice.activation_offload, choice.graphs == "on"
     # Graphs add into gradients that are always there.
     first = accumulation == 1 and not graphs
-    p = fused.peak(spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=first, offload=away)
+    exact = choice.exact_blocks
+    p = fused.peak(
+        spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=first, offload=away, exact_blocks=exact
+    )
     _adapter(add, "train", adapter, choice)
-    options = {"precision": choice.precision, "fp8": fp8}
+    options: dict[str, Any] = {"precision": choice.precision, "fp8": fp8, "exact_blocks": exact}
     copies = fused.copies_bytes(spec, targets, rank, e, **options)
     add("train", "working copies", copies, "the adapter as products read it, scales of rows")
-    scratch = fused.scratch_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
-    add("train", "work buffer", scratch, f"one weight, {'transposed' if fp8 else 'dequantised'}")
+    scratch = fused.scratch_bytes(spec, targets, rank, e, **options)
+    form = "transposed" if fp8 and not exact else "dequantised"
+    add("train", "work buffer", scratch, f"one weight, {form}")
     among = "at the peak, of what comes while activations go" if first else "of all passes"
     among = "where graphs add to them" if graphs else among
     own = fused.foreign_bytes(spec, size, tokens, e, fp8)
@@ -442,9 +446,10 @@ def _sample(
     denoise = shapes.sample_tokens * (e * (6 * h + 2 * f) + 2 * 4 * h + 3 * cast * f)
     denoise += dequantised_bytes(spec, choice) + size.workspace
     if choice.engine == "fused":
-        options = {"precision": choice.precision, "fp8": choice.matmul == "fp8"}
+        fp8, exact = choice.matmul == "fp8", choice.exact_blocks
+        options: dict[str, Any] = {"precision": choice.precision, "fp8": fp8, "exact_blocks": exact}
         copies = fused.copies_bytes(spec, targets, rank, e, **options)
-        copies += fused.scratch_bytes(spec, targets, rank, e, **options)  # type: ignore[arg-type]
+        copies += fused.scratch_bytes(spec, targets, rank, e, **options)
         add("sample", "working copies", copies, "the fused engine's, with its work buffer")
     channels = base.vae.block_out_channels
     # The last upsampling works at full resolution on the channels of the level below it.

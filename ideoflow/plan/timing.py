@@ -94,7 +94,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates that are really reached: work per second by kind, in FLOP/s and bytes/s."""
+    """Rates that are really reached: work per second by kind, in FLOP/s and bytes/s.
+
+    ``matmul_bf16`` is the rate of the fused engine's exact blocks, beside FP8 products.
+    """
 
     matmul: float
     adapter: float
@@ -105,6 +108,7 @@ class Speed:
     memory: float
     host: float
     block_seconds: float
+    matmul_bf16: float = math.inf
 
     @classmethod
     def of(cls, hardware: Hardware, choice: Choice, shares: Shares, load: Load) -> Speed:
@@ -152,6 +156,7 @@ class Speed:
             1e9 * rates.memory_gbps * share["weights"],
             1e9 * rates.host_gbps,
             1e-3 * shares.block_ms[kernel],
+            bf16 * share["matmul_bf16"],
         )
 
 
@@ -374,6 +379,12 @@ def _fused_parts(
     recomputed = sum(widths[name] * again(group) for name, group in groups.items())
     dense = 2 * tokens * layers * (sum(widths.values()) * (1 + live) + recomputed)
     share_again = recomputed / sum(widths.values())
+    # Of the first blocks forward products may be exact: numbers of their weights, each time that one is read.
+    exact = sum(
+        width * (1 + (i >= first and groups[name] not in kept[i - first]))
+        for i in range(choice.exact_blocks)
+        for name, width in widths.items()
+    )
     forward = 4 * squares * h * layers * (1 + again("attention"))
     backward = 10 * squares * h * layers * live
     adapter = size.parameters
@@ -394,14 +405,22 @@ def _fused_parts(
     if away in ROUNDING:  # once to e4m3 and once back
         widths_of = {"ffn_output": h, "attention_output": h, "gate_up": 2 * f}
         moved += 2 * (e + 1) * tokens * layers * sum(w * (live - again(g)) for g, w in widths_of.items())
+    # An exact block writes wider operands and does not quantise attention's result.
+    moved += tokens * choice.exact_blocks * ((e - o) * (2 * h + f) - (e + o) * h)
     # In every pass each weight is transposed for the backward product, or dequantised for every product.
     weights = 0.0
     if choice.precision in QUANTISED:
         moved_once = 2.5 if choice.precision == "nf4" else 3
         weights = block_weights(spec) * (2 * live if fp8 else moved_once * (1 + live + share_again))
+        weights += moved_once * exact
     sent = load.sent(spec, e)
     rows = (
-        ("matmul", load.samples * dense / speed.matmul, f"{dense / 1e12:.0f} TFLOP a sample"),
+        (
+            "matmul",
+            load.samples
+            * ((dense - 2 * tokens * exact) / speed.matmul + 2 * tokens * exact / speed.matmul_bf16),
+            f"{dense / 1e12:.0f} TFLOP a sample",
+        ),
         ("adapter", load.samples * own, f"{adapter / 1e6:.0f} M numbers"),
         (
             "attention",
