@@ -25,6 +25,9 @@ from ideoflow.model import random
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
 SIZES: dict[str, dict[str, Any]] = {
     "full": {},
+    # As deep as the released model, on a processor.
+    "mid": {"num_layers": 34, "attention_head_dim": 256, "num_attention_heads": 3, "intermediate_size": 2048,
+            "adaln_dim": 512, "llm_features_dim": 16},
     # Six small blocks, wide enough that every product's sizes are multiples of 16.
     "nano": {"num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 6, "intermediate_size": 512,
              "adaln_dim": 64, "mrope_section": (6, 5, 5)},

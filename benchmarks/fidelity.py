@@ -26,8 +26,6 @@ from ideoflow.engine.packed import PackedLayout
 from ideoflow.kernels.reference import quantize
 from ideoflow.model import random
 
-MID = {"num_layers": 34, "attention_head_dim": 256, "num_attention_heads": 3, "intermediate_size": 2048,
-       "adaln_dim": 512, "llm_features_dim": 16}  # fmt: skip
 PRODUCTS = {
     "qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
     "o": ("attention.to_out.0",),
@@ -93,8 +91,7 @@ def main() -> None:
     layout = make_layout(1, args.pixels or (1024 if full else 256), args.text or (320 if full else 64), False)
     rows: dict[str, dict[str, Any]] = {}
     for seed in args.seeds:
-        config = MID if args.size == "mid" else SIZES[args.size]
-        model = random.random_transformer(config, precision="fp8", device=device, seed=seed)
+        model = random.random_transformer(SIZES[args.size], precision="fp8", device=device, seed=seed)
         for way, share, apart in differences(model, dtype, layout, seed):
             rows.setdefault(way, {"way": way, "exact_share_of_operations": share, "apart": []})
             rows[way]["apart"].append(apart)

@@ -6,6 +6,7 @@ cap of the card's free memory, less the CUDA context, which the cap does not cou
 the second should run out of memory. (That the cards' own recipes run within their cap is `cards.py`.)
 
     python benchmarks/fits.py --json fits.json       # the full model on a GPU
+    python benchmarks/fits.py --needed --json needed.json     # the least cap under which each one trains
     python benchmarks/fits.py --list                 # what would be run, and how far from the line it is
 """
 
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 from common import environment, write_json
-from plan_accuracy import Configuration, Samples, Weights, base_facts, outcome, plan_of
+from configurations import Configuration
+from plan_accuracy import Samples, Weights, base_facts, outcome, plan_of
 
 from ideoflow.engine.warm import grow_memory
 from ideoflow.plan import Plan, named_hardware
@@ -82,6 +84,9 @@ def main() -> None:
     )
     parser.add_argument("--cards", default=",".join(card.name for card in CARDS))
     parser.add_argument("--list", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--needed", action="store_true", help="find the least cap under which each one trains"
+    )
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     grow_memory()  # as a run does
@@ -93,12 +98,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         samples = Samples(Path(scratch) / "cache", spec.hidden, spec.in_channels)
         for card in (c for c in CARDS if c.name in args.cards.split(",")):
-            for c, plan in sides(card):
+            for c, plan in sides(card)[: 1 if args.needed else 2]:
                 row: dict[str, Any] = {"card": card.name, **asdict(c), "over": over(plan)}
                 expected = "out of memory" if over(plan) > 0 else "measured"
                 started = time.perf_counter()
-                if not args.list:
-                    row |= capped(plan, c, weights, samples, Path(scratch))
+                if args.needed and not args.list:
+                    row |= needed(plan, c, weights, samples, Path(scratch))
+                    print(f"  needs {row['needed'] / GIB:.2f} GiB for {row['allocated'] / GIB:.2f}, "
+                          f"predicted {row['predicted'] / GIB:.2f} with gaps", flush=True)  # fmt: skip
+                elif not args.list:
+                    row |= capped(plan, c, cap_of(plan), weights, samples, Path(scratch))
                 rows.append(row)
                 found = row.get("outcome", "not run")
                 peak = f", {row['reserved'] / GIB:.2f} GiB reserved" if "reserved" in row else ""
@@ -108,10 +117,16 @@ def main() -> None:
                 write_json(args.json, {"environment": environment(device), "rows": rows})
 
 
-def capped(plan: Plan, c: Configuration, weights: Weights, samples: Samples, scratch: Path) -> dict[str, Any]:
-    """What comes of a configuration in a card's free memory; weights are made before the cap is set."""
+def cap_of(plan: Plan) -> int:
+    """A card's free memory, less the CUDA context."""
     context = next(x.bytes for x in plan.ledger.of("train") if x.name == "CUDA context")
-    cap = plan.hardware.free_bytes - context
+    return plan.hardware.free_bytes - context
+
+
+def capped(
+    plan: Plan, c: Configuration, cap: int, weights: Weights, samples: Samples, scratch: Path
+) -> dict[str, Any]:
+    """What comes of a configuration under a cap; weights are made before the cap is set."""
     with weights.of(c.precision, c.offload == "stream"):
         torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -120,6 +135,21 @@ def capped(plan: Plan, c: Configuration, weights: Weights, samples: Samples, scr
         return {"cap": cap, **outcome(plan, weights, samples, c, 2, scratch)}
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def needed(
+    plan: Plan, c: Configuration, weights: Weights, samples: Samples, scratch: Path, halvings: int = 4
+) -> dict[str, Any]:
+    """The least cap under which a configuration trains: what it allocates, and the gaps that remain then."""
+    free = capped(plan, c, torch.cuda.get_device_properties(0).total_memory, weights, samples, scratch)
+    low = free["allocated"]
+    high = low + 2 * GIB
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        trained = capped(plan, c, middle, weights, samples, scratch)["outcome"] == "measured"
+        low, high = (low, middle) if trained else (middle, high)
+    context = plan.hardware.free_bytes - cap_of(plan)
+    return free | {"needed": high, "predicted": plan.ledger.peak("train") - context}
 
 
 if __name__ == "__main__":

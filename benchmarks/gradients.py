@@ -1,6 +1,7 @@
 """Full-size correctness: the fused engine and plain diffusers + PEFT against float32, on random weights.
 
     python benchmarks/gradients.py --json out.json
+    python benchmarks/gradients.py --exact-blocks 0 3 6 8   # FP8 with so many of the first blocks exact
 
 All compute over the same base: e4m3 weights with row scales, which plain diffusers dequantises. Reported are
 the cosine of the velocities and of every adapter gradient with those of float32, the same at several
@@ -59,11 +60,17 @@ def compare(names: list[str], got: Any, want: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def exact_name(count: int) -> str:
+    return f"fused fp8, {count} exact blocks" if count else "fused fp8"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=["full", "nano"], default="full")
+    parser.add_argument("--size", choices=["full", "mid", "nano"], default="full")
+    parser.add_argument("--exact-blocks", type=int, nargs="+", default=[0], metavar="N",
+                        help="each is compared; budgets and hard cases are those of the first")  # fmt: skip
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,8 +89,8 @@ def main() -> None:
     def fused(engine: FusedTransformer) -> tuple[Tensor, float, list[Tensor]]:
         return results(engine(data["latents"], data["timestep"], data["text"], layout), data["target"])
 
-    engine = FusedTransformer(model, linear="fp8", attention=attention)
-    first = None
+    engine = FusedTransformer(model, linear="fp8", attention=attention, exact_blocks=args.exact_blocks[0])
+    fp8_name, first = exact_name(args.exact_blocks[0]), None
     for budget, offload in BUDGETS:
         engine.budget, engine.offload = budget, frozenset(offload)
         now = fused(engine)
@@ -112,6 +119,10 @@ def main() -> None:
     for block in engine.blocks:
         block.rounded = True
     rounded = fused(engine)
+    others = {
+        exact_name(n): fused(FusedTransformer(model, linear="fp8", attention=attention, exact_blocks=n))
+        for n in args.exact_blocks[1:]
+    }
     half = fused(FusedTransformer(model, linear="bf16", attention=attention, activation_budget=0.0))
 
     # Plain diffusers, its time embedding given float32 times, and the cast that they need.
@@ -137,10 +148,12 @@ def main() -> None:
     truth = plain(torch.float32)
     report["against_float32"] = {
         name: compare(names, got, truth)
-        for name, got in (("fused fp8", first), ("fused fp8, rounded", rounded), ("fused bf16", half),
-                          ("diffusers bf16", plain_half))
+        for name, got in ((fp8_name, first), (f"{fp8_name}, rounded", rounded), ("fused bf16", half),
+                          ("diffusers bf16", plain_half), *others.items())
     }  # fmt: skip
-    report["against_diffusers_bf16"] = {"fused fp8": compare(names, first, plain_half)}
+    report["against_diffusers_bf16"] = {
+        name: compare(names, got, plain_half) for name, got in {fp8_name: first, **others}.items()
+    }
     for name, row in [*report["against_float32"].items(), *report["against_diffusers_bf16"].items()]:
         print(name, {k: v for k, v in row.items() if k != "min_by_layer"}, flush=True)
     write_json(args.json, report)

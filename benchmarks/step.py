@@ -172,6 +172,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--graphs", action="store_true", help="replay fused steps as CUDA graphs")
     parser.add_argument("--offload", nargs="*", default=[], help="groups of values kept in host memory")
     parser.add_argument("--rounded", action="store_true", help="keep values for the backward pass as e4m3")
+    parser.add_argument("--exact-blocks", type=int, default=0, help="first blocks with bf16 forward products")
     parser.add_argument("--keep-transposed", action="store_true")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=6)
@@ -264,12 +265,12 @@ def main() -> None:
             rates = report["rates_tflops"] = unit_rates(model.config, device, fp8)
         attention = args.attention or ("flash4" if gpu else "sdpa")
         fused = FusedTransformer(model, linear="fp8" if fp8 else "bf16", attention=attention, dtype=dtype,
-                                 offload=args.offload, rounded=args.rounded,
+                                 offload=args.offload, rounded=args.rounded, exact_blocks=args.exact_blocks,
                                  keep_transposed=args.keep_transposed)  # fmt: skip
         graphs = GraphedSteps(fused, parameters) if args.graphs else None
         settings = {"linear": "fp8" if fp8 else "bf16", "attention": attention, "offload": args.offload,
                     "rounded": args.rounded, "keep_transposed": args.keep_transposed,
-                    "graphs": args.graphs}  # fmt: skip
+                    "graphs": args.graphs, "exact_blocks": args.exact_blocks}  # fmt: skip
 
         def fused_run(layout: PackedLayout) -> Callable[[], Any]:
             if graphs:

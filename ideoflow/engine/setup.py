@@ -127,6 +127,7 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
             activation_budget=float(plan.value("activation_budget")),
             offload=AWAY[str(plan.value("activation_offload"))],
             rounded=plan.value("activation_offload") in ROUNDING,
+            exact_blocks=int(plan.value("exact_blocks")),
             dtype=plan_dtype(plan),
         )
         if offload == "stream":

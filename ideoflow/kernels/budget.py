@@ -11,6 +11,7 @@ so what it keeps changes with versions and shapes, and gradients turned NaN at o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Group = Literal["attention", "ffn_output", "attention_output", "qkv", "gate_up", "elementwise"]
@@ -44,7 +45,7 @@ def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8:
         tokens: length of the packed token axis.
         hidden, intermediate: widths of the block and of its feed-forward.
         itemsize: bytes of an activation.
-        fp8: whether operands of products are e4m3 (else they have the activations' size).
+        fp8: whether operands of forward products are e4m3 (else they have the activations' size).
         rounded: whether :data:`ROUNDED_GROUPS` are kept as e4m3.
     """
     row = tokens * hidden * itemsize
@@ -66,23 +67,23 @@ def group_bytes(tokens: int, hidden: int, intermediate: int, itemsize: int, fp8:
     return sizes
 
 
-def choose_kept(budget: float, blocks: int, sizes: dict[Group, int]) -> list[frozenset[Group]]:
+def choose_kept(budget: float, sizes: Sequence[Mapping[Group, int]]) -> list[frozenset[Group]]:
     """For each block the groups that it keeps, using at most ``budget`` of the bytes that keeping all takes.
 
     Args:
         budget: 0 to 1.
-        sizes: from :func:`group_bytes`.
+        sizes: of each block, from :func:`group_bytes`; all with the same groups.
 
     Raises:
         ValueError: for a budget outside 0 to 1.
     """
     if not 0 <= budget <= 1:
         raise ValueError(f"the activation budget is {budget}, not between 0 and 1")
-    left = round(budget * blocks * sum(sizes.values()))
-    kept: list[set[Group]] = [set() for _ in range(blocks)]
-    for group, size in sizes.items():
-        for block in reversed(kept):
-            if size <= left:
+    left = round(budget * sum(sum(block.values()) for block in sizes))
+    kept: list[set[Group]] = [set() for _ in sizes]
+    for group in sizes[0]:
+        for block, size in zip(reversed(kept), reversed(sizes), strict=True):
+            if size[group] <= left:
                 block.add(group)
-                left -= size
+                left -= size[group]
     return [frozenset(groups) for groups in kept]

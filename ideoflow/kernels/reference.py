@@ -48,7 +48,7 @@ def _operand(x: Tensor, fp8: bool, dtype: torch.dtype) -> Operand:
 
 def quantize(x: Tensor, fp8: bool = True) -> Operand:
     """x [T, K] as an operand: quantised row by row, or as it is."""
-    return _operand(_wide(x), fp8, x.dtype)
+    return _operand(_wide(x), True, x.dtype) if fp8 else Operand(x)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -115,6 +115,7 @@ def _together(
 
 def _options(problem: Problem) -> Iterator[_Option]:
     tables, hardware = problem.tables, problem.hardware
+    blocks = problem.base.transformer.num_layers
     if hardware.other_processes:
         whole = int(hardware.total_bytes * (1 - DRIVER_SHARE))
         freed = replace(hardware, free_bytes=max(whole, hardware.free_bytes), other_processes=0)
@@ -123,7 +124,7 @@ def _options(problem: Problem) -> Iterator[_Option]:
     for name, value in fixed_by_recipe(tables).items():
         made = partial(_with_memory, name=name)
         changed = made(problem)
-        if not refusals(changed.tables, hardware, problem.device, problem.targets):
+        if not refusals(changed.tables, hardware, problem.device, problem.targets, blocks):
             yield _Option(f"memory.{name}", "auto", 0, f"{value!r} is what you set", made)
     train = tables.train
     if train.batch > 1:

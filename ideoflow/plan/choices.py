@@ -28,6 +28,7 @@ DOMAINS: dict[str, tuple[str | float, ...]] = {
     "offload": ("none", "stream", "block", "leaf", "disk"),
     "activation_offload": ("none", "inputs", "outputs", "gate_up"),
     "graphs": ("off", "on"),
+    "exact_blocks": (0,),  # and a share of the base's blocks
 }
 # What is weighed where the recipe leaves it open; the other values are slower than these for the same memory.
 _OPEN = {
@@ -50,7 +51,11 @@ SETTINGS = (
     "offload",
     "activation_offload",
     "graphs",
+    "exact_blocks",
 )
+# Of the blocks, the first ones: with their forward products exact, 1 - cosine of the velocity is 6.9e-4, else
+# 12.7e-4 (benchmarks/fidelity.py --size mid), for a few percent of a step.
+_EXACT_SHARE = 6 / 34
 _FP8_UNITS = (8, 9)
 _FLASH4 = (9, 10)  # major compute capabilities with its backward pass for heads of 256
 # cuDNN's backward pass for heads of 256 exists for Hopper only (NVIDIA cuDNN, Attention, support matrix).
@@ -69,6 +74,11 @@ def fixed_decisions(tables: RecipeTables) -> dict[str, str | float]:
     if "checkpointing" in fixed:
         fixed["activation_budget"] = 0.0 if fixed.pop("checkpointing") == "on" else 1.0
     return fixed
+
+
+def exact_block_counts(blocks: int, fixed: Mapping[str, str | float]) -> tuple[int, ...]:
+    """How many of a base's first blocks may be exact: none, the usual share, what the recipe asks for."""
+    return tuple(sorted({0, round(_EXACT_SHARE * blocks), int(fixed.get("exact_blocks", 0))}))
 
 
 def no_fused_engine(hardware: Hardware, device: str, targets: Iterable[str]) -> str:
@@ -126,11 +136,12 @@ def combinations(
     targets: Iterable[str],
     fixed: Mapping[str, str | float],
     kind: str = "lora",
+    exact: Iterable[int] = (0,),
 ) -> Iterator[Choice]:
     """Everything that the engines can do on a machine, guidance apart (``loaded`` throughout).
 
     ``fixed`` are the recipe's decisions: unusual values are there only if they are asked for. ``kind`` is the
-    adapter's.
+    adapter's, ``exact`` are the numbers of exact blocks beside FP8 products.
     """
     budgets = {*BUDGETS, *(float(v) for k, v in fixed.items() if k == "activation_budget")}
     # On a processor, host memory is the device's own.
@@ -140,11 +151,11 @@ def combinations(
     unusual = {name: tuple(dict.fromkeys((*values, str(fixed.get(name, values[0])))))
                for name, values in open_to.items()}  # fmt: skip
     if not no_fused_engine(hardware, device, targets):
-        pairs = [(precision, "bf16") for precision in ("bf16", "fp8", "int8", "nf4")]
+        kinds = [(precision, "bf16", 0) for precision in ("bf16", "fp8", "int8", "nf4")]
         if has_fp8_units(hardware):
-            pairs.append(("fp8", "fp8"))
-        for (precision, matmul), budget in product(pairs, sorted(budgets)):
-            plain = Choice(device, "fused", precision, matmul, budget, "off", "loaded")
+            kinds += [("fp8", "fp8", count) for count in exact]
+        for (precision, matmul, count), budget in product(kinds, sorted(budgets)):
+            plain = Choice(device, "fused", precision, matmul, budget, "off", "loaded", exact_blocks=count)
             yield from _lean(plain, unusual, kind)
             if attention_kernel(hardware, "fused")[0] == "flash4" and kind == "lora":
                 for state in unusual["optimizer_state"]:
@@ -247,9 +258,15 @@ class Refusal:
     cure: str
 
 
-def refusals(tables: RecipeTables, hardware: Hardware, device: str, targets: Iterable[str]) -> list[Refusal]:
-    """Settings that are impossible together, or on this machine; empty where the recipe can be obeyed."""
+def refusals(
+    tables: RecipeTables, hardware: Hardware, device: str, targets: Iterable[str], blocks: int
+) -> list[Refusal]:
+    """Settings that are impossible together, on this machine, or with a base of so many blocks.
+
+    Empty where the recipe can be obeyed.
+    """
     m, found = tables.memory, []
+    exact = m.exact_blocks not in ("auto", 0)  # some, which is about FP8 products
 
     def refuse(key: str, message: str, cure: str) -> None:
         found.append(Refusal(key, message, cure))
@@ -257,6 +274,7 @@ def refusals(tables: RecipeTables, hardware: Hardware, device: str, targets: Ite
     fused_only = [k for k in ("matmul", "activation_budget") if getattr(m, k) != "auto"]
     if m.matmul == "bf16" and m.engine != "fused":
         fused_only.remove("matmul")  # the reference engine multiplies in bf16 too
+    fused_only += ["exact_blocks"] if exact else []
     if m.engine == "reference":
         for key in fused_only:
             message = f"{key} = {getattr(m, key)!r} is for the fused engine, and engine is 'reference'"
@@ -271,13 +289,20 @@ def refusals(tables: RecipeTables, hardware: Hardware, device: str, targets: Ite
         if m.compile == "regional":
             refuse("compile", "compile = 'regional' is for the reference engine",
                    "set compile = 'auto', or engine = 'reference'")  # fmt: skip
-    if m.matmul == "fp8":
+    if m.matmul == "bf16" and exact:
+        refuse("exact_blocks", f"exact_blocks = {m.exact_blocks} is about FP8 products, and matmul is 'bf16'",
+               "remove exact_blocks, or set matmul = 'fp8'")  # fmt: skip
+    elif m.matmul == "fp8" or exact:
+        key, value = ("matmul", "'fp8'") if m.matmul == "fp8" else ("exact_blocks", m.exact_blocks)
         if m.precision not in ("auto", "fp8"):
-            refuse("matmul", f"matmul = 'fp8' needs precision = 'fp8', not '{m.precision}'",
+            refuse(key, f"{key} = {value} needs precision = 'fp8', not '{m.precision}'",
                    "set precision = 'auto' or 'fp8'")  # fmt: skip
         if device == "cuda" and not has_fp8_units(hardware):
-            refuse("matmul", f"{hardware.name} is not known to have FP8 units (compute capability 8.9)",
-                   "set matmul = 'auto' or 'bf16'; the weights may be in FP8 all the same")  # fmt: skip
+            refuse(key, f"{hardware.name} is not known to have FP8 units (compute capability 8.9)",
+                   f"leave {key} out; the weights may be in FP8 all the same")  # fmt: skip
+    if exact and int(m.exact_blocks) > blocks:
+        refuse("exact_blocks", f"exact_blocks = {m.exact_blocks}, and the base has {blocks} blocks",
+               f"set exact_blocks = {blocks} or less, or 'auto'")  # fmt: skip
     for key, message, cure in _contradictions(tables, hardware, device, targets):
         refuse(key, message, cure)
     if m.matmul == "bf16" and m.precision == "float32":
@@ -308,7 +333,7 @@ def _contradictions(
     text = {name: str(fixed.get(name, DOMAINS[name][0])) for name in (*_OPEN, "graphs")}
     compile = str(fixed.get("compile", "off"))
     precision = str(fixed.get("precision", "bf16"))
-    choice = Choice(device, engine, precision, "bf16", budget, compile, "proxy", **text)
+    choice = Choice(device, engine, precision, "bf16", budget, compile, "proxy", **text)  # type: ignore[arg-type]
     yield from _impossible(choice, tables.adapter.kind)
     if m.activation_offload in ROUNDING and device == "cuda" and not has_fp8_units(hardware):
         yield (

@@ -126,8 +126,8 @@ def _check(problem: Problem, recipe: Recipe) -> None:
         blocks = problem.base.transformer.num_layers
         message = f"no Linear of the {blocks} blocks of '{problem.base.name}' matches adapter.targets"
         fail(NO_TARGETS_IN_BASE, message, recipe.span("adapter.targets"), cure="targets = 'all'")
-    problems = Collector()
-    for refusal in refusals(recipe.tables, problem.hardware, problem.device, problem.targets):
+    problems, blocks = Collector(), problem.base.transformer.num_layers
+    for refusal in refusals(recipe.tables, problem.hardware, problem.device, problem.targets, blocks):
         place = recipe.span(f"memory.{refusal.key}")
         problems.add(CANNOT_BE_DONE, refusal.message, place, cure=refusal.cure)
     problems.raise_if_errors()
@@ -163,10 +163,13 @@ def _decisions(problem: Problem, best: Evaluation) -> tuple[Decision, ...]:
         on, asked = choice.checkpointing, "checkpointing" in fixed_by_recipe(problem.tables)
         source, code = ("recipe", "recipe") if asked else ("auto", "not-used")
         searched["checkpointing"] = Decision("checkpointing", on, source, code, words)  # type: ignore[arg-type]
+    if choice.matmul != "fp8":
+        searched["exact_blocks"] = Decision("exact_blocks", 0, "auto", "not-used", "no products are in FP8")
     order = (
         "engine",
         "precision",
         "matmul",
+        "exact_blocks",
         "activation_budget",
         "checkpointing",
         "compile",

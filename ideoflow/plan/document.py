@@ -20,7 +20,7 @@ from ideoflow.plan.codec import Mismatch, decode, encode
 from ideoflow.recipe import RecipeTables
 from ideoflow.recipe.load import load_tables
 
-FORMAT = 4
+FORMAT = 5
 
 # What the fused engine is made of: its kernels, and attention over samples of mixed lengths.
 GPU_PACKAGES = ("triton", "cudnn", "flash-attn-4")

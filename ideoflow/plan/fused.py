@@ -3,7 +3,8 @@
 A block's forward pass is a chain of named values (:mod:`ideoflow.engine.fused.block`). It always keeps its
 input and the adapters' thin products; the other values belong to groups, of which the budget keeps some.
 Bytes a token, with ``h`` hidden and ``f`` feed-forward width, ``e`` bytes of an activation, ``o`` bytes of an
-operand (1 in FP8, with 4 more for its row scale, else ``e``), and heads of which each has float32 statistics:
+operand (1 in FP8, with 4 more for its row scale, else ``e``; that too in FP8's exact blocks), and heads of
+which each has float32 statistics:
 
 | group | values | bytes a token |
 |---|---|---|
@@ -88,6 +89,22 @@ def group_bytes(
     return {group: size for group, size in sizes.items() if group not in away}
 
 
+def kept_groups(
+    spec: TransformerSpec,
+    tokens: int,
+    budget: float,
+    element: int,
+    *,
+    fp8: bool,
+    offload: str = "none",
+    exact_blocks: int = 0,
+) -> list[frozenset[Group]]:
+    """What the engine keeps on the device of each block for its backward pass, by activation budget."""
+    sizes = {of: group_bytes(spec, tokens, element, of, offload) for of in (False, fp8)}
+    of_blocks = [sizes[fp8 and i >= exact_blocks] for i in range(spec.num_layers)]
+    return choose_kept(budget, of_blocks)
+
+
 def _rounded_bytes(spec: TransformerSpec) -> dict[str, int]:
     """Bytes a token of the values that may be kept as e4m3, with a scale a row."""
     widths = {"ffn": spec.hidden, "projected": spec.hidden, "gate_up": 2 * spec.intermediate_size}
@@ -158,13 +175,16 @@ def block_bytes(
     fp8: bool,
     kept: frozenset[str],
     rounded: bool = False,
+    exact: bool = False,
 ) -> BlockBytes:
     """Walks through a block's two passes, in the order of the engine's code.
 
-    ``rounded``: values of :data:`ROUNDED_GROUPS` wait as e4m3.
+    ``rounded``: values of :data:`ROUNDED_GROUPS` wait as e4m3. ``exact``: forward operands are dense in spite
+    of ``fp8``.
     """
     e, h, f = element, spec.hidden, spec.intermediate_size
-    value, product = value_bytes(spec, element, fp8), products(spec, adapted, rank, fp8)
+    quantised = fp8 and not exact
+    value, product = value_bytes(spec, element, quantised), products(spec, adapted, rank, fp8)
     keeps = {name for group in kept for name in GROUPS[group]}
     thin = {f"z_{name}": e * p.parts * p.rank for name, p in product.items()}
     small = _rounded_bytes(spec) if rounded else {}
@@ -188,7 +208,7 @@ def block_bytes(
     for name in _CHAIN:
         alive.hold(**{name: value[name]})
         if z := _THIN.get(name):
-            alive.hold(pieces=2 * thin[z] if fp8 else 0, **{z: thin[z]})
+            alive.hold(pieces=2 * thin[z] if quantised else 0, **{z: thin[z]})
             alive.drop("pieces")
         for x in dropped.get(name, ()):
             _leave(alive, x, keeps, small)
@@ -281,18 +301,30 @@ def peak(
     fp8: bool,
     first_pass: bool = True,
     offload: str = "none",
+    exact_blocks: int = 0,
 ) -> Peak:
     """The most that a forward and backward pass over ``tokens`` packed tokens holds.
 
     ``first_pass``: the adapter has no gradients yet; they come as the blocks' values go. ``offload``: what
-    waits on the host, but for that of two blocks, which is on its way.
+    waits on the host, but for that of two blocks, which is on its way. ``exact_blocks``: the first so many
+    have dense forward operands.
     """
     blocks, sizes = targets_by_block(targets), spec.block_linears()
-    kept = choose_kept(budget, spec.num_layers, group_bytes(spec, tokens, element, fp8, offload))
+    options = {"offload": offload, "exact_blocks": exact_blocks}
+    kept = kept_groups(spec, tokens, budget, element, fp8=fp8, **options)  # type: ignore[arg-type]
     elsewhere, rounded = frozenset(AWAY[offload]) - {"input"}, offload in ROUNDING
     first = min(blocks, default=spec.num_layers)
     held = [
-        block_bytes(spec, blocks.get(i, frozenset()), rank, element, fp8, kept[i] | elsewhere, rounded)
+        block_bytes(
+            spec,
+            blocks.get(i, frozenset()),
+            rank,
+            element,
+            fp8,
+            kept[i] | elsewhere,
+            rounded,
+            i < exact_blocks,
+        )
         for i in range(first, spec.num_layers)
     ]
     own = [
@@ -336,11 +368,19 @@ def foreign_bytes(spec: TransformerSpec, size: AdapterSize, tokens: int, element
 
 @lru_cache(maxsize=64)
 def copies_bytes(
-    spec: TransformerSpec, targets: tuple[str, ...], rank: int, element: int, *, precision: str, fp8: bool
+    spec: TransformerSpec,
+    targets: tuple[str, ...],
+    rank: int,
+    element: int,
+    *,
+    precision: str,
+    fp8: bool,
+    exact_blocks: int = 0,
 ) -> int:
     """The engine's own lasting tensors: the adapters in the activations' type, scales and norms' weights.
 
-    In FP8 also both e4m3 pieces of the down-projections, and the row scales to fold in and out.
+    In FP8 also both e4m3 pieces of the down-projections, but in exact blocks, and the row scales to fold in
+    and out.
     """
     blocks, total = targets_by_block(targets), 0
     for i in range(spec.num_layers):
@@ -349,12 +389,20 @@ def copies_bytes(
             down, up = p.parts * p.rank * p.inputs, p.outputs * p.rank
             total += element * (down + up) + (4 * p.outputs if precision in ("fp8", "int8") else 0)
             if fp8:
-                total += 2 * p.outputs + 2 * down + 8 * p.parts * p.rank + (4 * p.outputs if p.rank else 0)
+                total += 2 * p.outputs + (4 * p.outputs if p.rank else 0)
+                total += 2 * down + 8 * p.parts * p.rank if i >= exact_blocks else 0
     return total
 
 
 def scratch_bytes(
-    spec: TransformerSpec, targets: tuple[str, ...], rank: int, element: int, *, precision: str, fp8: bool
+    spec: TransformerSpec,
+    targets: tuple[str, ...],
+    rank: int,
+    element: int,
+    *,
+    precision: str,
+    fp8: bool,
+    exact_blocks: int = 0,
 ) -> int:
     """The buffer that weights are transposed (FP8 products) or dequantised (others) into, the largest use."""
     if precision not in QUANTISED:
@@ -363,5 +411,6 @@ def scratch_bytes(
     sizes = [4 * spec.hidden * spec.adaln_dim * element]
     for name, p in products(spec, adapted, rank, fp8).items():
         rows = p.inputs if name == "o" else p.inputs + 2 * p.parts * p.rank
-        sizes.append(p.outputs * (rows if fp8 else p.inputs * element))
+        sizes += [p.outputs * rows] if fp8 else []
+        sizes += [p.outputs * p.inputs * element] if exact_blocks or not fp8 else []
     return max(sizes)

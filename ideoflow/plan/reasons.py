@@ -22,6 +22,8 @@ def why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) ->
         return "tight"
     if name == "unconditional":
         return "slower" if other.choice.unconditional == "streamed" else "less-exact"
+    if name == "exact_blocks" and other.choice.exact_blocks < best.choice.exact_blocks:
+        return "less-exact"
     if _exactness(problem, other) > _exactness(problem, best):
         return "less-exact"
     if other.run_seconds > 1.03 * best.run_seconds:
@@ -67,6 +69,8 @@ def why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, st
             return "needs-memory", "compiled blocks do not fit"
     if name in ("optimizer_state", "offload", "activation_offload"):
         return _waiting_reason(name, str(value))
+    if name == "exact_blocks":
+        return _exact_reason(best.choice.exact_blocks, rejected, over)
     if name == "graphs" and rejected.get("on") == "unsupported":
         return "unsupported", "needs the fused engine and flash-attn-4"
     if name == "unconditional" and not problem.prompts:
@@ -101,6 +105,16 @@ def _waiting_reason(name: str, value: str) -> tuple[str, str]:
             "the weights stay on the device" if name == "offload" else "what is kept stays on the device",
         ),
     }[value]
+
+
+def _exact_reason(count: int, rejected: Mapping[str, str], over: bool) -> tuple[str, str]:
+    if count:
+        return "exact", "forward in bf16: what the first blocks round goes through all the others"
+    if over:
+        return "needs-memory", "no room for a dequantised weight and wider operands"
+    if rejected:
+        return "fastest-that-fits", "exact blocks would take too long here"
+    return "only-choice", "too few blocks for a share of them"
 
 
 def _budget_reason(best: Evaluation, over: bool) -> tuple[str, str]:

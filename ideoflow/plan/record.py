@@ -43,9 +43,10 @@ def engine_digest() -> str:
 
 def planned_choice(plan: Plan) -> Choice:
     """The combination that a plan decided for."""
-    names = [field.name for field in fields(Choice) if field.name != "activation_budget"]
-    text = {name: str(plan.value(name)) for name in names}
-    return Choice(activation_budget=float(plan.value("activation_budget")), **text)
+    numbers = ("activation_budget", "exact_blocks")
+    text = {field.name: str(plan.value(field.name)) for field in fields(Choice) if field.name not in numbers}
+    budget, exact = (plan.value(name) for name in numbers)
+    return Choice(activation_budget=float(budget), exact_blocks=int(exact), **text)
 
 
 def predict(plan: Plan, calibration: Calibration) -> Evaluation:

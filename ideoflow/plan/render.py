@@ -45,6 +45,7 @@ _USUAL = {
     "activation_offload": "none",
     "optimizer_state": "float32",
     "graphs": "off",
+    "exact_blocks": 0,
 }
 _SIZES = 8
 _REJECTED = {

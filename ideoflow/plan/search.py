@@ -19,20 +19,13 @@ from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import PIXELS_PER_TOKEN, target_modules
 from ideoflow.plan.adapters import AdaptedModule, AdapterSize, adapted_modules, adapter_size
 from ideoflow.plan.calibration import Calibration, Factors
-from ideoflow.plan.choices import combinations, fixed_decisions
+from ideoflow.plan.choices import combinations, exact_block_counts, fixed_decisions
 from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, TimeEstimate
 from ideoflow.plan.fused import away_bytes
 from ideoflow.plan.memory import build_ledger
+from ideoflow.plan.phases import SAMPLING_STEPS, encoding_seconds, sampling_seconds, starting_seconds
 from ideoflow.plan.sizes import Choice, Shapes, streamed_bytes, weight_bytes
-from ideoflow.plan.timing import (
-    SAMPLING_STEPS,
-    Load,
-    Speed,
-    encoding_seconds,
-    sampling_seconds,
-    starting_seconds,
-    step_parts,
-)
+from ideoflow.plan.timing import Load, Speed, step_parts
 from ideoflow.recipe import RecipeTables
 
 # Captions' length where there is no data set; estimated lengths get this much more, to be on the safe side.
@@ -40,6 +33,8 @@ _USUAL_TEXT, _ESTIMATE_MARGIN = 400, 1.15
 _EQUAL = 1.03
 # A prediction is not exact: above this share of the free memory a plan is only made if there is no other.
 TIGHT_SHARE = 0.95
+# The first blocks' forward products are left exact beside FP8 for up to this much of a run's time.
+EXACT_WORTH = 1.1
 # What the second transformer may be, the best first: streaming it gives the same pictures, later.
 GUIDANCE = ("loaded", "streamed", "proxy")
 _PRECISION_BITS = {"nf4": 4, "fp8": 8, "int8": 8, "float16": 16, "bf16": 16, "float32": 32}
@@ -139,7 +134,8 @@ class Problem:
         if self.base.has_unconditional and self.prompts:
             guidance = GUIDANCE if self.device == "cuda" else ("loaded", "proxy")
         fixed, kind = tuple(fixed_decisions(self.tables).items()), self.tables.adapter.kind
-        return _combinations(self.hardware, self.device, self.targets, fixed, kind, guidance)
+        exact = exact_block_counts(self.base.transformer.num_layers, dict(fixed))
+        return _combinations(self.hardware, self.device, self.targets, fixed, kind, guidance, exact)
 
     def host_bytes(self, choice: Choice) -> int:
         """What a GPU run needs of host memory: what samples are made with waits there, and what is offloaded.
@@ -168,9 +164,10 @@ def _combinations(
     fixed: tuple[tuple[str, str | float], ...],
     kind: str,
     guidance: tuple[str, ...],
+    exact: tuple[int, ...],
 ) -> tuple[Choice, ...]:
     """The same for most of the problems that advice is sought for."""
-    every = combinations(hardware, device, targets, dict(fixed), kind)
+    every = combinations(hardware, device, targets, dict(fixed), kind, exact)
     return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
 
@@ -290,7 +287,7 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
 
     What leaves some memory free comes first: running out of it costs more than a slower step. Then comes the
     least sacrifice, then pictures with true guidance: the second transformer is there only while sampling, so
-    it costs the training nothing.
+    it costs the training nothing; then exact blocks, where they cost little time.
     """
     evaluated = list(evaluated)
     fitting = [e for e in evaluated if e.fits]
@@ -306,11 +303,20 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
     pool = [e for e in pool if _sacrifice(e.choice, storage) == best]
     truest = min(GUIDANCE.index(e.choice.unconditional) for e in pool)
     pool = [e for e in pool if GUIDANCE.index(e.choice.unconditional) == truest]
+    pool = _faithful(pool)
     fastest = min(e.run_seconds for e in pool)
     return min(
         (e for e in pool if e.run_seconds <= _EQUAL * fastest),
         key=lambda e: (_plainness(e.choice, storage), e.run_seconds),
     )
+
+
+def _faithful(pool: list[Evaluation]) -> list[Evaluation]:
+    """What does not round in every block, where that costs little; else all."""
+    limit = EXACT_WORTH * min(e.run_seconds for e in pool)
+    if not any(e.choice.exact_blocks and e.run_seconds <= limit for e in pool):
+        return pool
+    return [e for e in pool if e.choice.exact_blocks or e.choice.matmul != "fp8"]
 
 
 def cache_dtype(precision: str) -> str:

@@ -32,6 +32,7 @@ class Choice:
         activation_offload: what of the blocks waits on the host for the backward pass: ``none``, the
             ``inputs``, or with them the ``outputs`` of attention and products, or ``gate_up``.
         graphs: whether steps are recorded as CUDA graphs, ``on`` or ``off``.
+        exact_blocks: with FP8 products, how many of the first blocks have forward products in bf16.
     """
 
     device: str
@@ -45,6 +46,7 @@ class Choice:
     offload: str = "none"
     activation_offload: str = "none"
     graphs: str = "off"
+    exact_blocks: int = 0
 
     @property
     def lean(self) -> bool:

@@ -22,9 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from ideoflow.kernels.budget import AWAY, ROUNDING, choose_kept
-from ideoflow.model.base import BaseFacts
-from ideoflow.model.spec import TransformerSpec, VaeSpec
+from ideoflow.kernels.budget import AWAY, ROUNDING
+from ideoflow.model.spec import TransformerSpec
 from ideoflow.plan import fused
 from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.calibration import Shares
@@ -43,9 +42,6 @@ from ideoflow.plan.sizes import (
 
 # Only to rank alternatives where a device's speed is unknown: a middling card, a middling processor.
 _UNKNOWN = {"cuda": Rates(70, 35, 900, 20, 140), "cpu": Rates(0.4, 0.4, 40, 40)}
-# torch.compile on a repeated block, both passes, on a usual processor; and the fused engine's kernels
-# with its attention's plans.
-_COMPILE_SECONDS, _KERNEL_SECONDS = 40.0, 15.0
 # Milliseconds a block in which the fused engine's kernels of both passes follow one another: an H200 took 12
 # for 34 blocks, whatever the number of tokens.
 _BLOCK_GAPS_MS = 0.35
@@ -54,8 +50,7 @@ _8BIT_TENSOR_MS = 0.065
 # Moments on the host come in by buckets while others go out: an H200 waited 26 ms for 95 M, 64 for 380 M.
 _BUCKETS_MS = 10.0
 # Bytes a second from a disk: a usual NVMe drive's, well below its data sheet's.
-_DISK = 2e9
-SAMPLING_STEPS = {"quality": 48, "default": 20, "turbo": 12}
+DISK = 2e9
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates that are really reached: work per second by kind, in FLOP/s and bytes/s."""
+    """Rates that are really reached: work per second by kind, in FLOP/s and bytes/s.
+
+    ``matmul_bf16`` is the rate of the fused engine's exact blocks, beside FP8 products.
+    """
 
     matmul: float
     adapter: float
@@ -106,6 +104,7 @@ class Speed:
     host: float
     block_seconds: float
     host_speed: float
+    matmul_bf16: float = math.inf
 
     @classmethod
     def of(cls, hardware: Hardware, choice: Choice, shares: Shares, load: Load) -> Speed:
@@ -157,17 +156,8 @@ class Speed:
             1e9 * rates.host_gbps,
             1e-3 * shares.block_ms[kernel] / hardware.host_speed,
             hardware.host_speed,
+            bf16 * share["matmul_bf16"],
         )
-
-
-def starting_seconds(choice: Choice, shapes: int) -> float:
-    """What is compiled or planned before the first step, for one or several (2) shapes of input.
-
-    torch.compile makes kernels for the first shape as it is, and symbolic ones for the second.
-    """
-    if choice.engine == "fused":
-        return _KERNEL_SECONDS
-    return _COMPILE_SECONDS * shapes if choice.compiled else 0.0
 
 
 def linear_parameters(spec: TransformerSpec) -> int:
@@ -245,7 +235,7 @@ def _waiting_parts(
     backward = forward * (2 + again)
     away = streamed_bytes(spec, choice.precision)
     fetched = {"none": 0.0, "stream": away * (1 - SLOTS / spec.num_layers)}.get(choice.offload, float(away))
-    link = speed.host if choice.offload != "disk" else min(speed.host, _DISK)
+    link = speed.host if choice.offload != "disk" else min(speed.host, DISK)
     weights = fetched / link
     if choice.offload in ("block", "leaf", "disk") and not group[1]:
         # Nothing overlaps, and without a stream diffusers copies the weights back as well.
@@ -367,8 +357,8 @@ def _fused_parts(
     live = 1 - first / layers
     tokens, squares = load.tokens, load.squares
     away = choice.activation_offload
-    counted = fused.group_bytes(spec, int(tokens), e, fp8, away)
-    kept = [g | frozenset(AWAY[away]) for g in choose_kept(choice.activation_budget, layers, counted)[first:]]
+    groups_of = fused.kept_groups(spec, int(tokens), choice.activation_budget, e, fp8=fp8, offload=away)
+    kept = [g | frozenset(AWAY[away]) for g in groups_of[first:]]
 
     def again(group: str) -> float:
         """Share of all blocks that compute a group a second time."""
@@ -380,6 +370,12 @@ def _fused_parts(
     recomputed = sum(widths[name] * again(group) for name, group in groups.items())
     dense = 2 * tokens * layers * (sum(widths.values()) * (1 + live) + recomputed)
     share_again = recomputed / sum(widths.values())
+    # Of the first blocks forward products may be exact: numbers of their weights, each time that one is read.
+    exact = sum(
+        width * (1 + (i >= first and groups[name] not in kept[i - first]))
+        for i in range(choice.exact_blocks)
+        for name, width in widths.items()
+    )
     forward = 4 * squares * h * layers * (1 + again("attention"))
     backward = 10 * squares * h * layers * live
     adapter = size.parameters
@@ -400,14 +396,22 @@ def _fused_parts(
     if away in ROUNDING:  # once to e4m3 and once back
         widths_of = {"ffn_output": h, "attention_output": h, "gate_up": 2 * f}
         moved += 2 * (e + 1) * tokens * layers * sum(w * (live - again(g)) for g, w in widths_of.items())
+    # An exact block writes wider operands and does not quantise attention's result.
+    moved += tokens * choice.exact_blocks * ((e - o) * (2 * h + f) - (e + o) * h)
     # In every pass each weight is transposed for the backward product, or dequantised for every product.
     weights = 0.0
     if choice.precision in QUANTISED:
         moved_once = 2.5 if choice.precision == "nf4" else 3
         weights = block_weights(spec) * (2 * live if fp8 else moved_once * (1 + live + share_again))
+        weights += moved_once * exact
     sent = load.sent(spec, e)
     rows = (
-        ("matmul", load.samples * dense / speed.matmul, f"{dense / 1e12:.0f} TFLOP a sample"),
+        (
+            "matmul",
+            load.samples
+            * ((dense - 2 * tokens * exact) / speed.matmul + 2 * tokens * exact / speed.matmul_bf16),
+            f"{dense / 1e12:.0f} TFLOP a sample",
+        ),
         ("adapter", load.samples * own, f"{adapter / 1e6:.0f} M numbers"),
         (
             "attention",
@@ -436,52 +440,3 @@ def _fused_parts(
         if seconds
     ]
     return (*parts, _optimizer_part(size.parameters, speed))
-
-
-def sampling_seconds(
-    spec: TransformerSpec,
-    targets: tuple[str, ...],
-    tokens: int,
-    text: int,
-    steps: int,
-    choice: Choice,
-    speed: Speed,
-) -> float:
-    """One validation picture: two forward passes a step, with text and without it.
-
-    Weights that are not on the device are fetched meanwhile, in every pass.
-    """
-    blocks, seconds = targets_by_block(targets), 0.0
-    away, link = choice.offload != "none", speed.host if choice.offload != "disk" else min(speed.host, _DISK)
-    second = away if choice.unconditional == "proxy" else choice.unconditional == "streamed"
-    for length, fetched in ((tokens + text, away), (tokens, second)):
-        moved = sum(
-            pointwise_bytes(
-                spec,
-                blocks.get(i, frozenset()),
-                choice.element,
-                compiled=choice.compiled,
-                adapter=ADAPTER_BYTES,
-            )
-            for i in range(spec.num_layers)
-        )
-        computing = 2 * length * linear_parameters(spec) / speed.matmul
-        computing += 4 * length**2 * spec.hidden * spec.num_layers / speed.attention_forward
-        computing += length * moved / speed.pointwise
-        computing = max(computing, speed.block_seconds * spec.num_layers / 3)
-        seconds += max(computing, fetched * streamed_bytes(spec, choice.precision) / link)
-    return steps * seconds
-
-
-def encoding_seconds(base: BaseFacts, captions: int, text: int, pixels: float, speed: Speed) -> float:
-    """Every caption through the text encoder, and ``pixels`` in all through the autoencoder."""
-    words = 2 * base.text_encoder.parameters() * text * captions / speed.matmul
-    # Small convolutions reach less of the peak than large products do.
-    pictures = _encoder_flop(base.vae) * pixels / (0.5 * speed.matmul)
-    return words + pictures
-
-
-def _encoder_flop(spec: VaeSpec) -> float:
-    """FLOP a pixel of the encoder: two 3x3 convolutions (2 x 9 c^2) a residual block, a quarter a level."""
-    channels = spec.block_out_channels
-    return sum(36.0 * spec.layers_per_block * c * c * 0.25**level for level, c in enumerate(channels))

@@ -371,6 +371,12 @@ class MemorySettings:
         doc="Products with the frozen weights, in the fused engine. fp8 needs precision = 'fp8' and a card "
         "with FP8 units (compute capability 8.9); bf16 multiplies weights of any precision.",
     )
+    exact_blocks: Literal["auto"] | int = setting(
+        "auto",
+        doc="With FP8 products, how many of the first blocks have their forward products in bf16: what those "
+        "round goes through all the others. auto: 6 of 34 where they fit and cost little; 0 is fastest.",
+        minimum=0,
+    )
     activation_budget: Literal["auto"] | float = setting(
         "auto",
         doc="Share of the activations that the fused engine keeps for the backward pass: 0 recomputes every "

@@ -57,6 +57,17 @@ def test_fp8_gradients_point_where_bf16_ones_do(plan_of: Any) -> None:
     assert torch.nn.functional.cosine_similarity(one, two, dim=0) > 0.97
 
 
+def test_exact_blocks_of_a_plan_are_the_engines(plan_of: Any) -> None:
+    plan, found = plan_of(**{"adapter.rank": 8}), {}
+    _, exact = loss_and_gradients(build(plan))
+    for count in (0, 1, 6):
+        fp8 = with_fused(plan, precision="fp8", matmul="fp8", exact_blocks=count)
+        _, gradients = loss_and_gradients(build(fp8))
+        one, two = (torch.cat([g[n].flatten() for n in sorted(exact)]) for g in (exact, gradients))
+        found[count] = 1 - torch.nn.functional.cosine_similarity(one, two, dim=0)
+    assert found[0] > found[1] > found[6]
+
+
 def test_predictions_are_the_reference_paths(plan_of: Any) -> None:
     plan = plan_of(**{"adapter.rank": 4})
     sample = batch()[0]

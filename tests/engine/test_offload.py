@@ -124,11 +124,13 @@ def test_the_fused_engine_streams(nano, precision, slots):
     assert stream.fetched == 6 + 3 * (6 - slots)
 
 
-def test_fp8_products_on_streamed_weights(nano):
+@pytest.mark.parametrize("exact", [0, 2, 6])
+def test_fp8_products_on_streamed_weights(nano, exact):
     results = []
     for streamed in (False, True):
         model = adapted(nano, "fp8", streamed)
-        fused = FusedTransformer(model, linear="fp8", attention="sdpa", activation_budget=0.0)
+        fused = FusedTransformer(model, linear="fp8", attention="sdpa", activation_budget=0.0,
+                                 exact_blocks=exact)  # fmt: skip
         if streamed:
             fused.stream()
         results.append(gradients(model, lambda batch, fused=fused: accumulate_packed(fused, batch, 1)))

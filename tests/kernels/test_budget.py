@@ -15,21 +15,31 @@ def total(kept, sizes=SIZES):
 
 
 def test_ends():
-    assert choose_kept(0, 3, SIZES) == [frozenset()] * 3
-    assert choose_kept(1, 3, SIZES) == [frozenset(SIZES)] * 3
+    assert choose_kept(0, [SIZES] * 3) == [frozenset()] * 3
+    assert choose_kept(1, [SIZES] * 3) == [frozenset(SIZES)] * 3
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError):
-            choose_kept(wrong, 3, SIZES)
+            choose_kept(wrong, [SIZES] * 3)
 
 
 @given(st.floats(0, 1), st.integers(1, 40))
 def test_never_more_than_allowed(budget, blocks):
-    assert total(choose_kept(budget, blocks, SIZES)) <= budget * blocks * sum(SIZES.values()) + 1
+    assert total(choose_kept(budget, [SIZES] * blocks)) <= budget * blocks * sum(SIZES.values()) + 1
 
 
 def test_attention_of_the_last_blocks_comes_first():
     one = SIZES["attention"] / (4 * sum(SIZES.values()))
-    assert choose_kept(2 * one, 4, SIZES) == [frozenset(), frozenset(), *[frozenset({"attention"})] * 2]
+    kept = choose_kept(2 * one, [SIZES] * 4)
+    assert kept == [frozenset(), frozenset(), *[frozenset({"attention"})] * 2]
+
+
+@given(st.floats(0, 1))
+def test_blocks_of_different_sizes_share_one_budget(budget):
+    sizes = [group_bytes(4416, 4608, 12288, 2, fp8) for fp8 in (False, False, True, True, True)]
+    kept, whole = choose_kept(budget, sizes), sum(sum(block.values()) for block in sizes)
+    used = sum(block[group] for block, groups in zip(sizes, kept, strict=True) for group in groups)
+    assert used <= budget * whole + 1
+    assert (used == whole) == (budget >= 1 - 1 / whole)
 
 
 def test_bytes_are_those_of_the_tensors():

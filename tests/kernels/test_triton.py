@@ -231,6 +231,39 @@ def test_adapter_products(tokens, width, rank, parts, fp8):
         assert got.is_contiguous() and (got - expected).norm() <= 4e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["fp8", "exact"])
+def test_an_adapted_layer_of_these_kernels_is_the_eager_one(exact):
+    """Both passes of q, k and v as the fused engine computes them, x quantised or dense, dy quantised."""
+    from torch import nn
+
+    from ideoflow.engine.fused.linear import AdaptedLinear, Adapter
+    from ideoflow.engine.fused.weights import Scratch
+    from ideoflow.kernels.float8 import Float8Linear
+
+    x, dy = normal(70, 96), normal(70, 3 * 48)
+    bases = [Float8Linear.of(nn.Linear(96, 48, bias=False)).to(DEVICE) for _ in range(3)]
+    down, up = normal(24, 96), 0.2 * normal(3 * 48, 8)
+    results = []
+    for ops in (FUSED, EAGER):
+        layer = AdaptedLinear(
+            [(str(i), base) for i, base in enumerate(bases)], dtype=torch.bfloat16, fp8=True, ops=ops,
+            scratch=Scratch(torch.device(DEVICE)), exact=exact,
+        )  # fmt: skip
+        layer.rank, layer.down, layer.up = 8, down, up
+        layer.unfold = 1 / layer.fold.float()
+        layer.adapters = (Adapter(down[:8], up[:48], 1.0), Adapter(down[8:16], up[48:96], 1.0),
+                          Adapter(down[16:], up[96:], 1.0))  # fmt: skip
+        if not exact:
+            layer.down_pieces = torch.zeros(48, 96, dtype=FP8, device=DEVICE), torch.ones(48, device=DEVICE)
+            ops.split_precision(down.t(), *layer.down_pieces)
+        operand = EAGER.quantize(x, not exact)
+        y, z = layer.forward(operand, None)
+        dx, gradients = layer.backward(EAGER.quantize(dy * layer.fold), operand, z)
+        results.append([y, z, dx, *gradients])
+    for got, expected in zip(*results, strict=True):
+        assert (got.float() - expected.float()).norm() <= 6e-3 * expected.float().norm()
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("width", "rank", "group"), [(48, 8, None), (132, 16, 4)])
 def test_split_precision(width, rank, parts, group):

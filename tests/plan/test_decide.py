@@ -22,6 +22,7 @@ def memory(text):
 def in_words(plan):
     """A plan in a line: its decisions, then those that are unusual, then what does not fit."""
     precision = f"{plan.value('precision')}/{plan.value('matmul')}"
+    precision += f"+{plan.value('exact_blocks')}" if plan.value("exact_blocks") else ""
     words = [plan.value("engine"), precision, plan.value("attention"), plan.value("activation_budget")]
     unusual = {
         "compile": "off",
@@ -34,8 +35,8 @@ def in_words(plan):
     return " ".join(map(str, words)) + ("" if plan.fits else "; over")
 
 
-# base, machine, further recipe, resolution -> engine, precision of weights/products, attention, activation
-# budget, whatever is not as usual, guidance.
+# base, machine, further recipe, resolution -> engine, precision of weights/products+exact blocks, attention,
+# activation budget, whatever is not as usual, guidance.
 SITUATIONS = {
     "laptop, nano": ("nano", "cpu", SAMPLES, 256, "reference float32/float32 sdpa 1.0 loaded"),
     "laptop, nano, no prompts": ("nano", "cpu", "", 256, "reference float32/float32 sdpa 1.0 proxy"),
@@ -47,12 +48,12 @@ SITUATIONS = {
         "fused bf16/bf16 sdpa 0.1 offload=stream activation_offload=gate_up proxy"),
     "12 GB": ("full", "rtx-3060", LONG + SAMPLES, 1024,
         "fused bf16/bf16 sdpa 0.25 offload=stream activation_offload=inputs optimizer_state=cpu streamed"),
-    "16 GB": ("full", "rtx-4080", LONG, 1024, "fused fp8/fp8 sdpa 0.08 proxy"),
+    "16 GB": ("full", "rtx-4080", LONG, 1024, "fused fp8/fp8+6 sdpa 0.06 proxy"),
     "24 GB": ("full", "rtx-4090", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.02 proxy"),
     "24 GB, 512": ("full", "rtx-4090", LONG, 512, "fused bf16/bf16 sdpa 0.3 proxy"),
     "24 GB, few steps": ("full", "rtx-4090", SHORT, 512, "fused bf16/bf16 sdpa 0.3 proxy"),
     "24 GB, rank 128": ("full", "rtx-4090", LONG + "[adapter]\nrank = 128\n", 1024,
-        "fused fp8/fp8 sdpa 0.2 proxy"),
+        "fused fp8/fp8+6 sdpa 0.2 proxy"),
     "32 GB": ("full", "rtx-5090", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.35 streamed"),
     "40 GB": ("full", "a100-40gb", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.7 loaded"),
     "48 GB": ("full", "l40s", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.9 loaded"),
@@ -62,9 +63,9 @@ SITUATIONS = {
     "141 GB, few steps": ("full", "h200", SHORT, 1024, "reference bf16/bf16 sdpa 1.0 proxy"),
     # FP8 base
     "FP8, 8 GB": ("fp8", "rtx-4060", LONG, 1024,
-        "fused fp8/fp8 sdpa 0.25 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
+        "fused fp8/fp8+6 sdpa 0.2 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
     "FP8, 12 GB": ("fp8", "rtx-4070", LONG, 1024,
-        "fused fp8/fp8 sdpa 0.5 offload=stream activation_offload=gate_up proxy"),
+        "fused fp8/fp8+6 sdpa 0.45 offload=stream activation_offload=gate_up proxy"),
     "FP8, 12 GB, no FP8 units": ("fp8", "rtx-3060", LONG, 1024,
         "fused fp8/bf16 sdpa 0.25 offload=stream activation_offload=inputs proxy"),
     "FP8, 12 GB, 512": ("fp8", "rtx-3060", LONG, 512,
@@ -76,38 +77,38 @@ SITUATIONS = {
     "FP8, 4 GB": ("fp8", "4gb", LONG, 1024,
         "fused nf4/bf16 sdpa 0.0 offload=stream activation_offload=inputs optimizer_state=cpu proxy; over"),
     "FP8, 8 GB, 512": ("fp8", "rtx-4060", LONG, 512,
-        "fused fp8/fp8 sdpa 1.0 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
+        "fused fp8/fp8+6 sdpa 1.0 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
     "FP8, 8 GB, little host memory": ("fp8", "rtx-4060, host 6", LONG, 1024,
         "fused nf4/bf16 sdpa 0.1 offload=stream activation_offload=inputs proxy"),
-    "FP8, 16 GB": ("fp8", "rtx-4080", LONG, 1024, "fused fp8/fp8 sdpa 0.08 proxy"),
-    "FP8, 24 GB": ("fp8", "rtx-4090", LONG + SAMPLES, 1024, "fused fp8/fp8 sdpa 0.45 loaded"),
+    "FP8, 16 GB": ("fp8", "rtx-4080", LONG, 1024, "fused fp8/fp8+6 sdpa 0.06 proxy"),
+    "FP8, 24 GB": ("fp8", "rtx-4090", LONG + SAMPLES, 1024, "fused fp8/fp8+6 sdpa 0.4 loaded"),
     "FP8, 24 GB, data centre": ("fp8", "a10", LONG + SAMPLES, 1024, "fused fp8/bf16 sdpa 0.35 loaded"),
     "FP8, 24 GB, batch of 4": ("fp8", "rtx-4090", "[train]\nsteps = 2000\nbatch = 4\n", 1024,
-        "fused fp8/fp8 sdpa 0.02 proxy"),
+        "fused fp8/fp8+6 sdpa 0.02 proxy"),
     "FP8, 24 GB, batch of 4 in passes": ("fp8", "rtx-4090", "[train]\nsteps = 2000\naccumulation = 4\n", 1024,
-        "fused fp8/fp8 sdpa 0.4 proxy"),
-    "FP8, 24 GB, 2048": ("fp8", "rtx-4090", LONG, 2048, "fused fp8/fp8 sdpa 0.04 proxy"),
+        "fused fp8/fp8+6 sdpa 0.4 proxy"),
+    "FP8, 24 GB, 2048": ("fp8", "rtx-4090", LONG, 2048, "fused fp8/fp8+6 sdpa 0.04 proxy"),
     "FP8, 24 GB, a DoRA": ("fp8", "rtx-4090", LONG + '[adapter]\nkind = "dora"\n', 1024,
-        "fused fp8/fp8 sdpa 0.25 proxy"),
+        "fused fp8/fp8+6 sdpa 0.25 proxy"),
     "FP8, 24 GB, a LoKr": ("fp8", "rtx-4090", LONG + '[adapter]\nkind = "lokr"\n', 1024,
-        "fused fp8/fp8 sdpa 0.45 proxy"),
+        "fused fp8/fp8+6 sdpa 0.45 proxy"),
     "FP8, 24 GB, no FP8 units": ("fp8", "rtx-3090", LONG + SAMPLES, 1024, "fused fp8/bf16 sdpa 0.35 loaded"),
-    "FP8, 32 GB": ("fp8", "rtx-5090", LONG + SAMPLES, 1024, "fused fp8/fp8 sdpa 0.8 loaded"),
+    "FP8, 32 GB": ("fp8", "rtx-5090", LONG + SAMPLES, 1024, "fused fp8/fp8+6 sdpa 0.7 loaded"),
     "FP8, 40 GB, no FP8 units": ("fp8", "a100-40gb", LONG + SAMPLES, 1024, "fused fp8/bf16 sdpa 1.0 loaded"),
-    "FP8, 141 GB": ("fp8", "h200", LONG + SAMPLES, 1024, "fused fp8/fp8 flash4 1.0 loaded"),
+    "FP8, 141 GB": ("fp8", "h200", LONG + SAMPLES, 1024, "fused fp8/fp8+6 flash4 1.0 loaded"),
     "FP8, 80 GB, a small share is free": ("fp8", "h100, free 10", LONG + SAMPLES, 1024,
-        "fused fp8/fp8 flash4 0.4 offload=stream activation_offload=gate_up streamed"),
-    "FP8, 141 GB, 512": ("fp8", "h200", LONG, 512, "fused fp8/fp8 flash4 1.0 graphs proxy"),
-    "FP8, 141 GB, 2048": ("fp8", "h200", LONG, 2048, "fused fp8/fp8 flash4 1.0 proxy"),
-    "FP8, 192 GB": ("fp8", "b200", LONG + SAMPLES, 1024, "fused fp8/fp8 flash4 1.0 graphs loaded"),
+        "fused fp8/fp8+6 flash4 0.4 offload=stream activation_offload=gate_up streamed"),
+    "FP8, 141 GB, 512": ("fp8", "h200", LONG, 512, "fused fp8/fp8+6 flash4 1.0 graphs proxy"),
+    "FP8, 141 GB, 2048": ("fp8", "h200", LONG, 2048, "fused fp8/fp8+6 flash4 1.0 proxy"),
+    "FP8, 192 GB": ("fp8", "b200", LONG + SAMPLES, 1024, "fused fp8/fp8+6 flash4 1.0 graphs loaded"),
     "FP8, 141 GB, batch of 8": ("fp8", "h200", "[train]\nsteps = 2000\nbatch = 8\n", 1024,
-        "fused fp8/fp8 flash4 0.6 proxy"),
+        "fused fp8/fp8+6 flash4 0.6 proxy"),
     "FP8, unknown 24 GB": ("fp8", "24gb", LONG, 1024, "fused fp8/bf16 sdpa 0.35 proxy"),
     "FP8, no Triton": ("fp8", "h100, no triton", LONG + SAMPLES, 1024, "reference fp8/bf16 sdpa 0.0 loaded"),
     "FP8, no FlashAttention-4": ("fp8", "h100, no flash-attn-4", LONG + SAMPLES, 1024,
-        "fused fp8/fp8 cudnn_varlen 1.0 loaded"),
+        "fused fp8/fp8+6 cudnn_varlen 1.0 loaded"),
     "FP8, neither it nor cuDNN's front end": ("fp8", "h100, no flash-attn-4, no cudnn", LONG + SAMPLES, 1024,
-        "fused fp8/fp8 sdpa 1.0 loaded"),
+        "fused fp8/fp8+6 sdpa 1.0 loaded"),
     "NF4, 24 GB": ("nf4", "rtx-4090", LONG, 1024, "fused nf4/bf16 sdpa 0.5 proxy"),
     "NF4, 16 GB": ("nf4", "rtx-4080", LONG, 1024, "fused nf4/bf16 sdpa 0.2 proxy"),
     "NF4, 12 GB": ("nf4", "rtx-4070", LONG, 1024, "fused nf4/bf16 sdpa 0.06 proxy"),
@@ -145,17 +146,17 @@ SITUATIONS = {
         LONG + '[adapter]\ntargets = ["layers.*.attention.*", "layers.*.adaln_modulation"]\n', 1024,
         "reference fp8/bf16 sdpa 1.0 compile=regional proxy"),
     "you want FP8": ("full", "h100", LONG + memory('precision = "fp8"'), 1024,
-        "fused fp8/fp8 flash4 1.0 proxy"),
+        "fused fp8/fp8+6 flash4 1.0 proxy"),
     "you want FP8 products": ("full", "h100", LONG + memory('matmul = "fp8"'), 1024,
-        "fused fp8/fp8 flash4 1.0 proxy"),
+        "fused fp8/fp8+6 flash4 1.0 proxy"),
     "you want bf16 of FP8": ("fp8", "h100", LONG + memory('precision = "bf16"'), 1024,
         "fused bf16/bf16 flash4 1.0 proxy"),
     "you want bf16 products of FP8": ("fp8", "h100", LONG + memory('matmul = "bf16"'), 1024,
         "fused fp8/bf16 flash4 1.0 proxy"),
     "you want a budget": ("fp8", "h100", LONG + memory('activation_budget = 0.35'), 1024,
-        "fused fp8/fp8 flash4 0.35 proxy"),
+        "fused fp8/fp8+6 flash4 0.35 proxy"),
     "you want everything kept": ("fp8", "rtx-4090", LONG + memory('activation_budget = 1'), 1024,
-        "fused fp8/fp8 sdpa 1.0 offload=stream activation_offload=outputs proxy"),
+        "fused fp8/fp8+6 sdpa 1.0 offload=stream activation_offload=outputs proxy"),
     "you want everything kept and at hand": ("fp8", "rtx-4090",
         LONG + memory('activation_budget = 1\noffload = "none"\nactivation_offload = "none"'), 1024,
         "fused nf4/bf16 sdpa 1.0 optimizer_state=cpu proxy; over"),
@@ -164,17 +165,17 @@ SITUATIONS = {
     "you want int8": ("full", "rtx-3090", LONG + memory('precision = "int8"'), 1024,
         "fused int8/bf16 sdpa 0.35 proxy"),
     "you want weights on the host": ("fp8", "h200", LONG + memory('offload = "stream"'), 1024,
-        "fused fp8/fp8 flash4 1.0 offload=stream proxy"),
+        "fused fp8/fp8+6 flash4 1.0 offload=stream proxy"),
     "you want groups of blocks": ("fp8", "rtx-4090", LONG + memory('offload = "block"'), 1024,
         "reference fp8/bf16 sdpa 0.0 offload=block proxy"),
     "you want everything on the device": ("fp8", "rtx-4060", LONG + memory('offload = "none"'), 1024,
         "fused nf4/bf16 sdpa 0.0 activation_offload=gate_up optimizer_state=cpu proxy; over"),
     "you want moments in 8 bits": ("fp8", "h200", LONG + memory('optimizer_state = "8bit"'), 1024,
-        "fused fp8/fp8 flash4 1.0 optimizer_state=8bit proxy"),
+        "fused fp8/fp8+6 flash4 1.0 optimizer_state=8bit proxy"),
     "you want inputs on the host": ("fp8", "h200", LONG + memory('activation_offload = "inputs"'), 1024,
-        "fused fp8/fp8 flash4 1.0 activation_offload=inputs proxy"),
+        "fused fp8/fp8+6 flash4 1.0 activation_offload=inputs proxy"),
     "you want graphs": ("fp8", "h200", LONG + memory('graphs = "on"'), 1024,
-        "fused fp8/fp8 flash4 1.0 graphs proxy"),
+        "fused fp8/fp8+6 flash4 1.0 graphs proxy"),
 }  # fmt: skip
 
 
@@ -205,15 +206,16 @@ def test_no_allowed_combination_that_fits_makes_a_faster_run(name, full_base, wr
     plan = make_plan(recipe, full_base, summarize(), hardware)
     every = candidates(problem)
     fp8 = hardware.compute_capability >= (8, 9)
-    # The fused engine: nineteen budgets, four precisions and, with FP8 units, FP8 products; and the reference
-    # engine: five precisions, checkpointing and compiling or not (FP8 only with its units). Each plain; and
-    # with three kinds of moments, weights here or on the host, what the fused engine keeps here or there (in
-    # two ways, and two more with FP8 units); the reference engine's weights go only where nothing is compiled
-    # and everything computed again. Where there is FlashAttention-4, also as graphs, with any moments.
+    # The fused engine: nineteen budgets, four precisions and, with FP8 units, FP8 products with exact blocks
+    # and without; and the reference engine: five precisions, checkpointing and compiling or not (FP8 only
+    # with its units). Each plain; and with three kinds of moments, weights here or on the host, what the
+    # fused engine keeps here or there (in two ways, and two more with FP8 units); the reference engine's
+    # weights go only where nothing is compiled and everything computed again. Where there is
+    # FlashAttention-4, also as graphs, with any moments.
     graphs = name == "h100"
-    plain = 19 * (5 if fp8 else 4) * (1 + graphs) + 5 * 4 - (0 if fp8 else 2)
-    lean = 19 * (23 if fp8 else 11) * (5 if fp8 else 4) + 5 * (5 + 3 * 2) - (0 if fp8 else 2 * 2)
-    lean += 2 * 19 * 5 * graphs
+    plain = 19 * (6 if fp8 else 4) * (1 + graphs) + 5 * 4 - (0 if fp8 else 2)
+    lean = 19 * (23 if fp8 else 11) * (6 if fp8 else 4) + 5 * (5 + 3 * 2) - (0 if fp8 else 2 * 2)
+    lean += 2 * 19 * 6 * graphs
     assert (len(every), sum(c.lean for c in every)) == (plain + lean, lean)
     # A twentieth of the memory stays free where that is possible at all.
     # Weights in bf16 are not rounded, and nothing waits on the host, as there is room.
@@ -292,6 +294,15 @@ IMPOSSIBLE = {
                                          "activation_budget", "fused"),
     "a budget on a processor": ("nano", "cpu", "activation_budget = 0.5", "activation_budget",
                                 "NVIDIA"),
+    "exact blocks of bf16 products": ("fp8", "h100", 'exact_blocks = 6\nmatmul = "bf16"', "exact_blocks",
+                                      "FP8 products"),
+    "exact blocks of bf16 weights": ("full", "h100", 'exact_blocks = 6\nprecision = "bf16"', "exact_blocks",
+                                     "precision"),
+    "exact blocks in the reference engine": ("fp8", "h100", 'exact_blocks = 6\nengine = "reference"',
+                                             "exact_blocks", "fused"),
+    "exact blocks before sm_89": ("fp8", "rtx-3090", "exact_blocks = 6", "exact_blocks", "FP8 units"),
+    "exact blocks on a processor": ("nano", "cpu", "exact_blocks = 1", "exact_blocks", "NVIDIA"),
+    "more exact blocks than blocks": ("fp8", "h100", "exact_blocks = 35", "exact_blocks", "34 blocks"),
     "a budget and checkpointing": ("full", "h100", 'activation_budget = 0.5\ncheckpointing = "on"',
                                    "checkpointing", "activation_budget"),
     "groups in the fused engine": ("full", "h100", 'engine = "fused"\noffload = "block"', "offload",

@@ -19,12 +19,13 @@ SPEC = TransformerSpec(
     adaln_dim=32,
     llm_features_dim=64,
 )
-# name -> matmul in FP8, weights in FP8, type of activations. Where operands are not FP8, activations are in
-# float32, for then the eager kernels on a processor alias what the GPU's do.
+# name -> matmul in FP8, weights in FP8, type of activations, exact blocks. Where operands are not FP8,
+# activations are in float32, for then the eager kernels on a processor alias what the GPU's do.
 MODES = {
-    "fp8": (True, True, "bfloat16"),
-    "dequantised": (False, True, "float32"),
-    "dense": (False, False, "float32"),
+    "fp8": (True, True, "bfloat16", 0),
+    "exact": (True, True, "bfloat16", 3),
+    "dequantised": (False, True, "float32", 0),
+    "dense": (False, False, "float32", 0),
 }
 TARGETS = {"all": "all", "attention": "attention", "late": ["layers.2.*.w1", "layers.3.attention.to_v"]}
 BUDGETS = (0.0, 0.1, 0.25, 0.4, 0.6, 0.85, 1.0)
@@ -60,12 +61,12 @@ def engine(mode, targets, budget, rank=4, rounded=False):
 
     from ideoflow.engine.fused import FusedTransformer
 
-    matmul, weights, dtype = MODES[mode]
+    matmul, weights, dtype, exact = MODES[mode]
     dtype = getattr(torch, dtype)
     model = adapted_model(target_modules(targets, SPEC), weights, dtype, rank)
     linear = "fp8" if matmul else "bf16"
     return FusedTransformer(model, linear=linear, attention="sdpa", activation_budget=budget, dtype=dtype,
-                            rounded=rounded)  # fmt: skip
+                            rounded=rounded, exact_blocks=exact)  # fmt: skip
 
 
 def inputs(layout, dtype):
@@ -124,10 +125,11 @@ def test_kept_by_the_blocks_is_what_the_engine_keeps_to_the_byte(mode, targets, 
     names, fp8 = target_modules(targets, SPEC), MODES[mode][0]
     blocks = fused.targets_by_block(names)
     e = model.dtype.itemsize
-    sizes = budget_groups(96, SPEC.hidden, SPEC.intermediate_size, e, fp8, rounded)
-    kept = choose_kept(budget, 4, sizes)
+    exact = [i < MODES[mode][3] for i in range(4)]
+    sizes = [budget_groups(96, SPEC.hidden, SPEC.intermediate_size, e, fp8 and not x, rounded) for x in exact]
+    kept = choose_kept(budget, sizes)
     predicted = sum(
-        fused.block_bytes(SPEC, blocks.get(i, frozenset()), 4, e, fp8, kept[i], rounded).kept
+        fused.block_bytes(SPEC, blocks.get(i, frozenset()), 4, e, fp8, kept[i], rounded, exact[i]).kept
         for i in range(min(blocks), 4)
     )
     assert found == 96 * predicted
@@ -196,8 +198,9 @@ def test_the_peak_of_a_pass_is_what_is_alive_in_the_engine(mode, budget):
     with alive.mode:
         velocity = model(*given)
         velocity.float().square().mean().backward()
-    fp8, element = MODES[mode][0], model.dtype.itemsize
-    predicted = fused.peak(SPEC, target_modules("all", SPEC), 4, 512, budget, element, fp8=fp8).total
+    fp8, element, exact = MODES[mode][0], model.dtype.itemsize, MODES[mode][3]
+    names = target_modules("all", SPEC)
+    predicted = fused.peak(SPEC, names, 4, 512, budget, element, fp8=fp8, exact_blocks=exact).total
     assert 0.995 < predicted / alive.most < 1.005, (predicted, alive.most)
 
 
@@ -207,8 +210,8 @@ def test_lasting_tensors_are_those_of_the_engine(mode):
 
     model = engine(mode, "all", 1.0)
     model(*inputs(layout_of(64), model.dtype)).square().mean().backward()
-    fp8, weights, _ = MODES[mode]
-    options = {"precision": "fp8" if weights else "bf16", "fp8": fp8}
+    fp8, weights, _, exact = MODES[mode]
+    options = {"precision": "fp8" if weights else "bf16", "fp8": fp8, "exact_blocks": exact}
     names, element = target_modules("all", SPEC), model.dtype.itemsize
     assert model._scratch._bytes.numel() == fused.scratch_bytes(SPEC, names, 4, element, **options)
     base = {p.untyped_storage().data_ptr() for p in model.model.parameters()}
@@ -279,7 +282,7 @@ def test_adapters_that_peft_computes_fit_into_what_is_planned_for_them(mode, kin
     from ideoflow.plan.adapters import adapted_modules, adapter_size
     from ideoflow.recipe import AdapterSettings
 
-    matmul, weights, dtype = MODES[mode]
+    matmul, weights, dtype, exact = MODES[mode]
     settings, names = AdapterSettings(kind=kind, rank=4), target_modules("all", SPEC)
     modules = adapted_modules(settings, SPEC, names)
     plain = adapted_model([], weights, getattr(torch, dtype))
@@ -290,7 +293,7 @@ def test_adapters_that_peft_computes_fit_into_what_is_planned_for_them(mode, kin
         ).requires_grad:
             parameter.data = parameter.data.float()
     options = {"linear": "fp8" if matmul else "bf16", "attention": "sdpa", "dtype": getattr(torch, dtype)}
-    model = FusedTransformer(plain, **options)
+    model = FusedTransformer(plain, exact_blocks=exact, **options)
     given = inputs(layout_of(tokens), model.dtype)
     model(*given).float().square().mean().backward()
     for parameter in plain.parameters():
@@ -299,6 +302,7 @@ def test_adapters_that_peft_computes_fit_into_what_is_planned_for_them(mode, kin
     with alive.mode:
         model(*given).float().square().mean().backward()
     size, element = adapter_size(settings, modules), model.dtype.itemsize
-    predicted = fused.peak(SPEC, names, 0, tokens, 1.0, element, fp8=matmul).total + 4 * size.parameters
+    held = fused.peak(SPEC, names, 0, tokens, 1.0, element, fp8=matmul, exact_blocks=exact)
+    predicted = held.total + 4 * size.parameters
     predicted += fused.foreign_bytes(SPEC, size, tokens, element, matmul)
     assert 1 <= predicted / alive.most < 1.3, (predicted, alive.most)

@@ -7,8 +7,9 @@ import pytest
 from ideoflow.model.spec import TransformerSpec, match_targets, target_modules
 from ideoflow.plan import fused
 from ideoflow.plan.calibration import shipped
-from ideoflow.plan.memory import activations, build_ledger, kept_by_block
+from ideoflow.plan.memory import build_ledger
 from ideoflow.plan.record import NOT_ALLOCATED
+from ideoflow.plan.reference import activations, kept_by_block
 from ideoflow.plan.sizes import Choice, Shapes, adapter_parameters, targets_by_block
 
 GIB = 1 << 30
@@ -215,14 +216,16 @@ def test_phases_of_a_full_run(full_base):
     assert none.peak("sample") == 0 and not none.of("sample")
 
 
-def test_the_optimizers_temporary_counts_only_where_it_is_the_peak(full_base):
-    def names_of(rank, side):
+def test_the_optimizers_step_counts_only_where_it_is_the_peak(full_base):
+    def names_of(rank, side, device="cpu"):
         shapes = Shapes(side * side // 256, 64, side * side, 0, 0)
-        ledger = build_ledger(full_base, target_modules("all"), rank, shapes, choice())
+        ledger = build_ledger(full_base, target_modules("all"), rank, shapes, choice(device=device))
         return {line.name for line in ledger.of("train")}
 
     assert "optimizer step" not in names_of(32, 1024)
     assert "optimizer step" in names_of(1024, 256)
+    # The fused AdamW of a GPU makes no temporary, and its gradients come while activations go.
+    assert "optimizer step" not in names_of(256, 512, "cuda") and "optimizer step" in names_of(256, 512)
 
 
 def test_gradients_come_as_activations_go(full_base):

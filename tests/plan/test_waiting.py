@@ -88,7 +88,9 @@ def test_the_reference_engine_offloads_by_groups(offload, plan_for):
     [("none", 0, 12.1), ("inputs", 0, 11.18), ("outputs", 0, 11.06), ("gate_up", 0.18, 12.71)],
 )
 def test_what_waits_on_the_host_as_measured(offload, budget, gib, plan_for):
-    asked = f'activation_offload = "{offload}"\nactivation_budget = {budget}\ngraphs = "off"\n'
+    asked = (
+        f'activation_offload = "{offload}"\nactivation_budget = {budget}\ngraphs = "off"\nexact_blocks = 0\n'
+    )
     plan = plan_for("fp8", "h200", memory(asked + 'offload = "none"\noptimizer_state = "float32"\n'))
     lines = [x.bytes for x in plan.ledger.of("train") if x.name not in NOT_ALLOCATED]
     assert sum(lines) / GIB == pytest.approx(gib, rel=0.035)

@@ -110,6 +110,7 @@ VALUES = {
     "memory.precision": ("'bf16'", "'fp16'"),
     "memory.engine": ("'fused'", "'fast'"),
     "memory.matmul": ("'fp8'", "'int8'"),
+    "memory.exact_blocks": ("6", "-1"),
     "memory.activation_budget": ("0.3", "1.1"),
     "memory.checkpointing": ("'on'", "true"),
     "memory.compile": ("'off'", "false"),

@@ -111,6 +111,7 @@ CANNOT_BE_DONE = define(
       `triton`, and weights in bf16 or FP8; `activation_budget` and `matmul = "fp8"` belong to it;
     - `matmul = "fp8"` needs `precision = "fp8"` and FP8 units (compute capability 8.9: RTX 40, L4, H100 and
       newer);
+    - `exact_blocks` above 0 is about FP8 products, and needs what `matmul = "fp8"` needs;
     - `compile = "regional"` belongs to the reference engine, on NVIDIA GPUs with Triton;
     - `activation_budget` and `checkpointing` say the same thing: set one.
 

@@ -11,6 +11,9 @@ A forward pass is a chain of named values; each is computed from those before it
 the same method when the backward pass asks for it. So there is one definition of the forward pass, and
 gradients are the same at every budget.
 
+With ``fp8``, operands of products are e4m3 both ways; in an ``exact`` block those of the forward products are
+dense, and only gradients are quantised.
+
 With ``rounded``, some of the kept values are e4m3 with a scale a row while they wait: half the bytes, and
 gradients that differ from the exact ones by the rounding (relative 2^-4 a value, unbiased).
 """
@@ -77,8 +80,9 @@ class FusedBlock:
 
     def __init__(self, name: str, block: nn.Module, *, dtype: torch.dtype, fp8: bool, ops: SimpleNamespace,
                  attention: Attention, scratch: Scratch, keep_transposed: bool,
-                 rounded: bool = False) -> None:  # fmt: skip
-        self.ops, self.fp8, self.attention, self.rounded = ops, fp8, attention, rounded
+                 rounded: bool = False, exact: bool = False) -> None:  # fmt: skip
+        self.fp8, self.fp8_forward = fp8, fp8 and not exact
+        self.ops, self.attention, self.rounded = ops, attention, rounded
         self.source = block
         at, ff = block.attention, block.feed_forward
         self.heads, self.size = at.num_heads, at.head_dim
@@ -87,7 +91,7 @@ class FusedBlock:
             named = [(f"{name}.{part}", layer) for part, layer in layers]
             kind = ForeignLinear if any(is_foreign(layer) for _, layer in layers) else AdaptedLinear
             return kind(named, dtype=dtype, fp8=fp8, ops=ops, scratch=scratch,
-                                 keep_transposed=keep_transposed, joined=joined)  # fmt: skip
+                                 keep_transposed=keep_transposed, joined=joined, exact=exact)  # fmt: skip
 
         self.qkv = group(
             ("attention.to_q", at.to_q), ("attention.to_k", at.to_k), ("attention.to_v", at.to_v)
@@ -107,7 +111,7 @@ class FusedBlock:
         self.enter(False)
         values = _Values(self, h, batch, modulation, {})
         keep = {name for group in kept or () for name in _GROUPS[group]}
-        if not self.fp8:
+        if not self.fp8_forward:
             # It is attention's result itself, which may be on its way to the host.
             keep.discard("x_o")
 
@@ -219,7 +223,7 @@ class _Values:
         return y
 
     def _normed(self, h: Tensor, factor: Tensor, eps: float) -> Any:
-        return self.block.ops.norm_modulate(h, factor, self.batch.sample, eps, self.block.fp8)
+        return self.block.ops.norm_modulate(h, factor, self.batch.sample, eps, self.block.fp8_forward)
 
     def _x_qkv(self) -> Any:
         return self._normed(self.h, self.modulation.attention_in, self.block.source.attention_norm1.eps)
@@ -237,7 +241,7 @@ class _Values:
         return self.block.attention.forward(self["qkv"][0], self.batch.layout)
 
     def _x_o(self) -> Any:
-        return self.block.ops.quantize(self["attended"][0].flatten(1), self.block.fp8)
+        return self.block.ops.quantize(self["attended"][0].flatten(1), self.block.fp8_forward)
 
     def _projected(self) -> Any:
         return self._linear("o", self.block.o)
@@ -255,7 +259,7 @@ class _Values:
         return self._linear("ffn", self.block.ffn)
 
     def _x_w2(self) -> Any:
-        return self.block.ops.swiglu(self["gate_up"], self.block.fp8)
+        return self.block.ops.swiglu(self["gate_up"], self.block.fp8_forward)
 
     def _ffn(self) -> Any:
         return self._linear("w2", self.block.w2)

@@ -9,7 +9,8 @@ the backward pass, so nothing of it is kept. With y0 = x W^T and a part f:
 
     dx = (dy + dy0) W + df/dx                   dy0 = df/dy0 dy, zero for LoKr and LoHa
 
-In FP8 the part reads the same quantised x and dy as the frozen product.
+In FP8 the part reads the same x and dy as the frozen product: quantised, or x dense where the forward
+products are exact.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ class ForeignLinear(AdaptedLinear):
 
     def __init__(self, layers: Sequence[tuple[str, nn.Module]], *, dtype: torch.dtype, fp8: bool,
                  ops: SimpleNamespace, scratch: Scratch, keep_transposed: bool = False,
-                 joined: bool = True) -> None:  # fmt: skip
+                 joined: bool = True, exact: bool = False) -> None:  # fmt: skip
         for name, layer in layers:
             _check(layer, name)
         bases = [(name, layer.base_layer if is_foreign(layer) else layer) for name, layer in layers]
         super().__init__(bases, dtype=dtype, fp8=fp8, ops=ops, scratch=scratch,
-                         keep_transposed=keep_transposed, joined=joined)  # fmt: skip
+                         keep_transposed=keep_transposed, joined=joined, exact=exact)  # fmt: skip
         self.layers = [layer if is_foreign(layer) else None for _, layer in layers]
         self.dtype = dtype
         self.unfold = 1 / self.fold.float() if self.fold is not None else None

@@ -10,7 +10,8 @@ For parts p that share the input x (q, k, v; w1, w3) with adapters A_p [r, K], B
 The adapters learn in float32; working copies in the activations' type are refreshed once a step. In FP8 the
 adapter reads the same quantised x and dy as the frozen product: half the bytes, and nothing else to save.
 There A_p and B_p become two e4m3 pieces each (a number and what its rounding lost, 2^-8 together, as fine as
-bf16), which makes x A^T a product on the FP8 units and dy B further columns of the product dy W.
+bf16), which makes x A^T a product on the FP8 units and dy B further columns of the product dy W. Where the
+forward products are exact, x is dense and x A^T as it is without FP8; the backward pass stays the same.
 """
 
 from __future__ import annotations
@@ -72,13 +73,14 @@ class AdaptedLinear:
     Args:
         layers: (name, module) of each part, PEFT-wrapped or bare.
         dtype: of the activations and of the adapters' working copies.
+        exact: with ``fp8``, forward products are in the activations' type; operands come dense.
         joined: whether dx may come as columns of a wider tensor, which saves reading dy once more in FP8.
         fp8, ops, scratch, keep_transposed: as in :class:`FrozenWeight`.
     """
 
     def __init__(self, layers: Sequence[tuple[str, nn.Module]], *, dtype: torch.dtype, fp8: bool,
                  ops: SimpleNamespace, scratch: Scratch, keep_transposed: bool = False,
-                 joined: bool = True) -> None:  # fmt: skip
+                 joined: bool = True, exact: bool = False) -> None:  # fmt: skip
         bases, self.adapters = zip(*(read_adapter(layer, name) for name, layer in layers), strict=True)
         self.weight = FrozenWeight(bases, fp8=fp8, ops=ops, scratch=scratch, keep_transposed=keep_transposed)
         self.ops, self.fp8, self.joined, self.parts = ops, fp8, joined, len(bases)
@@ -95,7 +97,7 @@ class AdaptedLinear:
         self.down_pieces = (
             torch.zeros(2 * self.down.shape[0], inputs, dtype=FP8, device=device),
             torch.ones(2 * self.down.shape[0], dtype=torch.float32, device=device),
-        ) if fp8 else None  # fmt: skip
+        ) if fp8 and not exact else None  # fmt: skip
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -171,11 +173,14 @@ class AdaptedLinear:
 def lay_together(linears: Sequence[AdaptedLinear]) -> list[tuple[Tensor, tuple[Tensor, Tensor], int]]:
     """Puts the down-projections of one layer of all blocks into one tensor, of which each keeps its view.
 
+    Exact layers have no pieces and keep a tensor of their own.
+
     Returns:
         (down-projections, their e4m3 pieces and scales, rows of a block): the arguments of the few
         ``split_precision`` launches that bring the pieces up to date; none without FP8 or adapters.
     """
-    if linears[0].down_pieces is None:
+    linears = [linear for linear in linears if linear.down_pieces is not None]
+    if not linears:
         return []
     if len({linear.down.shape for linear in linears}) != 1:  # ranks differ between blocks
         return [(x.down, x.down_pieces, x.down.shape[0]) for x in linears if x.rank and x.down_pieces]

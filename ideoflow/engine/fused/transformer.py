@@ -43,6 +43,8 @@ class FusedTransformer:
         transformer: the frozen base on its device, with adapters (if any) injected by PEFT.
         linear: "fp8" multiplies in FP8 both ways and needs ``Float8Linear`` blocks; "bf16" multiplies in the
             activations' own type, whatever the base is stored as.
+        exact_blocks: of the first so many blocks, whose errors go through all the others, forward products
+            are in the activations' own type; only with ``linear = "fp8"``.
         attention: "flash4" (the fastest; needs ``flash-attn-4``), "cudnn_varlen" (mixed lengths at full
             speed; needs ``nvidia-cudnn-frontend``) or "sdpa".
         activation_budget: 0 recomputes every block in the backward pass, 1 recomputes nothing.
@@ -59,21 +61,26 @@ class FusedTransformer:
 
     def __init__(self, transformer: Ideogram4Transformer2DModel, *, linear: str = "fp8",
                  attention: Kernel = "flash4", activation_budget: float = 1.0,
-                 offload: Collection[str] = (), rounded: bool = False,
+                 offload: Collection[str] = (), rounded: bool = False, exact_blocks: int = 0,
                  dtype: torch.dtype = torch.bfloat16, keep_transposed: bool = False) -> None:  # fmt: skip
         self.model, self.dtype, self.budget = transformer, dtype, activation_budget
         self.offload, self.rounded = frozenset(offload), rounded
         if not self.offload <= set(HOST_GROUPS):
             raise ValueError(f"offload takes {', '.join(HOST_GROUPS)}, not {sorted(self.offload)}")
-        self.fp8 = linear == "fp8"
+        self.fp8, self.exact_blocks = linear == "fp8", exact_blocks
+        if exact_blocks and not (self.fp8 and 0 < exact_blocks <= len(transformer.layers)):
+            raise ValueError(
+                f"{exact_blocks} exact blocks of {len(transformer.layers)}, products in {linear}"
+            )
         self.device = transformer.input_proj.weight.device
         self.ops = kernels.load(self._backend())
-        choose_kept(activation_budget, 1, {})  # an impossible budget is told now, not in the first step
+        choose_kept(activation_budget, [{}])  # an impossible budget is told now, not in the first step
         self._store = HostStore(self.device)
         self._scratch, kernel = Scratch(self.device), make_attention(attention, self.device)
         self.blocks = [
             FusedBlock(f"layers.{i}", block, dtype=dtype, fp8=self.fp8, ops=self.ops, attention=kernel,
-                       scratch=self._scratch, keep_transposed=keep_transposed, rounded=rounded)
+                       scratch=self._scratch, keep_transposed=keep_transposed, rounded=rounded,
+                       exact=i < exact_blocks)
             for i, block in enumerate(transformer.layers)
         ]  # fmt: skip
         self._weights: WeightStream | None = None
@@ -204,14 +211,17 @@ class FusedTransformer:
     def _keeping(self, layout: PackedLayout) -> list[Keeping]:
         """What each block keeps and where, for this layout."""
         model, store = self.model, self._store if self.offload else None
-        sizes = group_bytes(layout.total, model.hidden_size, model.config.intermediate_size,
-                            self.dtype.itemsize, self.fp8, self.rounded)  # fmt: skip
-        on_device = {group: size for group, size in sizes.items() if group not in self.offload}
+        shape = (layout.total, model.hidden_size, model.config.intermediate_size, self.dtype.itemsize)
+        on_device = [
+            {group: size for group, size in group_bytes(*shape, block.fp8_forward, self.rounded).items()
+             if group not in self.offload}
+            for block in self.blocks
+        ]  # fmt: skip
         if store:
             store.clear()
         return [
             Keeping(i, kept, self.offload, store)
-            for i, kept in enumerate(choose_kept(self.budget, len(self.blocks), on_device))
+            for i, kept in enumerate(choose_kept(self.budget, on_device))
         ]
 
     def stream(self, slots: int = 3) -> WeightStream:

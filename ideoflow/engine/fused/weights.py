@@ -45,7 +45,8 @@ class FrozenWeight:
 
     Args:
         layers: the base layers, outputs in this order.
-        fp8: multiply in FP8; the weights must be e4m3.
+        fp8: multiply in FP8, backward always and forward where operands are quantised; the weights must be
+            e4m3. Forward products with dense operands read the weight dequantised, as all do without ``fp8``.
         ops: kernels, from :func:`ideoflow.kernels.load`.
         scratch: shared work memory.
         keep_transposed: keep a transposed copy of e4m3 weights (as large again), not make it each time.
@@ -103,7 +104,7 @@ class FrozenWeight:
 
     def forward(self, x: Operand) -> Tensor:
         """x [T, K] times the weight's transpose: [T, N]."""
-        if self.fp8:
+        if x.scale is not None:
             return scaled_product(x, self.values, self.scale)
         return x.values @ self._dense(x.values.dtype).t()
 

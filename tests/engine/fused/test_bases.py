@@ -76,7 +76,7 @@ def fused(model, linear, **options):
     return FusedTransformer(model, linear=linear, attention="sdpa", **options)
 
 
-def exact(precision, layout, kind="lora"):
+def truth(precision, layout, kind="lora"):
     """Diffusers and PEFT over the same base in float32 arithmetic: velocities and gradients."""
     model = widen(base(precision, kind))
     velocity = plain(model, layout, *inputs(layout, torch.float32))
@@ -90,7 +90,7 @@ def all_of(found, names):
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int8", "nf4"])
 def test_a_base_is_read_as_diffusers_reads_it(precision):
     """In float32 arithmetic, what is left is the order of sums: the stored numbers are the same ones."""
-    velocity, want = exact(precision, MIXED)
+    velocity, want = truth(precision, MIXED)
     model = widen(base(precision))
     got = fused(model, "bf16", dtype=torch.float32)(*inputs(MIXED, torch.float32), MIXED)
     torch.testing.assert_close(got, velocity, rtol=2e-4, atol=2e-4)
@@ -108,26 +108,31 @@ def test_gradients_are_the_same_at_every_budget_over_every_base(precision, linea
         found.append(gradients(model, engine(*data, MIXED)))
     for other in found[1:]:
         assert all(torch.equal(gradient, other[name]) for name, gradient in found[0].items())
-    _, want = exact(precision, MIXED)
+    _, want = truth(precision, MIXED)
     floor = 0.98 if linear == "fp8" else 0.998
     assert cosine(all_of(found[0], want), all_of(want, want)) > floor
 
 
+@pytest.mark.parametrize("exact", [0, 2, 4])
 @pytest.mark.parametrize("kind", ["dora", "lokr", "loha"])
-def test_other_kinds_have_the_same_gradients_at_every_budget_in_fp8(kind):
+def test_other_kinds_have_the_same_gradients_at_every_budget_in_fp8(kind, exact):
     model, data = base("fp8", kind), inputs(MIXED)
     found = [
-        gradients(model, fused(model, "fp8", activation_budget=b)(*data, MIXED)) for b in (0.0, 0.4, 1.0)
+        gradients(model, fused(model, "fp8", activation_budget=b, exact_blocks=exact)(*data, MIXED))
+        for b in (0.0, 0.4, 1.0)
     ]
     for other in found[1:]:
         assert all(torch.equal(gradient, other[name]) for name, gradient in found[0].items())
-    _, want = exact("fp8", MIXED, kind)
+    _, want = truth("fp8", MIXED, kind)
     assert cosine(all_of(found[0], want), all_of(want, want)) > 0.97
+    if exact == 4:
+        bf16 = fused(model, "bf16")(*data, MIXED)
+        assert torch.equal(fused(model, "fp8", exact_blocks=4)(*data, MIXED), bf16)
 
 
 @pytest.mark.parametrize("layout", HARD.values(), ids=HARD)
 def test_short_and_long_captions_and_narrow_pictures(layout):
-    velocity, want = exact("fp8", layout)
+    velocity, want = truth("fp8", layout)
     model = base("fp8")
     for linear, near, gradients_near in (("bf16", 0.999, 0.998), ("fp8", 0.99, 0.97)):
         got = fused(model, linear, activation_budget=0.2)(*inputs(layout), layout)

@@ -69,8 +69,8 @@ def test_gradients_of_several_batches_add_up_in_one_set_of_buffers(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_replays_give_the_gradients_of_plain_steps(fp8):
+@pytest.mark.parametrize(("fp8", "exact"), [(False, 0), (True, 0), (True, 2)], ids=["bf16", "fp8", "exact"])
+def test_replays_give_the_gradients_of_plain_steps(fp8, exact):
     pytest.importorskip("flash_attn.cute")
     model = tiny(fp8=fp8)
     for name, parameter in model.named_parameters():
@@ -78,7 +78,8 @@ def test_replays_give_the_gradients_of_plain_steps(fp8):
             parameter.data = parameter.data.bfloat16()
     parameters = [p for p in model.parameters() if p.requires_grad]
     linear = "fp8" if fp8 else "bf16"
-    fused = FusedTransformer(model, linear=linear, attention="flash4", activation_budget=0.5)
+    fused = FusedTransformer(model, linear=linear, attention="flash4", activation_budget=0.5,
+                             exact_blocks=exact)  # fmt: skip
     steps = GraphedSteps(fused, parameters)
     for seed in range(4):  # twice plainly, then recorded, then replayed, for other captions each time
         for layout in LAYOUTS:

@@ -101,6 +101,76 @@ def test_gradients_are_the_same_at_every_budget(linear):
             assert torch.equal(gradient, other[name]), name
 
 
+def halved(model):
+    """What is frozen and stored in float32, in bf16."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("targets", [ALL, ["to_q", "w1"]], ids=["all", "some"])
+def test_exact_blocks_come_nearer_and_all_of_them_are_bf16(targets):
+    model, data = halved(tiny(targets, fp8=True)), inputs(MIXED)
+    bf16 = FusedTransformer(model, linear="bf16", attention="sdpa")(*data, MIXED)
+    want = gradients(model, bf16)
+    apart, gradients_apart = [], []
+    for exact in range(4):
+        got = FusedTransformer(model, linear="fp8", attention="sdpa", exact_blocks=exact)(*data, MIXED)
+        apart.append(1 - cosine(got, bf16))
+        have = gradients(model, got)
+        gradients_apart.append(max(1 - cosine(have[name], want[name]) for name in want))
+        with torch.no_grad():
+            fused = FusedTransformer(model, linear="fp8", attention="sdpa", exact_blocks=exact)
+            assert torch.equal(fused(*data, MIXED), got)
+    assert torch.equal(got, bf16)
+    assert apart[0] > 1.2 * apart[1] > 1.2 * apart[2] > apart[3] and apart[3] < 1e-12
+    # Of the backward pass, gradients' rounding is all that is left.
+    assert 0 < gradients_apart[3] < gradients_apart[0] < 0.03
+
+
+@pytest.mark.parametrize("exact", [1, 2, 3])
+def test_exact_blocks_have_the_same_gradients_at_every_budget(exact):
+    model, data, found = halved(tiny(fp8=True)), inputs(MIXED), []
+    every = ("input", "attention", "ffn_output", "attention_output", "qkv", "gate_up")
+    for budget, offload in ((0.0, ()), (0.1, ()), (0.4, ()), (0.7, ()), (1.0, ()), (0.2, every)):
+        fused = FusedTransformer(model, linear="fp8", attention="sdpa", activation_budget=budget,
+                                 offload=offload, exact_blocks=exact)  # fmt: skip
+        found.append(gradients(model, fused(*data, MIXED)))
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            assert torch.equal(gradient, other[name]), name
+
+
+def test_gradients_of_an_exact_block_are_those_of_its_own_operands():
+    """By autograd over dense products, with what the rounding of gradients leaves apart."""
+    torch.manual_seed(0)
+    model = halved(tiny(fp8=True))
+    fused = FusedTransformer(model, linear="fp8", attention="sdpa", exact_blocks=1)
+    fused._refresh_adapters()
+    for linear in fused.blocks[0].linears:
+        x = torch.randn(48, linear.weight.shape[1], device=DEVICE).bfloat16()
+        dy = torch.randn(48, linear.weight.shape[0], device=DEVICE).bfloat16()
+        y, z = linear.forward(fused.ops.quantize(x, False), None)
+        dx, found = linear.backward(fused.ops.quantize(dy * linear.fold), fused.ops.quantize(x, False), z)
+        weight = linear.weight.values.float() * linear.weight.scale[:, None]
+        leaf = x.float().requires_grad_()
+        masters = [p.detach().clone().requires_grad_() for p in linear.parameters]
+        parts = [leaf @ down.t() @ up.t() * 1.5 for down, up in zip(masters[::2], masters[1::2], strict=True)]
+        expected = leaf @ weight.t() + torch.cat(parts, 1)
+        assert cosine(y, expected) > 0.9999
+        wanted = torch.autograd.grad(expected, [leaf, *masters], dy.float())
+        for got, want in zip([dx, *found], wanted, strict=True):
+            assert cosine(got, want) > 0.998
+            assert abs(got.float().norm() / want.norm() - 1) < 0.01
+
+
+@pytest.mark.parametrize(("linear", "count"), [("bf16", 1), ("fp8", 4), ("fp8", -1)])
+def test_exact_blocks_are_blocks_of_an_fp8_engine(linear, count):
+    with pytest.raises(ValueError, match="exact blocks"):
+        FusedTransformer(tiny(fp8=True), linear=linear, attention="sdpa", exact_blocks=count)
+
+
 def test_rounded_values_give_nearly_the_same_gradients():
     """What waits as e4m3 is off by at most 2^-4 a value; where it waits makes no difference."""
     model = tiny()
