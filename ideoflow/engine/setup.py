@@ -86,14 +86,16 @@ class Trainable:
         gradients: adds a batch's gradients, as :func:`ideoflow.engine.step.accumulate` does.
         release: gives back memory that only training needs; training may go on afterwards.
         streamed: weights wait elsewhere, and come to the device when they are needed.
+        overlaps: ``gradients`` is one backward pass, in which hooks on the parameters run.
     """
 
     transformer: Ideogram4Transformer2DModel
     parameters: dict[str, nn.Parameter]
     predict: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
-    gradients: Callable[[list[TrainingSample], int], Tensor]
+    gradients: Callable[[list[TrainingSample], float], Tensor]
     release: Callable[[], None] = lambda: None
     streamed: bool = False
+    overlaps: bool = False
 
 
 def build(plan: Plan) -> Trainable:
@@ -139,6 +141,7 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
             partial(accumulate_packed, fused, graphs=graphs),
             graphs.release if graphs else lambda: None,
             offload != "none",
+            overlaps=graphs is None,
         )
     if offload == "stream":
         stream_blocks(transformer, device)

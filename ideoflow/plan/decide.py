@@ -56,6 +56,7 @@ def make_plan(
     *,
     calibration: Calibration | None = None,
     prompts: int | None = None,
+    processes: int = 1,
     brief: bool = False,
 ) -> Plan:
     """Decides everything that a run needs to know; the same arguments give the same plan.
@@ -67,6 +68,7 @@ def make_plan(
         hardware: the machine, at hand or by name.
         calibration: measurements to correct the formulas with; by default those that ship.
         prompts: number of validation pictures; by default one for each entry of ``validate.prompts``.
+        processes: how many train together, each on such a machine.
         brief: for a table: memory, times and sizes without decisions, warnings and what would help.
 
     Raises:
@@ -75,7 +77,7 @@ def make_plan(
     """
     tables = recipe.tables
     count = len(tables.validate.prompts) if prompts is None else prompts
-    problem = Problem(tables, base, data, hardware, calibration or shipped(), count)
+    problem = Problem(tables, base, data, hardware, calibration or shipped(), count, processes)
     _check(problem, recipe)
     best = solve(problem)
     plan = Plan(
@@ -97,8 +99,19 @@ def make_plan(
     if brief:
         return plan
     changes = () if plan.fits else cheapest_changes(problem, best)
-    plan = replace(plan, changes=changes)
+    plan = for_processes(replace(plan, changes=changes), processes)
     return replace(plan, warnings=advise(plan, problem, best, recipe))
+
+
+def for_processes(plan: Plan, processes: int) -> Plan:
+    """The same plan for another number of processes; of one process, a plan has no word on it."""
+    others = tuple(d for d in plan.decisions if d.id != "processes")
+    if processes == 1:
+        return replace(plan, decisions=others)
+    train, what = plan.tables.train, "GPUs" if plan.value("device") == "cuda" else "processes"
+    product = f"{processes} x batch {train.batch} x accumulation {train.accumulation}"
+    reason = f"{processes} {what}, global batch {processes * train.batch * train.accumulation} = {product}"
+    return replace(plan, decisions=(*others, Decision("processes", processes, "auto", "launched", reason)))
 
 
 def _with_its_line(decision: Decision, recipe: Recipe) -> Decision:
