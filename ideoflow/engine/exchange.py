@@ -25,15 +25,16 @@ class GradientExchange:
     Args:
         parameters: what is trained, in the model's order, the same in every process.
         overlaps: whether a pass is one backward pass whose hooks run; else everything is sent at the end.
-        bucket_bytes: at least so many bytes are sent at once, while there are so many.
+        bucket_bytes: at least so many bytes are sent at once, while there are so many; default: 24 MiB.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], *, overlaps: bool, bucket_bytes: int = BUCKET_BYTES
+        self, parameters: Sequence[nn.Parameter], *, overlaps: bool, bucket_bytes: int | None = None
     ) -> None:
+        least = bucket_bytes or BUCKET_BYTES
         self.buckets: list[list[nn.Parameter]] = [[]]
         for parameter in reversed(parameters):
-            if sum(p.nbytes for p in self.buckets[-1]) >= bucket_bytes:
+            if sum(p.nbytes for p in self.buckets[-1]) >= least:
                 self.buckets.append([])
             self.buckets[-1].append(parameter)
         self._place = {p: n for n, bucket in enumerate(self.buckets) for p in bucket}

@@ -30,7 +30,7 @@ Tell = Callable[[Sequence[Diagnostic]], None]
 
 # Nobody waits for one that died: its connections close. Sampling and loading may take long.
 _PATIENCE = timedelta(days=7)
-_FAILED, _TOLD = "ideoflow/failed", "ideoflow/told"
+_FAILED, _TOLD = "failed", "told"
 _TELLING = 20.0  # seconds that the others leave the first process to show what is wrong
 _LOOK = 0.5  # seconds between looks for an error of another process
 _CURE = "look at its own output; the next run goes on from the last checkpoint"
@@ -179,9 +179,11 @@ def _connect(process: Process) -> Any:
         torch.cuda.set_device(process.local_rank)
     store, rank, ranks = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
     backend = "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() else "gloo"
-    shared = dist.PrefixStore("ideoflow", store)
-    dist.init_process_group(backend, store=shared, rank=rank, world_size=ranks, timeout=_PATIENCE)
-    return dist.PrefixStore(f"words/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # torchrun's store outlives a restart, and must not give the new processes the old ones' addresses.
+    store = dist.PrefixStore(f"ideoflow/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    groups = dist.PrefixStore("groups", store)
+    dist.init_process_group(backend, store=groups, rank=rank, world_size=ranks, timeout=_PATIENCE)
+    return dist.PrefixStore("words", store)
 
 
 def _close() -> None:
