@@ -96,6 +96,7 @@ class Trainer:
             trained = list(model.parameters.values())
             processes.copy_from_first(trained)
             self.exchange = GradientExchange(trained, overlaps=model.overlaps)
+        self._asked_at, self._agreed = -1, False
         self._unreported: _Reading | None = None
         self._told_at = 0.0
 
@@ -125,8 +126,12 @@ class Trainer:
         self._report()
 
     def stopping(self) -> bool:
-        """Whether a stop was requested, of any process: they all stop after the same step."""
-        return self.processes.any(self.stop.requested)
+        """Whether a stop was requested, of any process: they ask each other once a step and stop together."""
+        if self.processes.ranks == 1:
+            return self.stop.requested
+        if self._asked_at != self.step:
+            self._asked_at, self._agreed = self.step, self.processes.any(self.stop.requested)
+        return self._agreed
 
     def _one_step(self) -> None:
         """Queues a step on the device, and reads what the one before it came to.

@@ -49,6 +49,21 @@ def test_a_plan_that_fits(recipe, capsys):
     assert err == ""
 
 
+def test_several_processes_are_on_the_page_and_one_leaves_no_trace(recipe, capsys):
+    code, out, _ = run(capsys, recipe, "--gpu", "h100", "--processes", "2")
+    assert code == 0 and "2 x H100" in out
+    assert "2 GPUs, global batch 2 = 2 x batch 1 x accumulation 1" in " ".join(out.split())
+    two = json.loads(run(capsys, recipe, "--gpu", "h100", "--processes", "2", "--json")[1])
+    one = json.loads(run(capsys, recipe, "--gpu", "h100", "--json")[1])
+    lines = [line for line in two["ledger"]["lines"] if line["name"] == "NCCL"]
+    assert [line["phase"] for line in lines] == ["train"]
+    two["ledger"]["lines"].remove(lines[0])
+    (decided,) = [d for d in two["decisions"] if d["id"] == "processes"]
+    two["decisions"].remove(decided)
+    assert decided["value"] == 2 and two["ledger"] == one["ledger"] and two["time"] == one["time"]
+    assert [d["id"] for d in two["decisions"]] == [d["id"] for d in one["decisions"]]
+
+
 def test_every_line_fits_80_columns_and_ends_without_blanks(recipe, capsys):
     for card in ("rtx-4090", "8gb", "h200", "m3-max"):
         _, out, _ = run(capsys, recipe, "--gpu", card, "--batch", "1,2,4", "--rank", "8,32")
