@@ -91,7 +91,7 @@ def work(args: argparse.Namespace, processes: Processes) -> None:
     exchange = None
     if processes.ranks > 1:
         processes.copy_from_first(parameters)
-        exchange = GradientExchange(parameters, overlaps=graphs is None)
+        exchange = GradientExchange(parameters, overlaps=graphs is None, group=processes.group(device))
     layout = make_layout(args.batch, args.pixels, args.text, mixed=False, multiple=64)
     data = random_inputs(model, layout, seed=2 + processes.rank)
     inputs = [data[name] for name in ("latents", "target", "timestep", "text")]

@@ -20,18 +20,24 @@ BUCKET_BYTES = 24 << 20
 
 
 class GradientExchange:
-    """Sums gradients over all processes of the default group.
+    """Sums gradients over all processes.
 
     Args:
         parameters: what is trained, in the model's order, the same in every process.
         overlaps: whether a pass is one backward pass whose hooks run; else everything is sent at the end.
+        group: that of torch.distributed in which they travel; None for the default one.
         bucket_bytes: at least so many bytes are sent at once, while there are so many; default: 24 MiB.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], *, overlaps: bool, bucket_bytes: int | None = None
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        overlaps: bool,
+        group: Any = None,
+        bucket_bytes: int | None = None,
     ) -> None:
-        least = bucket_bytes or BUCKET_BYTES
+        self.group, least = group, bucket_bytes or BUCKET_BYTES
         self.buckets: list[list[nn.Parameter]] = [[]]
         for parameter in reversed(parameters):
             if sum(p.nbytes for p in self.buckets[-1]) >= least:
@@ -54,7 +60,7 @@ class GradientExchange:
         while len(self._works) < len(self.buckets):
             self._send()
         total = loss.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         for work in self._works:
             work.wait()
         self._works.clear()
@@ -75,4 +81,4 @@ class GradientExchange:
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
         for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = part.view_as(parameter)
-        self._works.append(dist.all_reduce(flat, async_op=True))
+        self._works.append(dist.all_reduce(flat, group=self.group, async_op=True))

@@ -95,7 +95,8 @@ class Trainer:
         if ranks > 1:
             trained = list(model.parameters.values())
             processes.copy_from_first(trained)
-            self.exchange = GradientExchange(trained, overlaps=model.overlaps)
+            group = processes.group(trained[0].device)
+            self.exchange = GradientExchange(trained, overlaps=model.overlaps, group=group)
         self._asked_at, self._agreed = -1, False
         self._unreported: _Reading | None = None
         self._told_at = 0.0

@@ -30,6 +30,8 @@ Tell = Callable[[Sequence[Diagnostic]], None]
 
 # Nobody waits for one that died: its connections close. Sampling and loading may take long.
 _PATIENCE = timedelta(days=7)
+# NCCL does not notice. In a step they wait for each other for seconds, or while a checkpoint is written.
+_GPU_PATIENCE = timedelta(minutes=30)
 _FAILED, _TOLD = "failed", "told"
 _TELLING = 20.0  # seconds that the others leave the first process to show what is wrong
 _LOOK = 0.5  # seconds between looks for an error of another process
@@ -40,8 +42,8 @@ _GRACE = 8.0  # seconds in which the main thread may end by itself after one
 class Processes:
     """What one process needs of the others; alone, everything is free and nothing is exchanged."""
 
-    def __init__(self, process: Process | None = None, store: Any = None) -> None:
-        self.process, self.store = process or Process(), store
+    def __init__(self, process: Process | None = None, store: Any = None, gpus: Any = None) -> None:
+        self.process, self.store, self._gpus = process or Process(), store, gpus
         self.rank, self.ranks, self.first = self.process.rank, self.process.ranks, self.process.first
 
     def gather(self, value: T) -> list[T]:
@@ -99,11 +101,15 @@ class Processes:
         others = self.agree(lambda: None if self.first else work())
         return result if self.first else others  # type: ignore[return-value]
 
+    def group(self, device: torch.device) -> Any:
+        """The group of torch.distributed in which tensors on a device travel; None is the default one."""
+        return self._gpus if device.type == "cuda" else None
+
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites tensors, alike in all processes, with the first process's."""
         if self.ranks > 1:
             for tensor in tensors:
-                dist.broadcast(tensor.data, src=0)
+                dist.broadcast(tensor.data, src=0, group=self.group(tensor.device))
 
 
 ALONE = Processes()
@@ -143,8 +149,7 @@ def joined(tell: Tell | None = None) -> Iterator[Processes]:
     if process.ranks == 1:
         yield ALONE
         return
-    store = _connect(process)
-    _joined = processes = Processes(process, store)
+    _joined = processes = _connect(process)
     watch = _Watch(processes, tell)
     try:
         yield processes
@@ -172,18 +177,19 @@ def joined(tell: Tell | None = None) -> Iterator[Processes]:
         _joined = None
 
 
-def _connect(process: Process) -> Any:
-    """The store that all share, and the groups."""
+def _connect(process: Process) -> Processes:
+    """The groups, and a store of words that all share."""
     gpus = torch.cuda.is_available()
     if gpus and process.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(process.local_rank)
-    store, rank, ranks = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
-    backend = "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() else "gloo"
+    store, rank, ranks = next(iter(dist.rendezvous("env://")))
     # torchrun's store outlives a restart, and must not give the new processes the old ones' addresses.
     store = dist.PrefixStore(f"ideoflow/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     groups = dist.PrefixStore("groups", store)
-    dist.init_process_group(backend, store=groups, rank=rank, world_size=ranks, timeout=_PATIENCE)
-    return dist.PrefixStore("words", store)
+    dist.init_process_group("gloo", store=groups, rank=rank, world_size=ranks, timeout=_PATIENCE)
+    nccl = gpus and dist.is_nccl_available()
+    group = dist.new_group(backend="nccl", timeout=_GPU_PATIENCE) if nccl else None
+    return Processes(process, dist.PrefixStore("words", store), group)
 
 
 def _close() -> None:
@@ -234,7 +240,7 @@ def _told_by_others(processes: Processes, error: Exception) -> tuple[Diagnostic,
 
 def _is_connection(error: Exception) -> bool:
     """Whether an error is of the exchange with other processes, rather than of this one's own work."""
-    words = ("gloo", "nccl", "connection", "process group", "socket", "store")
+    words = ("gloo", "nccl", "connection closed", "connection reset", "process group")
     return isinstance(error, dist.DistError | ConnectionError) or any(w in str(error).lower() for w in words)
 
 

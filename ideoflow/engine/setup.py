@@ -32,11 +32,12 @@ from ideoflow.kernels.budget import AWAY, ROUNDING
 from ideoflow.model.load import PRECISIONS, load_transformer
 from ideoflow.model.random import random_transformer
 from ideoflow.plan.document import Plan
+from ideoflow.processes import this_process
 from ideoflow.resources import user_cache
 
 
 def plan_device(plan: Plan) -> torch.device:
-    """The device that the plan was made for.
+    """The device that the plan was made for; of several processes, each one's own.
 
     Raises:
         IdeoflowError: when this machine has none.
@@ -45,6 +46,9 @@ def plan_device(plan: Plan) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         cure = "set memory.device = 'cpu', or install a torch build for your GPU and driver"
         fail(NO_DEVICE, "the plan is for a GPU, but torch finds none", cure=cure)
+    process = this_process()
+    if device.type == "cuda" and process.ranks > 1:  # by number: a new thread's own is the first
+        return torch.device("cuda", process.local_rank)
     return device
 
 

@@ -1,6 +1,6 @@
 """What torchrun starts in test_distributed.py: the command line, with a trouble at some step of one process.
 
-    python distributed_worker.py TROUBLE RECIPE...    # recipes one after the other, in the same processes
+    python distributed_worker.py none|kill RECIPE...    # recipes one after the other, in the same processes
 
 A recipe called fused.toml is run by the fused engine, which the planner itself only chooses for GPUs.
 """
@@ -35,11 +35,11 @@ def planned(recipe: Any, *args: Any, **options: Any) -> Plan:
 
 
 def troubled(batches: Batches, step: int) -> Step:
-    if batches.rank == 1 and step == 3:
-        if TROUBLE == "diagnostic":
-            fail(CACHE_LOST, "the second process finds an entry damaged", cure="run again")
-        if TROUBLE == "kill" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if TROUBLE == "kill" and batches.rank == 1:
+        if step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == 5:
+            fail(CACHE_LOST, "the second process finds an entry damaged", cure="run again")
     return plain_of(batches, step)
 
 

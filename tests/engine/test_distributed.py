@@ -1,7 +1,6 @@
 """Several processes train as one: the numbers of one with a larger batch, one output, one word on errors."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from ideoflow.diagnostics.codes import processes as codes
 from ideoflow.engine import processes as joining
 from ideoflow.engine.batches import Batches
 from ideoflow.engine.events import StepDone
+from ideoflow.engine.setup import plan_device
 from ideoflow.processes import Process, this_process
 from ideoflow.recipe import parse_recipe
 from ideoflow.resources import recipes
@@ -36,7 +36,7 @@ resolution = 64
 [adapter]
 rank = 4
 [train]
-steps = 3
+steps = {steps}
 batch = {batch}
 learning_rate = 1e-3
 accumulation = 2
@@ -62,8 +62,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(name: str, more: str = "", *, batch: int = 1, every: int = 100, folder: str = "") -> str:
-    text = RECIPE.format(batch=batch, every=every, folder=folder or name)
+def write(name: str, more: str = "", *, batch: int = 1, every: int = 100, steps: int = 3) -> str:
+    text = RECIPE.format(batch=batch, every=every, steps=steps, folder=name)
     Path(f"{name}.toml").write_text(text + more)
     return f"{name}.toml"
 
@@ -82,19 +82,28 @@ def metrics(folder: str, kind: str) -> list[dict[str, Any]]:
 def test_two_processes_learn_what_one_with_twice_the_batch_does(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On both engines; and after a third run is interrupted, both stop after the same step."""
     validate = '[validate]\nprompts = ["pictures/*.icap"]\nevery = 100\npreset = "turbo"\nsteps = 1\n'
-    names = [write("reference", validate), write("fused")]
-    out, err = (process := start("none", *names)).communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err and out.count("adapter  ") == 2 and err.count("training: 3 of 3") == 2
+    process = start("none", write("reference", validate), write("fused"), write("long", steps=5000))
+    end = time.monotonic() + 200
+    while not (Path("long/metrics.jsonl").exists() and metrics("long", "step")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)  # torchrun passes it on
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err.split("torch/distributed/elastic")[0], err
+    (last,) = metrics("long", "end")
+    assert Path(f"long/checkpoints/step-{last['step']:06d}/state.json").exists() and not last["finished"]
+    assert f"stopped after step {last['step']}" in out, err
+    assert out.count("adapter  ") == 2 and err.count("training: 3 of 3") == 2
     assert "2 processes, global batch 4 = 2 x batch 1 x accumulation 2" in " ".join(err.split())
     assert len(list(Path("reference/samples").rglob("*.png"))) == 6
+    monkeypatch.setattr("ideoflow.workflow.make_plan", planned)
     for name in ("reference", "fused"):
         assert len(metrics(name, "run")) == len(metrics(name, "end")) == 1
         there = [line["loss"] for line in metrics(name, "step")]
-        monkeypatch.setattr("ideoflow.workflow.make_plan", planned)
+        Path(name).rename(f"two-{name}")
         events: list[Any] = []
-        os.rename(name, f"two-{name}")  # noqa: PTH104
         run(prepare(write(name, batch=2)), on_event=events.append)
         here = [e for e in events if isinstance(e, StepDone)]
         assert there == pytest.approx([e.loss for e in here], rel=2e-6)
@@ -107,44 +116,19 @@ def test_two_processes_learn_what_one_with_twice_the_batch_does(
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_told_once_and_ends_all(project: Path) -> None:
-    process = start("diagnostic", write("r", every=1))
-    Path("r.toml").write_text(Path("r.toml").read_text().replace("steps = 3", "steps = 300"))
-    _, err = process.communicate(timeout=120)
-    own = err.split("torch/distributed/elastic")[0]
+def test_a_restart_goes_on_after_a_kill_and_an_error_of_one_process_is_told_once(project: Path) -> None:
+    """The second process is killed in the fourth step, and after the restart has trouble in the sixth."""
+    process = start("kill", write("r", every=1, steps=300), options=("--max-restarts", "1"))
+    _, err = process.communicate(timeout=200)
+    killed, failed = err.split("going on from step 3 of 300")
+    assert killed.count("error[IE602]") == 1, "the process that is left says why it stops"
     assert process.returncode == 1
-    assert err.count("the second process finds an entry damaged") == 1 and "error[ID" in err
-    assert "Traceback" not in own, own
-    assert metrics("r", "end")[-1]["finished"] is False and Path("r/report.html").exists()
-
-
-@pytest.mark.slow
-def test_after_a_kill_the_restarted_processes_go_on_from_the_last_checkpoint(project: Path) -> None:
-    name = write("r", every=1)
-    Path(name).write_text(Path(name).read_text().replace("steps = 3", "steps = 5"))
-    process = start("kill", name, options=("--max-restarts", "1"))
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
+    assert failed.count("the second process finds an entry damaged") == 1 and "error[ID" in failed
+    assert "Traceback" not in failed.split("torch/distributed/elastic")[0], failed
     assert [line["from_step"] for line in metrics("r", "run")] == [0, 3]
     assert [line["step"] for line in metrics("r", "step")] == [1, 2, 3, 4, 5]
-    assert "adapter  " in out and metrics("r", "end")[-1]["finished"]
-    assert err.count("error[IE602]") == 1, "the process that is left says why it stops"
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_all_processes_after_the_same_step(project: Path) -> None:
-    name = write("r")
-    Path(name).write_text(Path(name).read_text().replace("steps = 3", "steps = 5000"))
-    process = start("none", name)
-    end = time.monotonic() + 120
-    while not (Path("r/metrics.jsonl").exists() and metrics("r", "step")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    (last,) = metrics("r", "end")
-    assert Path(f"r/checkpoints/step-{last['step']:06d}/state.json").exists() and not last["finished"]
-    assert f"stopped after step {last['step']}" in out, err
+    assert metrics("r", "end")[-1]["finished"] is False and Path("r/report.html").exists()
+    assert not list(Path("r/checkpoints").glob(".writing-*"))
 
 
 # Without processes ----------------------------------------------------------------------------------------
@@ -177,6 +161,16 @@ def test_more_processes_than_gpus_are_a_diagnostic(monkeypatch: pytest.MonkeyPat
     assert [d.code for d in caught.value.diagnostics] == [codes.TOO_FEW_GPUS]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     joining.check_device(torch.device("cuda"))
+
+
+def test_each_process_has_a_gpu_of_its_own(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(type(plan), "value", lambda plan, id: "cuda")
+    assert plan_device(plan) == torch.device("cuda")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    assert plan_device(plan) == torch.device("cuda", 1)
 
 
 def test_shares_are_of_the_tokens_of_all_processes() -> None:
