@@ -27,12 +27,14 @@ from ideoflow.plan.document import (
     Digests,
     DiskSizes,
     Hardware,
+    Ledger,
     Plan,
     Rejected,
     Value,
 )
 from ideoflow.plan.reasons import why, why_not
 from ideoflow.plan.search import (
+    NCCL,
     Evaluation,
     Problem,
     alternatives,
@@ -106,12 +108,16 @@ def make_plan(
 def for_processes(plan: Plan, processes: int) -> Plan:
     """The same plan for another number of processes; of one process, a plan has no word on it."""
     others = tuple(d for d in plan.decisions if d.id != "processes")
+    lines = tuple(line for line in plan.ledger.lines if line.name != NCCL.name)
     if processes == 1:
-        return replace(plan, decisions=others)
-    train, what = plan.tables.train, "GPUs" if plan.value("device") == "cuda" else "processes"
+        return replace(plan, decisions=others, ledger=Ledger(lines))
+    train, gpus = plan.tables.train, plan.value("device") == "cuda"
+    what = "GPUs" if gpus else "processes"
     product = f"{processes} x batch {train.batch} x accumulation {train.accumulation}"
     reason = f"{processes} {what}, global batch {processes * train.batch * train.accumulation} = {product}"
-    return replace(plan, decisions=(*others, Decision("processes", processes, "auto", "launched", reason)))
+    decided = Decision("processes", processes, "auto", "launched", reason)
+    ledger = Ledger((*lines, NCCL) if gpus else lines)
+    return replace(plan, decisions=(*others, decided), ledger=ledger)
 
 
 def _with_its_line(decision: Decision, recipe: Recipe) -> Decision:

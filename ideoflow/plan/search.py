@@ -46,7 +46,7 @@ _PRECISION_BITS = {"nf4": 4, "fp8": 8, "int8": 8, "float16": 16, "bf16": 16, "fl
 
 
 # What several processes need besides: NCCL's channels, and a bucket of gradients on its way.
-_NCCL = LedgerLine("train", "NCCL", 450 << 20, False, "usual size; depends on the links between the cards")
+NCCL = LedgerLine("train", "NCCL", 450 << 20, False, "usual size; depends on the links between the cards")
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
         group=_group(problem),
     )
     if problem.processes > 1 and choice.device == "cuda":
-        ledger = Ledger((*ledger.lines, _NCCL))
+        ledger = Ledger((*ledger.lines, NCCL))
     speed = _speed(problem, choice)
     parts = step_parts(
         problem.base.transformer,

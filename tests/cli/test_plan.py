@@ -8,6 +8,7 @@ import pytest
 
 from ideoflow.cli import main
 from ideoflow.plan import Plan, load_plan
+from ideoflow.plan.decide import for_processes
 
 CAPTION = "A red barn in a field.\nbackground: Wheat under a blue sky.\nobj: A red barn.\n"
 
@@ -62,6 +63,17 @@ def test_several_processes_are_on_the_page_and_one_leaves_no_trace(recipe, capsy
     two["decisions"].remove(decided)
     assert decided["value"] == 2 and two["ledger"] == one["ledger"] and two["time"] == one["time"]
     assert [d["id"] for d in two["decisions"]] == [d["id"] for d in one["decisions"]]
+
+
+def test_a_finished_plan_is_carried_out_by_another_number_of_processes(recipe, capsys):
+    made = [Plan.from_json(run(capsys, recipe, "--gpu", "h100", "--processes", n, "--json")[1]) for n in "12"]
+    assert [plan.processes for plan in made] == [1, 2]
+    for plan in made:
+        again = [for_processes(plan, n) for n in (1, 2, 3)]
+        assert [(p.processes, p.ledger.peak_bytes) for p in again[:2]] == [
+            (p.processes, p.ledger.peak_bytes) for p in made
+        ]
+        assert again[2].processes == 3 and again[2].ledger == again[1].ledger
 
 
 def test_every_line_fits_80_columns_and_ends_without_blanks(recipe, capsys):

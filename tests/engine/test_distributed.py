@@ -104,8 +104,8 @@ def test_two_processes_learn_what_one_with_twice_the_batch_does(
         there = [line["loss"] for line in metrics(name, "step")]
         Path(name).rename(f"two-{name}")
         events: list[Any] = []
-        run(prepare(write(name, batch=2)), on_event=events.append)
-        here = [e for e in events if isinstance(e, StepDone)]
+        run(prepare(write(name, batch=2, steps=4, every=3)), on_event=events.append)
+        *here, after = [e for e in events if isinstance(e, StepDone)]
         assert there == pytest.approx([e.loss for e in here], rel=2e-6)
         assert here[0].grad_norm > 0.005, "gradients are clipped by the norm of all processes"
         checkpoint = "checkpoints/step-000003/adapter.safetensors"
@@ -113,6 +113,11 @@ def test_two_processes_learn_what_one_with_twice_the_batch_does(
         assert two.keys() == one.keys()
         for key, weight in one.items():
             torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=2e-5, msg=f"{name}: {key}")
+        # One process goes on where two stopped, with the same samples.
+        again: list[Any] = []
+        run(prepare(write(f"two-{name}", batch=2, steps=4)), on_event=again.append)
+        (step,) = [e for e in again if isinstance(e, StepDone)]
+        assert step.step == 4 and step.loss == pytest.approx(after.loss, rel=1e-4)
 
 
 @pytest.mark.slow
