@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--linear", choices=["fp8", "bf16"], help="default: fp8 on a GPU, bf16 elsewhere")
     parser.add_argument("--attention", choices=["flash4", "cudnn_varlen", "sdpa"])
     parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
-    parser.add_argument("--seconds", type=float, default=60.0, help="limit for each number of processes")
+    parser.add_argument("--seconds", type=float, default=48.0, help="limit for each number of processes")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)  # where a child puts its rows
     return parser.parse_args()
@@ -63,12 +63,14 @@ def launch(args: argparse.Namespace, processes: int, file: Path) -> list[dict[st
     if processes == 1:  # without torch.distributed, as `ideoflow run` does
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(file)]
     failed = {}
+    process = subprocess.Popen(command)
     try:
-        subprocess.run(command, check=True, timeout=args.seconds)
+        if code := process.wait(args.seconds):
+            failed = {"failed": f"exit code {code}"}
     except subprocess.TimeoutExpired:
         failed = {"failed": f"more than {args.seconds:.0f} s"}
-    except subprocess.CalledProcessError as error:
-        failed = {"failed": f"exit code {error.returncode}"}
+        process.terminate()  # torchrun ends its children
+        process.wait()
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     return rows + ([{"processes": processes, **failed}] if failed else [])
 
