@@ -18,23 +18,29 @@ from ideoflow.data.survey import Dataset, Prompt, read_dataset, read_prompts
 from ideoflow.diagnostics import IdeoflowError, fail
 from ideoflow.diagnostics.codes.engine import DOES_NOT_FIT
 from ideoflow.diagnostics.codes.plan import NOTHING_MEASURED
+from ideoflow.diagnostics.codes.processes import UNLIKE_PROCESSES
 from ideoflow.model.base import NANO, BaseFacts, locate_base
 from ideoflow.model.hub import fetch_base
 from ideoflow.model.quiet import hush_libraries
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.plan import check_digests, detect_hardware, make_plan
 from ideoflow.plan.calibration import append_runs, load_calibration
+from ideoflow.plan.check import changed_values
+from ideoflow.plan.codec import encode
+from ideoflow.plan.decide import for_processes
 from ideoflow.plan.document import DataSummary, Hardware, Plan, load_plan
 from ideoflow.plan.lock import LOCK, lock_of, version_changes
 from ideoflow.plan.record import RunMeter, engine_digest, measured_run, predict
 from ideoflow.plan.search import Evaluation
 from ideoflow.plan.variants import trials
+from ideoflow.processes import this_process
 from ideoflow.recipe import Recipe, load_recipe, parse_recipe
 from ideoflow.report.html import write_report
 from ideoflow.report.record import Recorder
 
 if TYPE_CHECKING:
     from ideoflow.engine.caches import Built
+    from ideoflow.engine.processes import Processes
 
 # Names of the engine's events in metrics.jsonl.
 _KINDS = {
@@ -92,11 +98,14 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
     if planned is None:
         hardware = detect_hardware(recipe.tables.memory.device, span=recipe.span("memory.device"))
         calibration, _ = load_calibration()
-        plan = make_plan(recipe, base, summary, hardware, calibration=calibration, prompts=len(prompts))
+        plan = make_plan(
+            recipe, base, summary, hardware, calibration=calibration, prompts=len(prompts),
+            processes=this_process().ranks,
+        )  # fmt: skip
         return Prepared(recipe, dataset, prompts, plan)
     if changed := check_digests(planned, recipe, base, summary):
         raise IdeoflowError(changed)
-    again = replace(planned, base=base)
+    again = for_processes(replace(planned, base=base), this_process().ranks)
     return Prepared(recipe, dataset, prompts, again, Path(path).with_name(LOCK))
 
 
@@ -222,6 +231,9 @@ def run(
 ) -> Result:
     """Carries a prepared run out, or goes on with what an interrupted one left in the output folder.
 
+    Started by ``torchrun``, every process calls this, and all train together; the first one alone writes, and
+    gets the events.
+
     Args:
         fresh: sets an earlier run's folder aside instead of continuing it.
         force: tries a plan that does not fit.
@@ -232,48 +244,93 @@ def run(
     Raises:
         IdeoflowError: with what went wrong; what was made until then is kept and reported.
     """
-    from ideoflow.artifacts import prepare_output, set_aside
-    from ideoflow.engine.events import Note
-    from ideoflow.engine.loop import Stop
-    from ideoflow.engine.session import carry_out
+    from ideoflow.engine.processes import joined
 
-    plan, folder, started = prepared.plan, prepared.recipe.output_folder, perf_counter()
-    if not plan.fits and not force:
-        need, free = (n / 2**30 for n in (plan.ledger.peak_bytes, plan.hardware.free_bytes))
-        cure = "`ideoflow plan` lists changes that make it fit; --force tries it all the same"
-        fail(DOES_NOT_FIT, f"the run needs {need:.1f} GiB, and {free:.1f} GiB are free", cure=cure)
-    lock = lock_of(plan)
-    # An earlier run's: of the plan.json that is run again, or of the one that goes on.
-    earlier = prepared.lock or (None if fresh else folder / LOCK)
-    changes = version_changes(earlier, lock) if earlier else []
-    if fresh:
-        set_aside(folder)
-    texts = {"plan.json": plan.to_json(), "recipe.toml": prepared.recipe.text, LOCK: lock.to_json()}
-    prepare_output(folder, texts)
-    recorder, meter = Recorder(folder), RunMeter(plan)
+    with joined() as processes:
+        return _Run(prepared, processes, on_event).carry_out(fresh, force, profile, stop)
 
-    def emit(event: Any) -> None:
-        meter.see(event)
-        if kind := _KINDS.get(type(event).__name__):
-            recorder.write(kind, **asdict(event), **({"version": __version__} if kind == "run" else {}))
-        on_event(event)
 
-    for change in changes:
-        emit(Note(change))
-    outcome = None
-    try:
-        outcome = carry_out(
-            plan, prepared.dataset, prepared.prompts, folder, emit=emit, stop=stop or Stop(), profile=profile
+class _Run:
+    """A run, in one process or as one of several: only the first of them writes and tells."""
+
+    def __init__(self, prepared: Prepared, processes: Processes, on_event: Callable[[Any], None]) -> None:
+        self.prepared, self.processes, self.on_event = prepared, processes, on_event
+        self.folder = prepared.recipe.output_folder
+        # The first one's device decides for all; where the base lies, each knows for itself.
+        self.plan = replace(processes.of_first(prepared.plan), base=prepared.plan.base)
+
+    def carry_out(self, fresh: bool, force: bool, profile: bool, stop: Any) -> Result:
+        from ideoflow.engine.events import Note
+        from ideoflow.engine.loop import Stop
+        from ideoflow.engine.session import carry_out
+
+        prepared, plan, folder, started = self.prepared, self.plan, self.folder, perf_counter()
+        self.processes.agree(lambda: self._check(force))
+        changes = self.processes.agree(lambda: self._begin(fresh) if self.processes.first else [])
+        stop = stop or Stop()
+        if not self.processes.first:
+            outcome = carry_out(
+                plan, prepared.dataset, prepared.prompts, folder, emit=lambda _: None, stop=stop,
+                processes=self.processes,
+            )  # fmt: skip
+            return Result(folder, outcome.step, outcome.finished, None, folder / "report.html")
+        recorder, meter = Recorder(folder), RunMeter(plan)
+
+        def emit(event: Any) -> None:
+            meter.see(event)
+            if kind := _KINDS.get(type(event).__name__):
+                recorder.write(kind, **asdict(event), **({"version": __version__} if kind == "run" else {}))
+            self.on_event(event)
+
+        for change in changes:
+            emit(Note(change))
+        outcome = None
+        try:
+            outcome = carry_out(
+                plan, prepared.dataset, prepared.prompts, folder, emit=emit, stop=stop, profile=profile,
+                processes=self.processes,
+            )  # fmt: skip
+            # Steps of several processes hold what they wait for each other, which is not the card's.
+            alone = self.processes.ranks == 1
+            if alone and outcome.finished and (measured := meter.measured()):
+                try:
+                    append_runs([measured])
+                except OSError as error:
+                    emit(Note(f"what was measured is not kept for later plans: {error}"))
+        finally:
+            for sentence in meter.wrong_lines():
+                emit(Note(sentence))
+            end = asdict(outcome) if outcome else {"finished": False}
+            recorder.write("end", seconds=perf_counter() - started, **end)
+            report = write_report(folder, plan)
+        return Result(folder, outcome.step, outcome.finished, outcome.adapter, report)
+
+    def _check(self, force: bool) -> None:
+        """Whether this process can do what the plan says: its own device may have less free."""
+        plan, own = self.plan, self.prepared.plan
+        if plan.digests != own.digests:
+            notes = changed_values(encode(plan.digests), encode(own.digests))
+            message = f"process {self.processes.rank} has another recipe, data or base than the first"
+            cure = "give all of them the same files"
+            fail(UNLIKE_PROCESSES, message, cure=cure, notes=notes)
+        peak, free = plan.ledger.peak_bytes, own.hardware.free_bytes
+        if peak > free and not force:
+            cure = "`ideoflow plan` lists changes that make it fit; --force tries it all the same"
+            message = f"the run needs {peak / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+            fail(DOES_NOT_FIT, message, cure=cure)
+
+    def _begin(self, fresh: bool) -> list[str]:
+        """Prepares the output folder; says what an earlier run there was made with and this one is not."""
+        from ideoflow.artifacts import prepare_output, set_aside
+
+        plan, lock = self.plan, lock_of(self.plan)
+        # An earlier run's: of the plan.json that is run again, or of the one that goes on.
+        earlier = self.prepared.lock or (None if fresh else self.folder / LOCK)
+        changes = version_changes(earlier, lock) if earlier else []
+        if fresh:
+            set_aside(self.folder)
+        recipe = self.prepared.recipe.text
+        prepare_output(
+            self.folder, {"plan.json": plan.to_json(), "recipe.toml": recipe, LOCK: lock.to_json()}
         )
-        if outcome.finished and (measured := meter.measured()):
-            try:
-                append_runs([measured])
-            except OSError as error:
-                emit(Note(f"what was measured is not kept for later plans: {error}"))
-    finally:
-        for sentence in meter.wrong_lines():
-            emit(Note(sentence))
-        end = asdict(outcome) if outcome else {"finished": False}
-        recorder.write("end", seconds=perf_counter() - started, **end)
-        report = write_report(folder, plan)
-    return Result(folder, outcome.step, outcome.finished, outcome.adapter, report)
+        return changes

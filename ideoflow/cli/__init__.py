@@ -17,7 +17,7 @@ from ideoflow.diagnostics import IdeoflowError, render_github, render_json, rend
 
 # name -> one line of help; the module is ideoflow.cli.NAME
 COMMANDS = {
-    "run": "train what a recipe (or a plan.json) says",
+    "run": "train what a recipe (or a plan.json) says; started by torchrun, on several GPUs",
     "plan": "say beforehand what fits, how long it takes and why",
     "cache": "encode beforehand, check and prune what is encoded",
     "captions": "compile, check and convert captions",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from dataclasses import asdict
@@ -45,23 +44,16 @@ def execute(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from ideoflow.cli import show
-    from ideoflow.cli.console import Console
-    from ideoflow.diagnostics import IdeoflowError
-    from ideoflow.workflow import build_cache, prepare
+    from ideoflow.cli.together import prepared_by_all, together
+    from ideoflow.workflow import build_cache
 
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is encoded is written
-    try:
-        with Console(quiet=args.quiet or not speaks) as console:
-            prepared = prepare(args.recipe, console.say)
-            if speaks:
-                show(prepared.dataset.warnings)
-            console.say("loading torch, diffusers and peft")
-            built = build_cache(prepared, on_event=console.event)
-    except IdeoflowError:
+    with together(args.quiet) as (console, speaks):
+        prepared = prepared_by_all(args.recipe, console.say)
         if speaks:
-            raise
-        return 1
+            show(prepared.dataset.warnings)
+        console.say("loading torch, diffusers and peft")
+        built = build_cache(prepared, on_event=console.event)
     if speaks:
         words = (
             f"cached  {built.captions} captions, {built.pictures} pictures; encoded now: "

@@ -64,6 +64,8 @@ class Console:
         peak, free = plan.ledger.peak_bytes / 2**30, plan.hardware.free_bytes / 2**30
         decided = ", ".join(f"{d} {plan.value(d)}" for d in ("precision", "checkpointing", "compile"))
         self.say(f"plan: {plan.hardware.name}, {decided}; about {peak:.1f} of {free:.1f} GiB")
+        if plan.processes > 1:
+            self.say(f"{plan.decision('processes').reason}; the memory is each one's")
 
     def progress_of(self, stage: str, done: int, total: int) -> None:
         """Shows how far a stage is, of work that has no events."""

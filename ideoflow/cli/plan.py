@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", metavar="NAME", help="plan for this card (rtx-4090, h100, 16gb), not this machine"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="plan for N processes, each on such a machine"
+    )
     parser.add_argument("--compare", metavar="A,B", help="a table of these cards")
     for axis, example in (("batch", "1,2,4"), ("resolution", "512,1024"), ("rank", "8,32")):
         parser.add_argument(f"--{axis}", metavar=example, help=f"a table of these values of {axis}")
@@ -70,8 +73,11 @@ def execute(args: argparse.Namespace) -> int:
 def _check_options(args: argparse.Namespace) -> None:
     """No option is ignored: those that would be are mistakes."""
     tables = [f"--{name}" for name in ("compare", "batch", "resolution", "rank") if getattr(args, name)]
+    several = ["--processes"] * (args.processes != 1)
+    if args.processes < 1:
+        fail(OPTIONS_APART, f"--processes {args.processes} trains nothing", cure="give 1 or more")
     views = [f"--{name}" for name in ("json", "explain", "diff") if getattr(args, name)]
-    if Path(args.recipe).suffix == ".json" and (others := ["--gpu"] * bool(args.gpu) + tables):
+    if Path(args.recipe).suffix == ".json" and (others := ["--gpu"] * bool(args.gpu) + several + tables):
         message = f"{args.recipe} is a finished plan, and {others[0]} makes another one"
         fail(OPTIONS_APART, message, cure="give the recipe that it was made from")
     if len(found := views + tables) > 1 and views:
@@ -86,6 +92,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     others = ("gpu", "compare", "batch", "resolution", "rank", "explain", "diff", "json", "output", "html")
     given = [f"--{name}" for name in others if getattr(args, name)]
+    given += ["--processes"] * (args.processes != 1)
     if args.recipe and Path(args.recipe).suffix == ".json":
         given.append(args.recipe)
     if given:
@@ -124,7 +131,7 @@ class _Planner:
         show(dataset.warnings)
         here = None if args.gpu else self.base  # what is cached here is not on another machine
         self.data: DataSummary | None = with_encoding(dataset.summary(), self.recipe, dataset, prompts, here)
-        self.prompts = len(prompts)
+        self.prompts, self.processes = len(prompts), args.processes
         self.calibration, warnings = load_calibration()
         show(warnings)
 
@@ -144,6 +151,7 @@ class _Planner:
             hardware or self.hardware,
             calibration=self.calibration,
             prompts=self.prompts,
+            processes=self.processes,
             brief=brief,
         )
 

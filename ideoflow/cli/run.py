@@ -1,4 +1,4 @@
-"""``ideoflow run RECIPE``: plans, trains, samples, reports."""
+"""``ideoflow run RECIPE``: plans, trains, samples, reports; ``torchrun`` trains on several GPUs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     from ideoflow.cli import show
-    from ideoflow.cli.console import Console
-    from ideoflow.workflow import prepare, run
+    from ideoflow.cli.together import prepared_by_all, together
+    from ideoflow.workflow import run
 
-    with Console(quiet=args.quiet) as console:
-        prepared = prepare(args.recipe, console.say)
-        show(prepared.dataset.warnings)
+    with together(args.quiet) as (console, speaks):
+        prepared = prepared_by_all(args.recipe, console.say)
+        if speaks:
+            show(prepared.dataset.warnings)
         console.plan(prepared.plan)
         console.say("loading torch, diffusers and peft")
         stop = _stop_on_interrupt(console)
@@ -41,7 +42,8 @@ def execute(args: argparse.Namespace) -> int:
             on_event=console.event,
             stop=stop,
         )
-        console.result(result, args.recipe)
+        if speaks:
+            console.result(result, args.recipe)
     return 0 if result.finished else 130
 
 

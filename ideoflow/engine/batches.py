@@ -67,8 +67,29 @@ class Batches:
 
     def read(self, step: int) -> Step:
         """The batches of a step, read now."""
-        numbers = step_numbers(step, self.settings.accumulation, self.settings.batch, self.rank, self.ranks)
-        return [[self._sample(n) for n in part] for part in numbers]
+        return [[self._sample(n) for n in part] for part in self._numbers(step, self.rank)]
+
+    def shares(self, step: int) -> list[float]:
+        """For each pass of a step, this process's part of the image tokens of all processes.
+
+        The loss of a batch is the mean over its image tokens, so this is what the loss of this process's part
+        of the batch counts for. Every process works it out for itself: the order is known to all.
+        """
+        if self.ranks == 1:
+            return [1.0] * self.settings.accumulation
+        tokens = [
+            [sum(self._tokens(n) for n in numbers) for numbers in self._numbers(step, rank)]
+            for rank in range(self.ranks)
+        ]
+        whole = [sum(part) for part in zip(*tokens, strict=True)]
+        return [own / every for own, every in zip(tokens[self.rank], whole, strict=True)]
+
+    def _numbers(self, step: int, rank: int) -> list[range]:
+        return step_numbers(step, self.settings.accumulation, self.settings.batch, rank, self.ranks)
+
+    def _tokens(self, number: int) -> int:
+        rows, columns = self.data[self.order.sample(number)].grid
+        return rows * columns
 
     def _sample(self, number: int) -> TrainingSample:
         seed = self.settings.seed

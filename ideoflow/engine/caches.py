@@ -7,23 +7,22 @@ end they tell each other how it went, so that one bad picture does not stop the 
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 
 from ideoflow.data.cache import TensorCache
 from ideoflow.data.encode import Encoder
 from ideoflow.data.keys import cache_folder, needed_keys
 from ideoflow.data.survey import Dataset, Prompt
-from ideoflow.diagnostics import Diagnostic, IdeoflowError
+from ideoflow.diagnostics import IdeoflowError
 from ideoflow.engine.events import Emit, Progress, StageDone
 from ideoflow.engine.meter import Meter, memory_errors_told
+from ideoflow.engine.processes import ALONE, Processes, check_device, joined
 from ideoflow.engine.setup import plan_device
 from ideoflow.plan.document import Plan
 
@@ -51,7 +50,7 @@ class Built:
     seconds: float
 
 
-def make_encoder(plan: Plan, emit: Emit, rank: int = 0, ranks: int = 1) -> Encoder:
+def make_encoder(plan: Plan, emit: Emit, processes: Processes = ALONE) -> Encoder:
     """The encoder that the plan asks for, with its cache."""
     return Encoder(
         plan.base,
@@ -60,8 +59,8 @@ def make_encoder(plan: Plan, emit: Emit, rank: int = 0, ranks: int = 1) -> Encod
         device=plan_device(plan),
         captions=plan.tables.captions,
         progress=lambda *news: emit(Progress(*news)),
-        rank=rank,
-        ranks=ranks,
+        rank=processes.rank,
+        ranks=processes.ranks,
     )
 
 
@@ -79,6 +78,23 @@ def fill_caches(encoder: Encoder, dataset: Dataset, prompts: Sequence[Prompt], m
     return Filled(captions, pictures)
 
 
+def fill_together(
+    encoder: Encoder, dataset: Dataset, prompts: Sequence[Prompt], meter: Meter, processes: Processes
+) -> Filled:
+    """:func:`fill_caches` in all processes, each its share; waits for all, and counts what all did.
+
+    Raises:
+        IdeoflowError: with what could not be encoded by any of them.
+    """
+    if processes.ranks > 1:  # each picture is read for its digest by one of them, and all remember
+        with suppress(IdeoflowError):  # told when it is encoded
+            encoder.digests.of([s.picture for s in dataset.samples][processes.rank :: processes.ranks])
+        processes.wait()
+    filled = processes.agree(lambda: fill_caches(encoder, dataset, prompts, meter))
+    every = processes.gather(filled)
+    return Filled(sum(f.captions for f in every), sum(f.pictures for f in every))
+
+
 def build_caches(plan: Plan, dataset: Dataset, prompts: Sequence[Prompt], emit: Emit) -> Built:
     """Fills the caches without training: alone, or as one of torchrun's processes.
 
@@ -86,48 +102,11 @@ def build_caches(plan: Plan, dataset: Dataset, prompts: Sequence[Prompt], emit: 
         IdeoflowError: with what could not be encoded by any of them.
     """
     started = time.perf_counter()
-    with memory_errors_told(plan), _processes() as (rank, ranks):
-        encoder = make_encoder(plan, emit, rank, ranks)
+    with memory_errors_told(plan), joined() as processes:
+        processes.agree(lambda: check_device(plan_device(plan)))
+        encoder = make_encoder(plan, emit, processes)
         meter = Meter(encoder.device, lambda *news: emit(StageDone(*news)))
-        filled, problems = Filled(0, 0), ()
-        if ranks > 1:  # each picture is read for its digest by one of them, and all remember
-            with suppress(IdeoflowError):  # told when it is encoded
-                encoder.digests.of([s.picture for s in dataset.samples][rank::ranks])
-            dist.barrier()
-        try:
-            filled = fill_caches(encoder, dataset, prompts, meter)
-        except IdeoflowError as error:
-            problems = tuple(error.diagnostics)
-        every = _gather((filled, problems), ranks)
-        found: list[Diagnostic] = [d for _, ds in every for d in ds]
-        if found:
-            raise IdeoflowError(found[:20])
+        filled = fill_together(encoder, dataset, prompts, meter, processes)
         digests = encoder.digests.of([s.picture for s in dataset.samples])
     texts, latents = needed_keys(encoder.keys, dataset, prompts, encoder.captions, digests)
-    total = Filled(sum(f.captions for f, _ in every), sum(f.pictures for f, _ in every))
-    return Built(len(texts), len(latents), total, ranks, time.perf_counter() - started)
-
-
-@contextmanager
-def _processes() -> Iterator[tuple[int, int]]:
-    """This process's rank and how many there are, as torchrun says."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        yield 0, 1
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("gloo")  # only words are exchanged, no tensors
-    try:
-        yield dist.get_rank(), ranks
-    finally:
-        dist.destroy_process_group()
-
-
-def _gather(value: object, ranks: int) -> list:  # type: ignore[type-arg]
-    """Everybody's value, in order of rank."""
-    if ranks == 1:
-        return [value]
-    gathered: list[object] = [None] * ranks
-    dist.all_gather_object(gathered, value)
-    return gathered
+    return Built(len(texts), len(latents), filled, processes.ranks, time.perf_counter() - started)

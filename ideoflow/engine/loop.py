@@ -21,7 +21,9 @@ from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import LOSS_EXPLODED
 from ideoflow.engine.batches import Batches
 from ideoflow.engine.events import CheckpointSaved, Emit, Progress, StepDone
+from ideoflow.engine.exchange import GradientExchange
 from ideoflow.engine.optimizer import Optimizer
+from ideoflow.engine.processes import ALONE, Processes
 from ideoflow.engine.schedule import learning_rate_factor
 from ideoflow.engine.setup import Trainable
 from ideoflow.plan.document import Plan
@@ -78,15 +80,24 @@ class Trainer:
         checkpoints: Checkpoints,
         emit: Emit,
         stop: Stop,
+        processes: Processes = ALONE,
     ) -> None:
-        self.plan, self.model = plan, model
+        self.plan, self.model, self.processes = plan, model, processes
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop
         self.settings = plan.tables.train
         pin = model.transformer.device.type == "cuda"
-        self.batches = Batches(plan.tables, data, shares, cache, pin=pin)
+        rank, ranks = processes.rank, processes.ranks
+        self.batches = Batches(plan.tables, data, shares, cache, pin=pin, rank=rank, ranks=ranks)
         self.step = 0
         self.saved_at: int | None = None
         self.optimizer = Optimizer(str(plan.value("optimizer_state")), model.parameters, self.settings)
+        self.exchange: GradientExchange | None = None
+        if ranks > 1:
+            trained = list(model.parameters.values())
+            processes.copy_from_first(trained)
+            group = processes.group(trained[0].device)
+            self.exchange = GradientExchange(trained, overlaps=model.overlaps, group=group)
+        self._asked_at, self._agreed = -1, False
         self._unreported: _Reading | None = None
         self._told_at = 0.0
 
@@ -107,13 +118,21 @@ class Trainer:
         total = self.settings.steps
         self.emit(Progress("train", self.step, total))
         self._told_at = time.perf_counter()
-        while self.step < until and not self.stop.requested:
+        while self.step < until and not self.stopping():
             with self.around(self.step + 1):
                 self._one_step()
                 self.emit(Progress("train", self.step, total))
-            if self.step == total or self.step % self.settings.checkpoint_every == 0 or self.stop.requested:
+            if self.step == total or self.step % self.settings.checkpoint_every == 0 or self.stopping():
                 self.save()
         self._report()
+
+    def stopping(self) -> bool:
+        """Whether a stop was requested, of any process: they ask each other once a step and stop together."""
+        if self.processes.ranks == 1:
+            return self.stop.requested
+        if self._asked_at != self.step:
+            self._asked_at, self._agreed = self.step, self.processes.any(self.stop.requested)
+        return self._agreed
 
     def _one_step(self) -> None:
         """Queues a step on the device, and reads what the one before it came to.
@@ -126,9 +145,7 @@ class Trainer:
             self.step, self.settings.steps, self.settings.warmup, self.settings.decay
         )
         rate = self.settings.learning_rate * factor
-        parts = self.settings.accumulation
-        losses = [self.model.gradients(batch, parts) for batch in self.batches.of(self.step)]
-        loss, norm = torch.stack(losses).mean(), self._gradient_norm()
+        loss, norm = self._gradients(), self._gradient_norm()
         outcome = _Reading(self.step + 1, rate, torch.stack((loss, norm.to(loss.dtype))))
         if self.optimizer.guarded:
             self._report()
@@ -140,6 +157,18 @@ class Trainer:
         self._unreported = outcome
         if not self.optimizer.guarded:
             self._report()
+
+    def _gradients(self) -> Tensor:
+        """The step's loss; its gradients, of all processes, are the parameters' then."""
+        parts, batches = self.settings.accumulation, self.batches.of(self.step)
+        if self.exchange is None:
+            return torch.stack([self.model.gradients(batch, parts) for batch in batches]).mean()
+        losses = []
+        for number, (batch, share) in enumerate(zip(batches, self.batches.shares(self.step), strict=True), 1):
+            if number == parts:
+                self.exchange.arm()
+            losses.append(self.model.gradients(batch, parts / share) * share)
+        return self.exchange.finish(torch.stack(losses).mean())
 
     def _report(self) -> None:
         """Tells of the last step that was queued, if it was not told yet.
@@ -178,9 +207,12 @@ class Trainer:
         return torch.nn.utils.clip_grad_norm_(list(self.model.parameters.values()), limit)
 
     def save(self) -> Path | None:
-        """Writes a checkpoint of the present step, unless there is one."""
+        """Writes a checkpoint of the present step, unless there is one; of several processes, the first."""
         self._report()  # a step that went wrong must not be saved
         if self.saved_at == self.step:
+            return None
+        if not self.processes.first:
+            self.saved_at = self.step
             return None
         folder = self.checkpoints.save(
             self.step,

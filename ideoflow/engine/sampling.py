@@ -7,7 +7,7 @@ v = g * conditional + (1 - g) * unconditional, where the unconditional velocity 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -82,13 +82,18 @@ class Sampler:
         if self.unconditional is not None and plan.value("unconditional") == "streamed":
             self.stream = stream_blocks(self.unconditional, self.device)
 
-    def sample(self, texts: list[Tensor]) -> list[Image.Image]:
-        """One picture for each caption's text features (text tokens, hidden)."""
+    def sample(self, texts: list[Tensor], numbers: Sequence[int] | None = None) -> list[Image.Image]:
+        """One picture for each caption's text features (text tokens, hidden).
+
+        ``numbers`` are the prompts' own, where they are not all of them; a picture's noise is by its number.
+        """
         self.model.release()
         training = self.model.transformer.training
         self.model.transformer.eval()
         self._move_unconditional(self.device)
-        tokens = [self._tokens(text, index) for index, text in enumerate(texts)]
+        tokens = [
+            self._tokens(text, index) for index, text in zip(numbers or range(len(texts)), texts, strict=True)
+        ]
         self._move_unconditional(torch.device("cpu"))
         self.vae.to(self.device)
         pictures = [self._decode(t) for t in tokens]

@@ -1,4 +1,7 @@
-"""One run on one device: fill the caches, build the model, train, sample, write the adapter."""
+"""One run: fill the caches, build the model, train, sample, write the adapter.
+
+On one device, or on several, each with a process of its own that does its share.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from PIL import Image
 
 from ideoflow.artifacts import Checkpoints
 from ideoflow.artifacts.adapter_file import for_form, write_adapter
@@ -18,11 +22,13 @@ from ideoflow.artifacts.names import Form
 from ideoflow.data.survey import Dataset, Prompt
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
+from ideoflow.diagnostics.codes.processes import UNLIKE_PROCESSES
 from ideoflow.engine.adapt import base_weight, trained_updates
-from ideoflow.engine.caches import fill_caches, make_encoder
+from ideoflow.engine.caches import fill_together, make_encoder
 from ideoflow.engine.events import Emit, LinesMeasured, Note, Progress, RunStarted, SampleMade, StageDone
 from ideoflow.engine.loop import Stop, Trainer, run_identity
 from ideoflow.engine.meter import Meter, measure_lines, memory_errors_told
+from ideoflow.engine.processes import ALONE, Processes, check_device
 from ideoflow.engine.profile import RunProfile, capture_training
 from ideoflow.engine.sampling import Sampler, write_picture
 from ideoflow.engine.setup import Trainable, build, plan_device
@@ -49,43 +55,60 @@ def carry_out(
     emit: Emit,
     stop: Stop,
     profile: bool = False,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Trains what the plan says on ``dataset``; goes on where an earlier run in ``folder`` stopped.
 
-    With ``profile``, some steps are profiled (:class:`ideoflow.engine.profile.RunProfile`).
+    With ``profile``, some steps are profiled (:class:`ideoflow.engine.profile.RunProfile`). Several processes
+    share the work; only the first one writes.
 
     Raises:
         IdeoflowError: with what went wrong. Caches, checkpoints and samples made until then are kept.
     """
     with memory_errors_told(plan):
-        return _Session(plan, folder, emit, stop, profile).run(dataset, prompts)
+        return _Session(plan, folder, emit, stop, profile, processes).run(dataset, prompts)
 
 
 class _Session:
-    def __init__(self, plan: Plan, folder: Path, emit: Emit, stop: Stop, profile: bool) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, emit: Emit, stop: Stop, profile: bool, processes: Processes
+    ) -> None:
         assert plan.base.folder is not None, "the base is fetched before the engine starts"
         self.plan, self.folder, self.emit, self.stop = plan, folder, emit, stop
-        self.profile = profile
+        self.profile, self.processes = profile and processes.first, processes
         self.device = plan_device(plan)
+        processes.agree(lambda: check_device(self.device))
         self.meter = Meter(self.device, lambda *news: emit(StageDone(*news)))
-        self.encoder = make_encoder(plan, emit)
+        self.encoder = make_encoder(plan, emit, processes)
         settings = plan.tables.train
         self.checkpoints = Checkpoints(folder / "checkpoints", run_identity(plan), settings.keep_checkpoints)
 
     def run(self, dataset: Dataset, prompts: Sequence[Prompt]) -> Outcome:
-        checkpoint, warnings = self.checkpoints.newest()
+        checkpoint, warnings = self.processes.agree(self.checkpoints.newest)
         self._tell(warnings)
         from_step = checkpoint.step if checkpoint else 0
+        if len(set(self.processes.gather(from_step))) > 1:
+            cure = "put [output] folder on a file system that all hosts share"
+            message = f"not every process finds the checkpoint of step {from_step} in {self.folder}"
+            fail(UNLIKE_PROCESSES, message, cure=cure)
         self.emit(RunStarted(from_step, str(self.device), torch.__version__))
-        fill_caches(self.encoder, dataset, prompts, self.meter)
+        fill_together(self.encoder, dataset, prompts, self.meter, self.processes)
         data = self.encoder.encoded(dataset.samples)
         self.emit(Progress("load", 0, 1))
         with self.meter.stage("load"):
             model = build(self.plan)
-            sampler = Sampler(self.plan, model) if prompts else None
+            sampler = Sampler(self.plan, model) if self._own(prompts) else None
         self.emit(Progress("load", 1, 1))
         trainer = Trainer(
-            self.plan, model, data, dataset.shares, self.encoder.cache, self.checkpoints, self.emit, self.stop
+            self.plan,
+            model,
+            data,
+            dataset.shares,
+            self.encoder.cache,
+            self.checkpoints,
+            self.emit,
+            self.stop,
+            self.processes,
         )
         total = self.plan.tables.train.steps
         if checkpoint:
@@ -99,40 +122,52 @@ class _Session:
                 trainer.around = profile.around
             self._train(trainer, sampler, prompts)
         finished = trainer.step >= self.plan.tables.train.steps
-        adapter = self._write_adapter(model, trainer.step) if finished else None
+        write = finished and self.processes.first
+        adapter = self._write_adapter(model, trainer.step) if write else None
         return Outcome(trainer.step, finished, adapter)
 
     def _train(self, trainer: Trainer, sampler: Sampler | None, prompts: Sequence[Prompt]) -> None:
         """Trains from one sampling to the next; samples before the first step and after the last."""
         total = self.plan.tables.train.steps
-        every = self.plan.tables.validate.every if sampler else total
+        every = self.plan.tables.validate.every if prompts else total
         self.stop.listening, measured = True, False
-        if sampler and trainer.step == 0:
+        if prompts and trainer.step == 0:
             self._sample(sampler, prompts, 0)
-        while trainer.step < total and not self.stop.requested:
+        while trainer.step < total and not trainer.stopping():
             until = min(total, (trainer.step // every + 1) * every)
             with self.meter.stage("train"):
                 trainer.train(until)
             if not measured:
                 self.emit(LinesMeasured(measure_lines(trainer.model, trainer.optimizer)))
                 measured = True
-            if sampler and trainer.step == until and not self.stop.requested:
+            if prompts and trainer.step == until and not trainer.stopping():
                 self._sample(sampler, prompts, until)
         self.stop.listening = False
         if trainer.step:
             trainer.save()
 
-    def _sample(self, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> None:
+    def _own(self, prompts: Sequence[Prompt]) -> range:
+        """Numbers, from 0, of the prompts whose pictures this process makes."""
+        return range(self.processes.rank, len(prompts), self.processes.ranks)
+
+    def _sample(self, sampler: Sampler | None, prompts: Sequence[Prompt], step: int) -> None:
         with self.meter.stage("samples"):
             self._make_samples(sampler, prompts, step)
 
-    def _make_samples(self, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> None:
+    def _make_samples(self, sampler: Sampler | None, prompts: Sequence[Prompt], step: int) -> None:
         self.emit(Progress("samples", 0, len(prompts)))
-        texts = [self.encoder.text_features(p.caption) for p in prompts]
-        for done, (prompt, picture) in enumerate(zip(prompts, sampler.sample(texts), strict=True), 1):
+        numbers = self._own(prompts)
+        own: list[Image.Image] = []
+        if sampler:
+            own = sampler.sample([self.encoder.text_features(prompts[n].caption) for n in numbers], numbers)
+        gathered = self.processes.gather(dict(zip(numbers, own, strict=True)))
+        if sampler is None or not self.processes.first:
+            return
+        pictures = {n: picture for part in gathered for n, picture in part.items()}
+        for done, prompt in enumerate(prompts, 1):
             file = self.folder / "samples" / f"step-{step:06d}" / f"{done:02d}-{prompt.name}.png"
             try:
-                write_picture(picture, file)
+                write_picture(pictures[done - 1], file)
             except OSError as error:
                 fail(
                     UNWRITABLE,

@@ -32,11 +32,12 @@ from ideoflow.kernels.budget import AWAY, ROUNDING
 from ideoflow.model.load import PRECISIONS, load_transformer
 from ideoflow.model.random import random_transformer
 from ideoflow.plan.document import Plan
+from ideoflow.processes import this_process
 from ideoflow.resources import user_cache
 
 
 def plan_device(plan: Plan) -> torch.device:
-    """The device that the plan was made for.
+    """The device that the plan was made for; of several processes, each one's own.
 
     Raises:
         IdeoflowError: when this machine has none.
@@ -45,6 +46,9 @@ def plan_device(plan: Plan) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         cure = "set memory.device = 'cpu', or install a torch build for your GPU and driver"
         fail(NO_DEVICE, "the plan is for a GPU, but torch finds none", cure=cure)
+    process = this_process()
+    if device.type == "cuda" and process.ranks > 1:  # by number: a new thread's own is the first
+        return torch.device("cuda", process.local_rank)
     return device
 
 
@@ -86,14 +90,16 @@ class Trainable:
         gradients: adds a batch's gradients, as :func:`ideoflow.engine.step.accumulate` does.
         release: gives back memory that only training needs; training may go on afterwards.
         streamed: weights wait elsewhere, and come to the device when they are needed.
+        overlaps: ``gradients`` is one backward pass, in which hooks on the parameters run.
     """
 
     transformer: Ideogram4Transformer2DModel
     parameters: dict[str, nn.Parameter]
     predict: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
-    gradients: Callable[[list[TrainingSample], int], Tensor]
+    gradients: Callable[[list[TrainingSample], float], Tensor]
     release: Callable[[], None] = lambda: None
     streamed: bool = False
+    overlaps: bool = False
 
 
 def build(plan: Plan) -> Trainable:
@@ -140,6 +146,7 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
             partial(accumulate_packed, fused, graphs=graphs),
             graphs.release if graphs else lambda: None,
             offload != "none",
+            overlaps=graphs is None,
         )
     if offload == "stream":
         stream_blocks(transformer, device)

@@ -83,7 +83,7 @@ def velocity_loss(transformer: Ideogram4Transformer2DModel, sample: TrainingSamp
     return torch.nn.functional.mse_loss(velocity.float(), sample.target.to(velocity.device))
 
 
-def accumulate(transformer: Ideogram4Transformer2DModel, batch: list[TrainingSample], parts: int) -> Tensor:
+def accumulate(transformer: Ideogram4Transformer2DModel, batch: list[TrainingSample], parts: float) -> Tensor:
     """Adds the gradients of a batch's loss, divided by ``parts``, to the adapter; returns the loss, detached.
 
     The loss of a batch is the mean over all its image tokens, so larger pictures weigh more, as in one padded
@@ -107,7 +107,7 @@ def predict_packed(
 
 
 def accumulate_packed(
-    fused: FusedTransformer, batch: list[TrainingSample], parts: int, graphs: GraphedSteps | None = None
+    fused: FusedTransformer, batch: list[TrainingSample], parts: float, graphs: GraphedSteps | None = None
 ) -> Tensor:
     """:func:`accumulate` through the fused engine: the whole batch in one pass, by a graph where there are
     graphs."""

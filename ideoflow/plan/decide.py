@@ -27,12 +27,14 @@ from ideoflow.plan.document import (
     Digests,
     DiskSizes,
     Hardware,
+    Ledger,
     Plan,
     Rejected,
     Value,
 )
 from ideoflow.plan.reasons import why, why_not
 from ideoflow.plan.search import (
+    NCCL,
     Evaluation,
     Problem,
     alternatives,
@@ -56,6 +58,7 @@ def make_plan(
     *,
     calibration: Calibration | None = None,
     prompts: int | None = None,
+    processes: int = 1,
     brief: bool = False,
 ) -> Plan:
     """Decides everything that a run needs to know; the same arguments give the same plan.
@@ -67,6 +70,7 @@ def make_plan(
         hardware: the machine, at hand or by name.
         calibration: measurements to correct the formulas with; by default those that ship.
         prompts: number of validation pictures; by default one for each entry of ``validate.prompts``.
+        processes: how many train together, each on such a machine.
         brief: for a table: memory, times and sizes without decisions, warnings and what would help.
 
     Raises:
@@ -75,7 +79,7 @@ def make_plan(
     """
     tables = recipe.tables
     count = len(tables.validate.prompts) if prompts is None else prompts
-    problem = Problem(tables, base, data, hardware, calibration or shipped(), count)
+    problem = Problem(tables, base, data, hardware, calibration or shipped(), count, processes)
     _check(problem, recipe)
     best = solve(problem)
     plan = Plan(
@@ -97,8 +101,23 @@ def make_plan(
     if brief:
         return plan
     changes = () if plan.fits else cheapest_changes(problem, best)
-    plan = replace(plan, changes=changes)
+    plan = for_processes(replace(plan, changes=changes), processes)
     return replace(plan, warnings=advise(plan, problem, best, recipe))
+
+
+def for_processes(plan: Plan, processes: int) -> Plan:
+    """The same plan for another number of processes; of one process, a plan has no word on it."""
+    others = tuple(d for d in plan.decisions if d.id != "processes")
+    lines = tuple(line for line in plan.ledger.lines if line.name != NCCL.name)
+    if processes == 1:
+        return replace(plan, decisions=others, ledger=Ledger(lines))
+    train, gpus = plan.tables.train, plan.value("device") == "cuda"
+    what = "GPUs" if gpus else "processes"
+    product = f"{processes} x batch {train.batch} x accumulation {train.accumulation}"
+    reason = f"{processes} {what}, global batch {processes * train.batch * train.accumulation} = {product}"
+    decided = Decision("processes", processes, "auto", "launched", reason)
+    ledger = Ledger((*lines, NCCL) if gpus else lines)
+    return replace(plan, decisions=(*others, decided), ledger=ledger)
 
 
 def _with_its_line(decision: Decision, recipe: Recipe) -> Decision:

@@ -312,6 +312,11 @@ class Plan:
         return self.decision(id).value
 
     @property
+    def processes(self) -> int:
+        """How many processes train together; a plan for one has no decision about it."""
+        return next((int(d.value) for d in self.decisions if d.id == "processes"), 1)
+
+    @property
     def fits(self) -> bool:
         """Whether every phase stays within the device's free memory."""
         return self.ledger.peak_bytes <= self.hardware.free_bytes

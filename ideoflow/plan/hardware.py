@@ -23,6 +23,7 @@ from ideoflow.plan.profiles import (
     profile_names,
     profile_rates,
 )
+from ideoflow.processes import this_process
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 # What :func:`_calls_and_lookups` took on the host of the H200 that launching was measured on.
@@ -64,9 +65,13 @@ def detect_hardware(device: str = "auto", *, folder: Path = Path(), span: Span |
 
 
 def _nvidia() -> Hardware | None:
-    """The first visible NVIDIA card, or None where there is none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = visible.split(",")[0].strip() if visible is not None else "0"
+    """The first visible NVIDIA card, of several processes each one's own, or None where there is none."""
+    visible, own = os.environ.get("CUDA_VISIBLE_DEVICES"), this_process().local_rank
+    first = str(own)
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        # Where there are fewer than processes, that is told when they join; until then the first one counts.
+        first = names[own] if own < len(names) else names[0]
     if first in ("", "-1"):
         return None
     try:
@@ -82,7 +87,10 @@ def _nvidia() -> Hardware | None:
         return None
     try:
         if first.isdigit():
-            return _read_card(pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(first)))
+            index = int(first)
+            if own and index >= pynvml.nvmlDeviceGetCount():
+                index = 0
+            return _read_card(pynvml, pynvml.nvmlDeviceGetHandleByIndex(index))
         return _read_card(pynvml, pynvml.nvmlDeviceGetHandleByUUID(first))
     except pynvml.NVMLError:
         return None
@@ -173,11 +181,16 @@ def _calls_and_lookups(count: int = 10_000) -> int:
 def _host_processor() -> Hardware:
     import psutil
 
-    memory = psutil.virtual_memory()
+    memory, sharers = psutil.virtual_memory(), this_process().local_ranks
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     name = f"{psutil.cpu_count(logical=False) or os.cpu_count() or 1}-core {platform.machine()} CPU"
     return Hardware(
-        name, "mps" if apple else "cpu", memory.total, memory.available, fast_bf16=_cpu_has_bf16(), rates=None
+        name,
+        "mps" if apple else "cpu",
+        memory.total,
+        memory.available // sharers,
+        fast_bf16=_cpu_has_bf16(),
+        rates=None,
     )
 
 
@@ -199,6 +212,6 @@ def _with_host(hardware: Hardware, folder: Path) -> Hardware:
     return replace(
         hardware,
         host_bytes=memory.total,
-        host_free_bytes=memory.available,
+        host_free_bytes=memory.available // this_process().local_ranks,
         disk_free_bytes=shutil.disk_usage(existing).free if existing else None,
     )

@@ -16,7 +16,7 @@ from ideoflow.plan.search import Evaluation, Problem, evaluate
 from ideoflow.plan.sizes import Choice
 
 # Lines that are no tensors, which an allocator's figures do not hold.
-NOT_ALLOCATED = frozenset({"CUDA context", "Python and torch", "fragmentation"})
+NOT_ALLOCATED = frozenset({"CUDA context", "Python and torch", "fragmentation", "NCCL"})
 # The stage of a run in which each phase of the ledger happens.
 STAGE_OF: Mapping[Phase, str] = {
     "text": "captions",

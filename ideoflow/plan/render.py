@@ -112,7 +112,8 @@ def _head(plan: Plan) -> RenderableType:
     numbers = f"{learnt / 1e6:.1f} M parameters, a file of {disk(plan.sizes.adapter)}"
     grid.add_row("adapter", f"{adapter.kind}, {what}, {rank_words(adapter)}; {numbers}")
     named = " (by name)" if hardware.source == "profile" else ""
-    grid.add_row("machine", f"{hardware.name}{named}   {', '.join(facts)}")
+    several = f"{plan.processes} x " if plan.processes > 1 and hardware.kind == "cuda" else ""
+    grid.add_row("machine", f"{several}{hardware.name}{named}   {', '.join(facts)}")
     grid.add_row("verdict", _verdict(plan))
     return grid
 
@@ -187,6 +188,7 @@ def _decisions(plan: Plan) -> RenderableType:
     shown = [
         *_SHOWN[str(plan.value("engine"))],
         *(x for x, usual in _USUAL.items() if plan.value(x) != usual),
+        *(["processes"] if plan.processes > 1 else []),
     ]
     for decision in (plan.decision(id) for id in shown):
         rejected = decision.rejected

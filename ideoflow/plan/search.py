@@ -20,7 +20,7 @@ from ideoflow.model.spec import PIXELS_PER_TOKEN, target_modules
 from ideoflow.plan.adapters import AdaptedModule, AdapterSize, adapted_modules, adapter_size
 from ideoflow.plan.calibration import Calibration, Factors
 from ideoflow.plan.choices import combinations, exact_block_counts, fixed_decisions
-from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, TimeEstimate
+from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, LedgerLine, TimeEstimate
 from ideoflow.plan.fused import away_bytes
 from ideoflow.plan.memory import build_ledger
 from ideoflow.plan.phases import SAMPLING_STEPS, encoding_seconds, sampling_seconds, starting_seconds
@@ -40,9 +40,16 @@ GUIDANCE = ("loaded", "streamed", "proxy")
 _PRECISION_BITS = {"nf4": 4, "fp8": 8, "int8": 8, "float16": 16, "bf16": 16, "float32": 32}
 
 
+# What several processes need besides: NCCL's channels, and a bucket of gradients on its way.
+NCCL = LedgerLine("train", "NCCL", 450 << 20, False, "usual size; depends on the links between the cards")
+
+
 @dataclass(frozen=True)
 class Problem:
-    """What is given: settings, base, data, machine and measurements; ``prompts`` are the pictures sampled."""
+    """What is given: settings, base, data, machine and measurements; ``prompts`` are the pictures sampled.
+
+    ``processes`` train together, each on such a machine.
+    """
 
     tables: RecipeTables
     base: BaseFacts
@@ -50,6 +57,7 @@ class Problem:
     hardware: Hardware
     calibration: Calibration
     prompts: int
+    processes: int = 1
 
     @property
     def device(self) -> str:
@@ -237,6 +245,8 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
         adapter=problem.adapter,
         group=_group(problem),
     )
+    if problem.processes > 1 and choice.device == "cuda":
+        ledger = Ledger((*ledger.lines, NCCL))
     speed = _speed(problem, choice)
     parts = step_parts(
         problem.base.transformer,

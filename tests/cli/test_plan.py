@@ -8,6 +8,7 @@ import pytest
 
 from ideoflow.cli import main
 from ideoflow.plan import Plan, load_plan
+from ideoflow.plan.decide import for_processes
 
 CAPTION = "A red barn in a field.\nbackground: Wheat under a blue sky.\nobj: A red barn.\n"
 
@@ -47,6 +48,32 @@ def test_a_plan_that_fits(recipe, capsys):
                   "stored as fp8", "activation_budget  0.45", "fits", "adapter 251 MB"):  # fmt: skip
         assert words in out
     assert err == ""
+
+
+def test_several_processes_are_on_the_page_and_one_leaves_no_trace(recipe, capsys):
+    code, out, _ = run(capsys, recipe, "--gpu", "h100", "--processes", "2")
+    assert code == 0 and "2 x H100" in out
+    assert "2 GPUs, global batch 2 = 2 x batch 1 x accumulation 1" in " ".join(out.split())
+    two = json.loads(run(capsys, recipe, "--gpu", "h100", "--processes", "2", "--json")[1])
+    one = json.loads(run(capsys, recipe, "--gpu", "h100", "--json")[1])
+    lines = [line for line in two["ledger"]["lines"] if line["name"] == "NCCL"]
+    assert [line["phase"] for line in lines] == ["train"]
+    two["ledger"]["lines"].remove(lines[0])
+    (decided,) = [d for d in two["decisions"] if d["id"] == "processes"]
+    two["decisions"].remove(decided)
+    assert decided["value"] == 2 and two["ledger"] == one["ledger"] and two["time"] == one["time"]
+    assert [d["id"] for d in two["decisions"]] == [d["id"] for d in one["decisions"]]
+
+
+def test_a_finished_plan_is_carried_out_by_another_number_of_processes(recipe, capsys):
+    made = [Plan.from_json(run(capsys, recipe, "--gpu", "h100", "--processes", n, "--json")[1]) for n in "12"]
+    assert [plan.processes for plan in made] == [1, 2]
+    for plan in made:
+        again = [for_processes(plan, n) for n in (1, 2, 3)]
+        assert [(p.processes, p.ledger.peak_bytes) for p in again[:2]] == [
+            (p.processes, p.ledger.peak_bytes) for p in made
+        ]
+        assert again[2].processes == 3 and again[2].ledger == again[1].ledger
 
 
 def test_every_line_fits_80_columns_and_ends_without_blanks(recipe, capsys):

@@ -1,5 +1,6 @@
 """The nano base, a plan for it and its parts, made once for all tests of the engine."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from ideoflow.model.hub import fetch_base
 from ideoflow.plan import make_plan
 from ideoflow.plan.document import Bucket, DataSummary, Hardware, Plan
 from ideoflow.recipe import parse_recipe
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helper of test_distributed.py
 
 CPU = torch.device("cpu")
 HARDWARE = Hardware("CPU", "cpu", 16 << 30, 12 << 30, fast_bf16=False)

@@ -55,7 +55,7 @@ def test_everything_is_encoded_once(recipe):
 def _one_of(rank, ranks, port, recipe, results):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     prepared = prepare(recipe)
     try:
         results.put(build_caches(prepared.plan, prepared.dataset, prepared.prompts, lambda _: None))

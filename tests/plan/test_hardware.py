@@ -85,6 +85,17 @@ def test_cuda_visible_devices_is_obeyed(visible, asked, nvml, monkeypatch):
     assert nvml.asked[:1] == ([] if asked is None else [asked])
 
 
+@pytest.mark.parametrize(("visible", "asked"), [(None, 1), ("2,0", 0), ("GPU-a,GPU-b", "GPU-b")])
+def test_each_of_several_processes_asks_for_its_own_card(visible, asked, nvml, monkeypatch):
+    launched = {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
+    for name, value in (launched | {"MASTER_ADDR": "here"}).items():
+        monkeypatch.setenv(name, str(value))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvml.nvmlDeviceGetCount = lambda: 4
+    assert detect_hardware().kind == "cuda" and nvml.asked[0] == asked
+
+
 @pytest.mark.parametrize("question", ["nvmlInit", "nvmlDeviceGetHandleByIndex"])
 def test_without_a_card_the_processor_is_planned_for(question, nvml):
     setattr(nvml, question, refuse)

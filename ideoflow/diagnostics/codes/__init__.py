@@ -7,7 +7,7 @@
 | IP | plans and hardware | ``codes.plan`` |
 | IM | base models | ``codes.model`` |
 | ID | pictures, datasets, caches | ``codes.data`` |
-| IE | training engine | ``codes.engine`` |
+| IE | training engine | ``codes.engine``, ``codes.processes`` |
 | IA | adapter files, checkpoints, outputs | ``codes.artifacts`` |
 
 A page says what the check does, why it matters, an example where one helps, and what to write instead.
@@ -26,7 +26,7 @@ DOMAINS = {
     "IP": ("plan",),
     "IM": ("model",),
     "ID": ("data",),
-    "IE": ("engine",),
+    "IE": ("engine", "processes"),
     "IA": ("artifacts",),
 }
 

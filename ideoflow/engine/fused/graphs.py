@@ -41,6 +41,7 @@ class Place:
         text: [total - image tokens, hidden], zero where a batch has fewer text tokens.
         tables: cos and sin of the rotary embedding, [total, E / 2] each.
         loss: float32 scalar, of the last replay.
+        parts: float32 scalar, by which the loss's gradients are divided.
         lengths: tokens of each sample of the batch that is loaded, and of the inert tokens as the last.
     """
 
@@ -65,7 +66,14 @@ class Place:
             text_index=empty(slots, dtype=torch.int64),
             cu_seqlens=empty(self.samples + 1, dtype=torch.int32),
         )
+        self.parts, self._parts = empty(), 0.0
         self.lengths: tuple[int, ...] = ()
+
+    def divide_by(self, parts: float) -> None:
+        """Sets :attr:`parts`: of several processes, each one's differ from batch to batch."""
+        if parts != self._parts:
+            self.parts.fill_(parts)
+            self._parts = parts
 
     @property
     def tokens(self) -> int:
@@ -117,14 +125,15 @@ class GraphedSteps:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, noisy: Tensor, target: Tensor, time: Tensor, text: Tensor, layout: PackedLayout,
-                 parts: int) -> Tensor:  # fmt: skip
+                 parts: float) -> Tensor:  # fmt: skip
         """As :meth:`FusedTransformer.add_gradients`, with everything on the device."""
         self._attach()
-        key = (layout.grids, layout.total, parts)
+        key = (layout.grids, layout.total)
         batch = (noisy, target, time, text, self.fused.rotary(layout))
         if key in self._graphs:
             place, graph = self._graphs[key]
             place.load(layout, *batch)
+            place.divide_by(parts)
             graph.replay()
             return place.loss.clone()
         self._seen[key] += 1
@@ -132,7 +141,7 @@ class GraphedSteps:
             return self.fused.add_gradients(noisy, target, time, text, layout, parts, batch[-1])
         return self._record(key, layout, batch, parts)
 
-    def in_place(self, place: Place, parts: int) -> None:
+    def in_place(self, place: Place, parts: float | Tensor) -> None:
         """What is recorded: the step of the batch in a place, launch by launch."""
         data = (place.noisy, place.target, place.time, place.text)
         place.loss.copy_(self.fused.add_gradients(*data, place, parts, place.tables))
@@ -155,15 +164,16 @@ class GraphedSteps:
                     gradient.copy_(parameter.grad)
                 parameter.grad = gradient
 
-    def _record(self, key: tuple[object, ...], layout: PackedLayout, batch: tuple, parts: int) -> Tensor:
+    def _record(self, key: tuple[object, ...], layout: PackedLayout, batch: tuple, parts: float) -> Tensor:
         """Runs the batch once in its new place, which compiles what is new there, then records the step."""
         place = Place(layout, batch[0].shape[1], batch[-1], batch[3])
         place.load(layout, *batch)
+        place.divide_by(parts)
         self._stream = self._stream or torch.cuda.Stream()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self.in_place(place, parts)
+            self.in_place(place, place.parts)
         current.wait_stream(self._stream)
         loss = place.loss.clone()
         torch.cuda.synchronize()
@@ -175,7 +185,7 @@ class GraphedSteps:
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                self.in_place(place, parts)
+                self.in_place(place, place.parts)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

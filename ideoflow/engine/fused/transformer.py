@@ -133,7 +133,8 @@ class FusedTransformer:
         return self._project(h, conditioning, index.image_index, index.sample_index)
 
     def add_gradients(self, noisy: Tensor, target: Tensor, time: Tensor, text: Tensor, layout: PackedLayout,
-                      parts: int, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+                      parts: float | Tensor, tables: tuple[Tensor, Tensor] | None = None
+                      ) -> Tensor:  # fmt: skip
         """Adds the gradients of the mean squared error, divided by ``parts``; returns it whole, detached.
 
         ``target`` is float32 and shaped as the velocities; the rest as :meth:`__call__` takes it.

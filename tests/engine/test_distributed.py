@@ -1,0 +1,213 @@
+"""Several processes train as one: the numbers of one with a larger batch, one output, one word on errors."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_worker import planned
+from safetensors.torch import load_file
+from torch import nn
+
+from ideoflow.data.survey import Share
+from ideoflow.diagnostics import IdeoflowError
+from ideoflow.diagnostics.codes import processes as codes
+from ideoflow.engine import processes as joining
+from ideoflow.engine.batches import Batches
+from ideoflow.engine.events import StepDone
+from ideoflow.engine.setup import plan_device
+from ideoflow.processes import Process, this_process
+from ideoflow.recipe import parse_recipe
+from ideoflow.resources import recipes
+from ideoflow.workflow import prepare, run
+
+RECIPE = """
+[model]
+base = "nano"
+[data]
+images = "pictures"
+resolution = 64
+[adapter]
+rank = 4
+[train]
+steps = {steps}
+batch = {batch}
+learning_rate = 1e-3
+accumulation = 2
+max_grad_norm = 0.005
+checkpoint_every = {every}
+seed = 3
+[output]
+folder = "{folder}"
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+WORKER = str(Path(__file__).with_name("distributed_worker.py"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with three pictures of different shapes, and the current one."""
+    (tmp_path / "pictures").mkdir()
+    for name in ("cat", "coffee", "rocket"):
+        for suffix in (".jpg", ".icap"):
+            shutil.copy(recipes() / "quickstart" / f"{name}{suffix}", tmp_path / "pictures")
+    shutil.copytree(recipes() / "styles", tmp_path / "styles")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, more: str = "", *, batch: int = 1, every: int = 100, steps: int = 3) -> str:
+    text = RECIPE.format(batch=batch, every=every, steps=steps, folder=name)
+    Path(f"{name}.toml").write_text(text + more)
+    return f"{name}.toml"
+
+
+def start(trouble: str, *names: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [*TORCHRUN, *options, WORKER, trouble, *names]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def metrics(folder: str, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_with_twice_the_batch_does(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both engines; and after a third run is interrupted, both stop after the same step."""
+    validate = '[validate]\nprompts = ["pictures/*.icap"]\nevery = 100\npreset = "turbo"\nsteps = 1\n'
+    process = start("none", write("reference", validate), write("fused"), write("long", steps=5000))
+    end = time.monotonic() + 200
+    while not (Path("long/metrics.jsonl").exists() and metrics("long", "step")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)  # torchrun passes it on
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err.split("torch/distributed/elastic")[0], err
+    (last,) = metrics("long", "end")
+    assert Path(f"long/checkpoints/step-{last['step']:06d}/state.json").exists() and not last["finished"]
+    assert f"stopped after step {last['step']}" in out, err
+    assert out.count("adapter  ") == 2 and err.count("training: 3 of 3") == 2
+    assert "2 processes, global batch 4 = 2 x batch 1 x accumulation 2" in " ".join(err.split())
+    assert len(list(Path("reference/samples").rglob("*.png"))) == 6
+    monkeypatch.setattr("ideoflow.workflow.make_plan", planned)
+    for name in ("reference", "fused"):
+        assert len(metrics(name, "run")) == len(metrics(name, "end")) == 1
+        there = [line["loss"] for line in metrics(name, "step")]
+        Path(name).rename(f"two-{name}")
+        events: list[Any] = []
+        run(prepare(write(name, batch=2, steps=4, every=3)), on_event=events.append)
+        *here, after = [e for e in events if isinstance(e, StepDone)]
+        assert there == pytest.approx([e.loss for e in here], rel=2e-6)
+        assert here[0].grad_norm > 0.005, "gradients are clipped by the norm of all processes"
+        checkpoint = "checkpoints/step-000003/adapter.safetensors"
+        two, one = (load_file(Path(folder, checkpoint)) for folder in (f"two-{name}", name))
+        assert two.keys() == one.keys()
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=2e-5, msg=f"{name}: {key}")
+        # One process goes on where two stopped, with the same samples.
+        again: list[Any] = []
+        run(prepare(write(f"two-{name}", batch=2, steps=4)), on_event=again.append)
+        (step,) = [e for e in again if isinstance(e, StepDone)]
+        assert step.step == 4 and step.loss == pytest.approx(after.loss, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_restart_goes_on_after_a_kill_and_an_error_of_one_process_is_told_once(project: Path) -> None:
+    """The second process is killed in the fourth step, and after the restart has trouble in the sixth."""
+    process = start("kill", write("r", every=1, steps=300), options=("--max-restarts", "1"))
+    _, err = process.communicate(timeout=200)
+    killed, failed = err.split("going on from step 3 of 300")
+    assert killed.count("error[IE602]") == 1, "the process that is left says why it stops"
+    assert process.returncode == 1
+    assert failed.count("the second process finds an entry damaged") == 1 and "error[ID" in failed
+    assert "Traceback" not in failed.split("torch/distributed/elastic")[0], failed
+    assert [line["from_step"] for line in metrics("r", "run")] == [0, 3]
+    assert [line["step"] for line in metrics("r", "step")] == [1, 2, 3, 4, 5]
+    assert metrics("r", "end")[-1]["finished"] is False and Path("r/report.html").exists()
+    assert not list(Path("r/checkpoints").glob(".writing-*"))
+
+
+# Without processes ----------------------------------------------------------------------------------------
+
+LAUNCHED = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "here", "MASTER_PORT": "1"}  # fmt: skip
+
+
+def test_a_process_knows_which_one_it_is() -> None:
+    assert this_process({}) == Process() and this_process({"WORLD_SIZE": "1", "RANK": "7"}).first
+    assert this_process(LAUNCHED) == Process(3, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"RANK": ""}, {"MASTER_PORT": ""}, {"RANK": "4"}, {"LOCAL_RANK": "two"}, {"LOCAL_RANK": "2"}]
+)
+def test_incomplete_variables_are_a_diagnostic(changed: dict[str, str]) -> None:
+    with pytest.raises(IdeoflowError) as caught:
+        this_process(LAUNCHED | changed)
+    assert [d.code for d in caught.value.diagnostics] == [codes.NOT_LAUNCHED]
+
+
+def test_more_processes_than_gpus_are_a_diagnostic(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    joining.check_device(torch.device("cpu"))
+    with pytest.raises(IdeoflowError) as caught:
+        joining.check_device(torch.device("cuda"))
+    assert [d.code for d in caught.value.diagnostics] == [codes.TOO_FEW_GPUS]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    joining.check_device(torch.device("cuda"))
+
+
+def test_each_process_has_a_gpu_of_its_own(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(type(plan), "value", lambda plan, id: "cuda")
+    assert plan_device(plan) == torch.device("cuda")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    assert plan_device(plan) == torch.device("cuda", 1)
+
+
+def test_shares_are_of_the_tokens_of_all_processes() -> None:
+    tables = parse_recipe(
+        '[model]\nbase = "nano"\n[data]\nimages = "p"\n[train]\nbatch = 2\naccumulation = 3\n'
+    ).tables
+
+    class Sized:
+        def __init__(self, side: int) -> None:
+            self.grid = (side, 2)
+
+    data = [Sized(n + 1) for n in range(7)]
+    every = [
+        Batches(tables, data, [Share("x", 0, 7)], None, rank=rank, ranks=3)  # type: ignore[arg-type]
+        for rank in range(3)
+    ]
+    for step in range(4):
+        shares = [batches.shares(step) for batches in every]
+        assert [sum(part) for part in zip(*shares, strict=True)] == pytest.approx([1, 1, 1])
+        tokens = [
+            [sum(2 * (b.order.sample(n) + 1) for n in part) for part in b._numbers(step, b.rank)]
+            for b in every
+        ]
+        for part in range(3):
+            ratio = tokens[0][part] / tokens[1][part]
+            assert shares[0][part] / shares[1][part] == pytest.approx(ratio)
+
+
+def test_buckets_hold_each_parameter_once_from_the_last_to_the_first() -> None:
+    from ideoflow.engine.exchange import GradientExchange
+
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (5, 50, 7, 1, 30)]
+    exchange = GradientExchange(parameters, overlaps=False, bucket_bytes=100)
+    assert [p for bucket in exchange.buckets for p in bucket] == parameters[::-1]
+    assert [[p.numel() for p in bucket] for bucket in exchange.buckets] == [[30], [1, 7, 50], [5]]
