@@ -108,7 +108,7 @@ def covering(count: int, scale: int = 1, seed: int = 7) -> list[Configuration]:
 def launch_bound(scale: int = 1) -> list[Configuration]:
     """Steps in which the device waits for the host, one decision changed at a time."""
     usual = Configuration("fused", "bf16", "bf16", "flash4", 1.0, "none", "none", "float32", "off", "off",
-                          1, 256 // scale, 8)  # fmt: skip
+                          1, max(64, 256 // scale), 8)  # fmt: skip
     changes: list[dict[str, Any]] = [
         {}, {"budget": 0.0}, {"attention": "cudnn_varlen"}, {"attention": "sdpa"},
         *({"activation_offload": away} for away in ("inputs", "outputs", "gate_up")),
