@@ -138,8 +138,6 @@ class Hardware:
     On a CPU ``total_bytes`` and ``free_bytes`` are the host's own. ``free_bytes`` is what a run may take.
     ``compute_capability`` is CUDA's, ``rates`` None where nothing is known of the device's speed.
     ``packages`` are those of :data:`GPU_PACKAGES` that are installed; a card that is only named has all.
-    ``host_speed`` is that of one thread of the host's processor, against the one that launching kernels was
-    measured on.
     """
 
     name: str
@@ -158,7 +156,6 @@ class Hardware:
     packages: tuple[str, ...] = ()
     source: Literal["measured", "profile"] = "measured"
     note: str = ""
-    host_speed: float = 1.0
 
 
 @dataclass(frozen=True)

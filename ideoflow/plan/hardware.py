@@ -8,9 +8,7 @@ import os
 import platform
 import shutil
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from ideoflow.diagnostics import Span, closest, fail
@@ -26,8 +24,6 @@ from ideoflow.plan.profiles import (
 from ideoflow.processes import this_process
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-# What :func:`_calls_and_lookups` took on the host of the H200 that launching was measured on.
-_LOOP_SECONDS = 1.5e-3
 
 
 def named_hardware(name: str) -> Hardware:
@@ -135,7 +131,6 @@ def _read_card(nvml: Any, handle: Any) -> Hardware:
         rates=rates,
         packages=tuple(name for name in GPU_PACKAGES if _installed(name)),
         note="" if profile else "a card of unknown speed",
-        host_speed=processor_speed(),
     )
 
 
@@ -147,35 +142,6 @@ def _installed(package: str) -> bool:
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return False
-
-
-@cache
-def processor_speed() -> float:
-    """How fast one thread runs Python here, against the machine that launching was measured on.
-
-    Launching is Python and what it calls, so a short loop of calls and lookups stands for it; the fastest of
-    several is that of a processor which nobody else is using, and one decimal is all that it is good for.
-    """
-    times = []
-    for _ in range(20):
-        started = perf_counter()
-        _calls_and_lookups()
-        times.append(perf_counter() - started)
-    return max(0.1, round(_LOOP_SECONDS / min(times), 1))
-
-
-def _calls_and_lookups(count: int = 10_000) -> int:
-    class Thing:
-        def __init__(self) -> None:
-            self.facts = {"a": 1, "b": 2}
-
-        def fact(self, name: str) -> int:
-            return self.facts[name]
-
-    thing, total = Thing(), 0
-    for i in range(count):
-        total += thing.fact("a" if i & 1 else "b") + len((i, total))
-    return total
 
 
 def _host_processor() -> Hardware:

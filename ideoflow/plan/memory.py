@@ -31,11 +31,13 @@ from ideoflow.plan.sizes import (
 # A CUDA context with the kernels of a training step (0.8 GiB on an H200, with the most multiprocessors); a
 # process with torch on a host.
 _CONTEXT = {"cuda": 550 << 20, "cpu": 640 << 20}
-# What libraries allocate besides: cuBLAS for each thread and stream, attention, and ends of blocks that are
-# too small to use. It was 0.2 GiB on an H200 for both engines at every size.
-_WORKSPACES = 200 << 20
-# What the caching allocator holds beyond what is allocated, as a share of what comes and goes.
-_FRAGMENTATION = 0.05
+# What libraries allocate besides: cuBLAS takes 32 MiB for each thread and stream that multiplies. Measured on
+# an H200 for both engines at every size, like what recorded graphs and bitsandbytes' weights add.
+_WORKSPACES, _GRAPH_WORKSPACES, _NF4_WORKSPACES = 128 << 20, 224 << 20, 80 << 20
+# What the caching allocator cannot use of what it holds, at the least that a run needs: tensors that live
+# long leave gaps, fewer where weights are fetched into a few slots; and of what comes and goes a share.
+_GAPS = {True: 600 << 20, False: 250 << 20}  # weights resident: bytes
+_FRAGMENTATION = 0.04
 # glibc's malloc keeps freed blocks below 32 MiB (mallopt(3), M_MMAP_THRESHOLD): seen as 1.4 times what came
 # and went in a run on the nano base; larger tensors are given back.
 _HOST_KEEPS, _HOST_KEEPS_OF = 1.4, 300 << 20
@@ -80,6 +82,10 @@ def build_ledger(
         kind = "CUDA context" if choice.device == "cuda" else "Python and torch"
         add(phase, kind, _CONTEXT[choice.device], "usual size; depends on driver and card")
         share, evidence = _FRAGMENTATION * moving, f"{_FRAGMENTATION:.0%} of what comes and goes"
+        if choice.device == "cuda":
+            resident = phase in ("train", "sample") and choice.offload == "none"
+            share += _GAPS[resident]
+            evidence = f"gaps between what stays, and {evidence}"
         if choice.device == "cpu":
             share += _HOST_KEEPS * min(moving, _HOST_KEEPS_OF)
             evidence = "what the C library's allocator keeps"
@@ -93,7 +99,9 @@ def build_ledger(
     _weights(add, "train", base.transformer, choice, group)
     train(add, base.transformer, targets, rank, size, shapes, choice, batch, accumulation)
     if choice.device == "cuda":
-        add("train", "workspaces", _WORKSPACES, "of cuBLAS and attention, as measured")
+        libraries = _WORKSPACES + (_GRAPH_WORKSPACES if choice.graphs == "on" else 0)
+        libraries += _NF4_WORKSPACES if choice.precision == "nf4" else 0
+        add("train", "workspaces", libraries, "of cuBLAS and others, as measured")
     if choice.device == "cpu" and shapes.sample_tokens:
         # On a GPU these wait in the host's memory; on a CPU that is the same memory.
         waiting = base.vae.parameters() * choice.element

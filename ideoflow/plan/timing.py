@@ -103,7 +103,6 @@ class Speed:
     memory: float
     host: float
     block_seconds: float
-    host_speed: float
     matmul_bf16: float = math.inf
 
     @classmethod
@@ -134,8 +133,7 @@ class Speed:
             1e9 * rates.memory_gbps * share[f"elementwise_{mode}"],
             1e9 * rates.memory_gbps * share["elementwise_compiled"],
             1e9 * rates.host_gbps,
-            1e-3 * shares.block_ms[mode] / hardware.host_speed,
-            hardware.host_speed,
+            1e-3 * shares.block_ms[mode],
         )
 
     @classmethod
@@ -154,8 +152,7 @@ class Speed:
             1e9 * rates.memory_gbps * share["elementwise"],
             1e9 * rates.memory_gbps * share["weights"],
             1e9 * rates.host_gbps,
-            1e-3 * shares.block_ms[kernel] / hardware.host_speed,
-            hardware.host_speed,
+            1e-3 * shares.block_ms[kernel],
             bf16 * share["matmul_bf16"],
         )
 
@@ -258,8 +255,7 @@ def _waiting_parts(
         yield TimePart("moments", round(1e3 * seconds, 3), f"{8 * numbers / 1e9:.1f} GB each way")
     if choice.optimizer_state == "8bit":
         tensors = 2 * len(targets)
-        seconds = 1e-3 * _8BIT_TENSOR_MS * tensors / speed.host_speed
-        yield TimePart("moments", round(1e3 * seconds, 3), f"{tensors} tensors, one by one")
+        yield TimePart("moments", round(_8BIT_TENSOR_MS * tensors, 3), f"{tensors} tensors, one by one")
 
 
 def _reference_parts(

@@ -35,5 +35,6 @@ def test_memory_is_within_5_percent_and_never_2_under(rows, chosen):
 @pytest.mark.parametrize("chosen", ["all", "held out"])
 def test_a_step_is_within_10_percent(rows, chosen):
     rows = [r for r in rows if chosen == "all" or r["held_out"]]
+    rows = [r for r in rows if "time_error" in r]  # others waited for a host that was at work besides
     found = [abs(r["time_error"]) for r in rows]
     assert found and max(found) <= 0.1 and statistics.mean(found) <= 0.04, worst(rows, "time_error")

@@ -54,10 +54,10 @@ def test_changes_that_fit_only_together_are_found_and_none_of_them_is_idle(plan_
     plan = plan_for("fp8", "4gb", SAMPLES)
     together, *others = plan.changes
     assert together.fits and together.quality < min(c.quality for c in others if c.setting != "another card")
-    assert together.value == "validate.width, height = 512, adapter.rank = 16"
+    assert together.value == "validate.width, height = 512, adapter.rank = 8"
     smaller = SAMPLES + "width = 512\nheight = 512\n"
-    assert plan_for("fp8", "4gb", smaller + "[adapter]\nrank = 16\n").fits
-    for alone in (smaller, SAMPLES + "[adapter]\nrank = 16\n"):
+    assert plan_for("fp8", "4gb", smaller + "[adapter]\nrank = 8\n").fits
+    for alone in (smaller, SAMPLES + "[adapter]\nrank = 8\n"):
         assert not plan_for("fp8", "4gb", alone).fits
 
 

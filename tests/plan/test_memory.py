@@ -184,7 +184,7 @@ def test_what_costs_more_memory_costs_more_in_the_ledger(full_base):
     usual = train_peak(full_base)
     assert train_peak(full_base, rank=64) > usual > train_peak(full_base, rank=8)
     assert train_peak(full_base, targets="attention") < usual
-    assert train_peak(full_base, precision="float32") > 1.8 * usual
+    assert train_peak(full_base, precision="float32") > 1.75 * usual
     assert train_peak(full_base, activation_budget=1.0) > 2 * usual
     assert train_peak(full_base, activation_budget=1.0, compile="regional") < train_peak(
         full_base, activation_budget=1.0
