@@ -322,22 +322,25 @@ def main() -> None:
     parser.add_argument("--configurations", type=int, default=63)
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th of them, from the I-th")
     parser.add_argument(
-        "--skip", nargs="+", default=[], metavar="FILE", help="what these have is not measured"
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what these have, times included, is not measured",
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
     parser.add_argument("--shared-host", action="store_true", help="another measurement runs on this machine")
     parser.add_argument("--launching", action="store_true", help="steps that wait for the host")
     parser.add_argument("--list", action="store_true", help="print the plans for an H200, run nothing")
     parser.add_argument(
-        "--merge", nargs="+", metavar="FILE", help="join results, plan them again, print a summary"
+        "--merge", nargs="+", metavar="FILE", help="join results (the last of each counts), plan them again"
     )
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.merge:
         parts = [json.loads(Path(f).read_text()) for f in args.merge]
-        rows = sorted(
-            (planned_again(r, args.size) for p in parts for r in p["rows"]), key=lambda r: r["index"]
-        )
+        latest = {r["index"]: r for p in parts for r in p["rows"]}
+        rows = [planned_again(latest[index], args.size) for index in sorted(latest)]
         conclude({**parts[0], "rows": rows}, args.json)
         return
     # A run's hundreds of steps earn cuDNN's exact plans; these few get them from the first.
@@ -348,7 +351,8 @@ def main() -> None:
     profile = find_profile(hardware.name, hardware.total_bytes)
     card = profile.key if profile else hardware.name
     shard, shards = map(int, args.shard.split("/"))
-    wanted, done = [], {r["index"] for f in args.skip for r in json.loads(Path(f).read_text())["rows"]}
+    wanted, there = [], [r for f in args.skip for r in json.loads(Path(f).read_text())["rows"]]
+    done = {r["index"] for r in there if "time_error" in r}
     scale = 1 if args.size == "full" else 8
     chosen = launch_bound(scale) if args.launching else covering(args.configurations, scale)
     for index, c in enumerate(chosen):

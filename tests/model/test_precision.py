@@ -129,6 +129,28 @@ def test_rounding_a_row_to_integers() -> None:
     assert error.norm() < 0.5 * (eight.float() * row[:, None] - weight).norm()
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(3 * 64, 64), (3 * 10, 96), (3 * 7, 48)])
+def test_four_bits_are_looked_up_by_runs_of_rows(
+    tmp_path: Path, monkeypatch: Any, rows: int, columns: int, nested: bool
+) -> None:
+    """Any size of run gives bitsandbytes' own numbers, also where blocks of 64 do not end with rows."""
+    name = "layers.0.attention.qkv.weight"
+    weight = torch.randn(rows, columns).bfloat16()
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    parts = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file({name: packed, **parts}, tmp_path / "x.safetensors")
+    whole = bnb.dequantize_4bit(packed, state).chunk(3)
+    checkpoint = Checkpoint(tmp_path / "x.safetensors")
+    for numbers in (columns, 5 * columns, 1 << 23):
+        monkeypatch.setattr("ideoflow.model.checkpoint._PIECE", numbers)
+        for third, part in enumerate(("to_q", "to_k", "to_v")):
+            found = torch.zeros(rows // 3, columns).bfloat16()
+            for run, piece in checkpoint.pieces(f"layers.0.attention.{part}.weight", torch.bfloat16, CPU):
+                found[run] = piece
+            assert torch.equal(found, whole[third])
+
+
 @pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])
 def test_adapters_learn_on_every_precision_and_engine(nano_folder: Path, precision: str) -> None:
     """PEFT's gradients on the held weights against those on the same weights made dense."""

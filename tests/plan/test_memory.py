@@ -9,7 +9,7 @@ from ideoflow.plan import fused
 from ideoflow.plan.calibration import shipped
 from ideoflow.plan.memory import build_ledger
 from ideoflow.plan.record import NOT_ALLOCATED
-from ideoflow.plan.reference import activations, kept_by_block
+from ideoflow.plan.reference import activations, dense_weights_bytes, kept_by_block
 from ideoflow.plan.sizes import Choice, Shapes, adapter_parameters, targets_by_block
 
 GIB = 1 << 30
@@ -83,6 +83,53 @@ def test_kept_by_a_block_is_what_autograd_saves_to_the_byte(targets, base, adapt
         SMALL, targets_by_block(names)[1], 4, size[base], compiled=False, adapter=size[adapter]
     )
     assert (saved(40) - saved(24)) / 16 == predicted
+
+
+@pytest.mark.slow
+def test_kept_by_a_compiled_block_is_what_the_partitioner_saves_to_the_byte():
+    """A float32 adapter on an FP8 base; of weights with scales, the dense ones as well."""
+    import torch
+    from diffusers import Ideogram4Transformer2DModel
+    from peft import LoraConfig
+
+    from ideoflow.engine.setup import UnpaddedAttention
+    from ideoflow.kernels.float8 import quantize_blocks
+
+    spec = dataclasses.replace(SMALL, num_layers=2, num_attention_heads=6, intermediate_size=512)
+    names = target_modules("all", spec)
+    model = Ideogram4Transformer2DModel(**dataclasses.asdict(spec), mrope_section=(6, 5, 5)).bfloat16()
+    quantize_blocks(model)
+    model.set_attn_processor(UnpaddedAttention())
+    model.requires_grad_(False).add_adapter(LoraConfig(r=8, target_modules=list(names)))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    block = model.train().layers[1]
+    block.compile(backend="aot_eager_decomp_partition")
+
+    def saved(tokens):
+        hidden = torch.randn(1, tokens, spec.hidden, dtype=torch.bfloat16, requires_grad=True)
+        rotary = tuple(torch.randn(1, tokens, 32).bfloat16() for _ in range(2))
+        modulation = torch.randn(1, 1, spec.adaln_dim).bfloat16()
+        given = (*model.parameters(), *model.buffers(), hidden, *rotary)
+        known, found = {t.untyped_storage().data_ptr() for t in given}, {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                found[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(hidden, None, rotary, modulation)
+        return sum(storage.nbytes() for storage in found.values())
+
+    first, second = (saved(tokens) for tokens in (128, 192))
+    per_token = kept_by_block(spec, targets_by_block(names)[1], 8, 2, compiled=True, adapter=4)
+    assert (second - first) / 64 == per_token
+    modulations = 2 * 4 * spec.hidden
+    dense = dense_weights_bytes(spec, choice(precision="fp8", compile="regional"), 1)
+    assert first - 128 * per_token == modulations + dense
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
