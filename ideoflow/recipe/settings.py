@@ -328,9 +328,7 @@ class TrainSettings:
     steps: int = setting(1000, doc="Optimiser steps to train for.", minimum=1)
     learning_rate: float = setting(1e-4, doc="Peak learning rate.", above=0.0)
     batch: int = setting(
-        1,
-        doc="Samples in one forward pass of each process; a step has batch x accumulation x processes.",
-        minimum=1,
+        1, doc="Samples in a pass of each process; a step has batch x accumulation x processes.", minimum=1
     )
     accumulation: int = setting(1, doc="Forward passes whose gradients make one step.", minimum=1)
     warmup: int = setting(0, doc="Steps over which the learning rate rises from zero.", minimum=0)
