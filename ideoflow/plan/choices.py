@@ -282,7 +282,12 @@ def refusals(
     elif m.engine == "fused" or fused_only:
         key = "engine" if m.engine == "fused" else fused_only[0]
         if missing := no_fused_engine(hardware, device, targets):
-            refuse(key, missing, f"set engine = 'auto', and leave {key} out")
+            others = [k for k in fused_only if k != key]
+            remove = f", and remove {' and '.join(others)}" if others else ""
+            if key == "engine":
+                refuse(key, missing, f"set engine = 'auto'{remove}")
+            else:
+                refuse(key, f"{key} is for the fused engine, and {missing}", f"remove {key}{remove}")
         if m.precision == "float32":
             refuse("precision", "the fused engine computes in bf16, and precision is 'float32'",
                    "set precision = 'auto', or engine = 'reference'")  # fmt: skip
