@@ -163,6 +163,7 @@ def test_explain_one_decision(recipe, capsys):
     [
         (("--gpu", "rtx-4091"), "IP010"),
         (("--gpu", "h100", "--explain", "complie"), "IP007"),
+        (("--gpu", "h100", "--explain", "processes"), "IP007"),
         (("--gpu", "h100", "--batch", "1,two"), "IP008"),
         (("--gpu", "h100", "--resolution", "1000"), "IP008"),
         (("--gpu", "h100", "--compare", "toaster"), "IP010"),
