@@ -141,7 +141,8 @@ def _read_config(file: Path) -> Mapping[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         cure = "a folder is read as PEFT saves it: adapter_config.json beside adapter_model.safetensors"
-        fail(NOT_AN_ADAPTER, f"{file} cannot be read: {error}", Span(str(file)), cure=cure)
+        why = error.strerror if isinstance(error, OSError) else error
+        fail(NOT_AN_ADAPTER, f"{file} cannot be read: {why}", Span(str(file)), cure=cure)
     if not isinstance(config, dict):
         fail(NOT_AN_ADAPTER, f"{file} is not a JSON object", Span(str(file)), cure="save it with PEFT again")
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,9 @@ def _write(file: Path, content: bytes) -> None:
     try:
         write_whole(file, content)
     except OSError as error:
-        cure = "free some space or choose another [output] folder; the last checkpoint is whole"
+        cure = "choose another [output] folder, or make this one writable"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            cure = "free some space or choose another [output] folder; the last checkpoint is whole"
         fail(UNWRITABLE, f"cannot write {file}: {error.strerror or error}", cure=cure)
 
 

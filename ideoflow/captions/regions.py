@@ -191,6 +191,14 @@ def _unknown_place(mark: Mark, report: Report) -> None:
     if re.match(r"[xywh]-?\d", word):
         report(codes.BAD_BOX, f"`{word}` is not a range", mark.at, "write it as `y380..660`, from 0 to 1000")
         return
+    if re.fullmatch(r"[0-9A-Fa-f]{6}", word):
+        report(
+            codes.BAD_BOX,
+            f"`{word}` is no place; a colour begins with #",
+            mark.at,
+            f"write `#{word.upper()}`",
+        )
+        return
     near = None if word in ("bbox", "box") else closest(word, (*PLACES, *REGIONS))
     cure = f"did you mean `{near}`?" if near else "name the axes: `y380..660 x590..720`"
     report(codes.BAD_BOX, f"`{word}` is no place and no region", mark.at, cure)

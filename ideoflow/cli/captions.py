@@ -106,7 +106,8 @@ def check(args: argparse.Namespace) -> int:
     errors = sum(d.is_error for d in found)
     if args.format == "text":
         warnings = sum(d.severity == "warning" for d in found)
-        print(f"{errors} errors, {warnings} warnings" if found else "no mistakes found", file=sys.stderr)
+        counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+        print(counts if found else "no mistakes found", file=sys.stderr)
     return 1 if errors else 0
 
 

@@ -98,7 +98,8 @@ def preview(args: argparse.Namespace) -> int:
     with _progress("pictures") as tell:
         report = write_preview(args.paths, args.output, options(args), link=args.link, title=args.title,
                                jobs=args.jobs, on_progress=lambda r: tell(r.cards, ""))  # fmt: skip
-    print(f"{report.cards:,} captions in {args.output}, {report.errors:,} with errors, "
+    several = "caption" if report.cards == 1 else "captions"
+    print(f"{report.cards:,} {several} in {args.output}, {report.errors:,} with errors, "
           f"{report.warnings:,} with warnings", file=sys.stderr)  # fmt: skip
     return 1 if report.errors else 0
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ideoflow.plan.document import Plan
+from ideoflow.processes import this_process
 from ideoflow.report.profile import heading, terminal_table
 
 STAGES = {
@@ -111,7 +112,12 @@ class Console:
             self.progress.stop()
         out = RichConsole(highlight=False, file=sys.stdout, soft_wrap=True)
         if result.adapter is None:
-            out.print(f"stopped after step {result.step}; go on with: ideoflow run {recipe}", markup=False)
+            process = this_process()
+            several = f"torchrun --nproc-per-node {process.local_ranks} -m " if process.ranks > 1 else ""
+            again = f"{several}ideoflow run {recipe}"
+            if process.ranks > process.local_ranks:
+                again = "the same command on every host"  # which only its caller knows
+            out.print(f"stopped after step {result.step}; go on with: {again}", markup=False)
         else:
             size = Path(result.adapter).stat().st_size / 1e6
             out.print(f"adapter  {result.adapter}  ({size:.1f} MB)", markup=False)

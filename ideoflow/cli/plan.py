@@ -240,6 +240,8 @@ def _explain(plan: Plan, name: str) -> None:
     if name not in known:
         near = closest(name, known)
         cure = f"did you mean {near}?" if near else f"one of: {', '.join(known)}"
+        if name == "processes":
+            cure = "it is decided of several, with --processes N"
         fail(NO_DECISION, f"the plan decides nothing called '{name}'", cure=cure)
     with _console() as console:
         print_decision(plan, plan.decision(name), console)

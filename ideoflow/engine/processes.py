@@ -235,7 +235,12 @@ def _told_by_others(processes: Processes, error: Exception) -> tuple[Diagnostic,
             return found
         time.sleep(0.1)
     message = "another process ended, or can no longer be reached"
-    return (Diagnostic(PROCESS_LOST, message, cure=_CURE, notes=tuple(str(error).splitlines()[:1])),)
+    return (Diagnostic(PROCESS_LOST, message, cure=_CURE, notes=_first_words(error)),)
+
+
+def _first_words(error: Exception) -> tuple[str, ...]:
+    """What an error says happened, without the guesses at its cause that gloo adds."""
+    return tuple(line.partition(" This is typically")[0] for line in str(error).splitlines()[:1])
 
 
 def _is_connection(error: Exception) -> bool:

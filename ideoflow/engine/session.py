@@ -113,7 +113,11 @@ class _Session:
         total = self.plan.tables.train.steps
         if checkpoint:
             trainer.resume(checkpoint)
-            self.emit(Note(f"going on from step {checkpoint.step} of {total}"))
+            begun = f"going on from step {checkpoint.step} of {total}"
+            done = (
+                f"step {checkpoint.step} is done already, of train.steps = {total}: nothing is left to train"
+            )
+            self.emit(Note(begun if checkpoint.step < total else done))
         with ExitStack() as stack:
             if self.profile:
                 capture = partial(capture_training, self.plan, model)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.model import NOT_A_BASE, UNSUPPORTED_FORM, WRONG_WEIGHTS
-from ideoflow.model.base import PARTS, WEIGHTED, part_headers, weight_files
+from ideoflow.model.base import NANO, PARTS, WEIGHTED, part_headers, weight_files
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.forms import (
     DENSE,
@@ -27,6 +27,8 @@ from ideoflow.model.forms import (
 from ideoflow.model.spec import TransformerSpec
 
 _SIDE = re.compile(r"\.(weight_scale(_2)?|comfy_quant|input_scale|weight\.\w+.*)$")
+# How adapters' tensors are named, in whatever form.
+_ADAPTER = re.compile(r"\.(lora_(A|B|up|down)|lokr_w|hada_w)")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ def inspect(path: Path) -> Inspection:
         IdeoflowError: when there is nothing there, or a file is cut or no safetensors.
     """
     if not path.exists():
-        fail(NOT_A_BASE, f"there is nothing at {path}", cure="give a folder or a .safetensors file")
+        cure = "give a folder or a .safetensors file"
+        if str(path) == NANO:
+            cure = "nano is made when it is first used, and the run then says where: give that folder"
+        fail(NOT_A_BASE, f"there is nothing at {path}", cure=cure)
     names = [part for part in WEIGHTED if (path / part).is_dir()]
     if names:
         return Inspection(str(path), tuple(_report(n, path / n) for n in names), sampled_digest(path))
@@ -126,6 +131,9 @@ def _transformer_problems(place: Path, header: Mapping[str, Any], form: str) -> 
     try:
         spec = infer_transformer(header)
     except (LookupError, ValueError):
+        if any(_ADAPTER.search(name) for name in header):
+            message = f"{place} is an adapter, not a transformer"
+            return [Diagnostic(WRONG_WEIGHTS, message, cure=f"ideoflow adapter info {place}")]
         if form in DENSE or form == "fp8":
             return [Diagnostic(WRONG_WEIGHTS, f"{place} is no transformer of Ideogram 4", cure=_ANOTHER)]
         # 4-bit weights are flat: only their names can be compared.

@@ -189,6 +189,9 @@ def advise(plan: Plan, problem: Problem, best: Evaluation, recipe: Recipe) -> tu
     peak, free = plan.ledger.peak_bytes, plan.hardware.free_bytes
     if not plan.fits:
         fixed = [f"memory.{name}" for name in fixed_by_recipe(plan.tables)]
+        # What the cheapest change is about comes first: the eye goes there.
+        cheapest = next((str(c.words) for c in plan.changes if c.fits), "")
+        fixed.sort(key=lambda name: name not in cheapest)
         phase = {"text": "encoding captions", "latents": "encoding pictures", "train": "training"}
         where = phase.get(plan.ledger.peak_phase, "sampling")
         found.add(

@@ -282,7 +282,12 @@ def refusals(
     elif m.engine == "fused" or fused_only:
         key = "engine" if m.engine == "fused" else fused_only[0]
         if missing := no_fused_engine(hardware, device, targets):
-            refuse(key, missing, f"set engine = 'auto', and leave {key} out")
+            others = [k for k in fused_only if k != key]
+            remove = f", and remove {' and '.join(others)}" if others else ""
+            if key == "engine":
+                refuse(key, missing, f"set engine = 'auto'{remove}")
+            else:
+                refuse(key, f"{key} is for the fused engine, and {missing}", f"remove {key}{remove}")
         if m.precision == "float32":
             refuse("precision", "the fused engine computes in bf16, and precision is 'float32'",
                    "set precision = 'auto', or engine = 'reference'")  # fmt: skip
@@ -313,7 +318,40 @@ def refusals(
     if m.compile == "regional" and not any(c.compiled for c in combinations(hardware, device, targets, {})):
         refuse("compile", f"torch.compile is for NVIDIA GPUs with Triton, not for {hardware.name}",
                "set compile = 'auto' or 'off'")  # fmt: skip
-    return found
+    return found or list(_never_together(tables, hardware, device, tuple(targets), blocks))
+
+
+def _never_together(
+    tables: RecipeTables, hardware: Hardware, device: str, targets: tuple[str, ...], blocks: int
+) -> Iterator[Refusal]:
+    """The settings of which no combination has all, where nothing above says it better: the fewest."""
+    fixed, kind = fixed_decisions(tables), tables.adapter.kind
+    every = list(combinations(hardware, device, targets, fixed, kind, exact_block_counts(blocks, fixed)))
+
+    def possible(names: Iterable[str], among: Iterable[Choice] = every) -> bool:
+        wanted = [(name, fixed[name]) for name in names]
+        return any(all(getattr(c, name) == value for name, value in wanted) for c in among)
+
+    if possible(fixed):
+        return
+    fewest = list(fixed)
+    for name in fixed:
+        if not possible(others := [n for n in fewest if n != name]):
+            fewest = others
+    m = tables.memory
+    keys = [
+        "checkpointing" if name == "activation_budget" and m.checkpointing != "auto" else name
+        for name in fewest
+    ]
+    asked = [f"{key} = {getattr(m, key)!r}" for key in keys]
+    where = f" on {hardware.name}"
+    if kind != "lora":
+        plain = combinations(hardware, device, targets, fixed, "lora", exact_block_counts(blocks, fixed))
+        where += f" with adapter.kind = '{kind}'" if possible(fewest, plain) else ""
+    together = f"{', '.join(asked[:-1])} and {asked[-1]}" if len(asked) > 1 else asked[0]
+    message = f"{together} cannot be carried out{' together' if len(asked) > 1 else ''}{where}"
+    cure = f"remove {keys[0]}" if len(keys) == 1 else f"remove one of {', '.join(keys)}"
+    yield Refusal(keys[-1], message, cure)
 
 
 def _contradictions(
@@ -321,21 +359,30 @@ def _contradictions(
 ) -> Iterator[tuple[str, str, str]]:
     """Settings about what waits on the host that cannot be carried out together, or mean nothing."""
     m, fixed = tables.memory, fixed_decisions(tables)
-    engine = m.engine
+    engine, away = m.engine, m.activation_offload in ("inputs", *ROUNDING)
     if engine == "auto":
-        # Only the reference engine has these, only the fused one has that, and on some machines it alone is.
-        grouped = (
-            m.offload in GROUPED or m.compile == "regional" or no_fused_engine(hardware, device, targets)
-        )
-        waiting = m.activation_offload in ("inputs", *ROUNDING) or m.graphs == "on"
-        engine = "fused" if waiting or not grouped else "reference"
+        # Only the reference engine has these, and only the fused one has that.
+        grouped = m.offload in GROUPED or m.compile == "regional"
+        engine = "fused" if away or m.graphs == "on" or not grouped else "reference"
+        if missing := no_fused_engine(hardware, device, targets):
+            engine = "reference"
+            if away:
+                what = f"activation_offload = '{m.activation_offload}' is for the fused engine, and {missing}"
+                yield "activation_offload", what, "set activation_offload = 'auto' or 'none'"
     budget = float(fixed.get("activation_budget", 0.0))
     text = {name: str(fixed.get(name, DOMAINS[name][0])) for name in (*_OPEN, "graphs")}
     compile = str(fixed.get("compile", "off"))
     precision = str(fixed.get("precision", "bf16"))
     choice = Choice(device, engine, precision, "bf16", budget, compile, "proxy", **text)  # type: ignore[arg-type]
+    if engine == "reference" and m.engine == "auto" and away:  # that is said already
+        choice = replace(choice, activation_offload="none")
     yield from _impossible(choice, tables.adapter.kind)
-    if m.activation_offload in ROUNDING and device == "cuda" and not has_fp8_units(hardware):
+    if (
+        m.activation_offload in ROUNDING
+        and engine == "fused"
+        and device == "cuda"
+        and not has_fp8_units(hardware)
+    ):
         yield (
             "activation_offload",
             f"activation_offload = '{m.activation_offload}' rounds to e4m3, which {hardware.name} has not",

@@ -109,7 +109,7 @@ def _waiting_reason(name: str, value: str) -> tuple[str, str]:
 
 def _exact_reason(count: int, rejected: Mapping[str, str], over: bool) -> tuple[str, str]:
     if count:
-        return "exact", "forward in bf16: what the first blocks round goes through all the others"
+        return "exact", "first blocks multiply in bf16 going forward: their rounding reaches all others"
     if over:
         return "needs-memory", "no room for a dequantised weight and wider operands"
     if rejected:

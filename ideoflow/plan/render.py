@@ -218,6 +218,8 @@ def rejected_words(plan: Plan, rejected: Rejected) -> str:
     slower = "" if rejected.delta_ms is None else milliseconds(rejected.delta_ms)
     if rejected.reason_code == "slower" and not slower:
         return "slower"
+    if rejected.reason_code == "slower" and (rejected.delta_ms or 0) < 0.5:
+        return "takes longer in all"  # loading, or samples: a step is as fast
     faster = "" if rejected.delta_ms is None else f"{milliseconds(-rejected.delta_ms)} faster, "
     words = _REJECTED.get(rejected.reason_code, rejected.reason_code)
     return words.format(over=over, ms=slower, faster=faster)
@@ -311,7 +313,9 @@ def _add_time(grid: Table, plan: Plan, time: TimeEstimate) -> None:
 def print_decision(plan: Plan, decision: Decision, console: Console) -> None:
     """One decision in full: who took it, why, and what the alternatives would cost."""
     by = "set in the recipe" if decision.source == "recipe" else "decided by the planner"
-    by = "left at the default" if decision.reason_code == "default" else by
+    by = {"default": "left at the default", "launched": "set by torchrun or --processes"}.get(
+        decision.reason_code, by
+    )
     console.print(f"[bold]{decision.id}[/bold] = {decision.value}   {by} ({decision.reason_code})")
     console.print(f"  {decision.reason}", markup=False, highlight=False)
     if not decision.rejected:

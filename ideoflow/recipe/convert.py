@@ -185,18 +185,21 @@ def _report_mismatch(
     options: tuple[Any, ...], value: Any, spec: Field[Any], path: Path, report: Report
 ) -> None:
     choices = [c for o in options if get_origin(o) is Literal for c in get_args(o)]
+    others = [_wanted(o) for o in options if get_origin(o) is not Literal and o is not type(None)]
+    allowed = [*choices, *others]
+    one_of = " or ".join(allowed) if len(choices) == 1 else "one of: " + ", ".join(allowed)
     if isinstance(value, str | bool):
         word = str(value).lower()
         if found := spec.metadata.get("elsewhere", {}).get(word):
             why, cure = found
             shown = word if isinstance(value, bool) else f"'{value}'"
             message = f"'{path[-1]}' cannot be {shown}: it {why}"
-            report(OTHER_TRAINER, path, message, cure, "one of: " + ", ".join(choices))
+            report(OTHER_TRAINER, path, message, cure, one_of)
             return
     if choices and isinstance(value, str):
         near = closest(value, choices)
-        cure = f"did you mean '{near}'?" if near else "one of: " + ", ".join(choices)
-        report(BAD_VALUE, path, f"'{path[-1]}' cannot be '{value}'", cure, "one of: " + ", ".join(choices))
+        cure = f"did you mean '{near}'?" if near else one_of
+        report(BAD_VALUE, path, f"'{path[-1]}' cannot be '{value}'", cure, one_of)
         return
     wanted = " or ".join(dict.fromkeys(_wanted(o) for o in options if o is not type(None)))
     found = _kind(value) + (

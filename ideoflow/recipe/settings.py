@@ -31,10 +31,8 @@ def setting(
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple_of": multiple_of}
     metadata: dict[str, Any] = {"doc": doc} | {k: v for k, v in bounds.items() if v is not None}
-    if megapixels:
-        metadata["megapixels"] = True
-    if elsewhere:
-        metadata["elsewhere"] = elsewhere
+    more = {"megapixels": megapixels, "elsewhere": elsewhere}
+    metadata |= {k: v for k, v in more.items() if v}
     if default is ...:
         return field(metadata=metadata)
     if isinstance(default, Mapping):

@@ -215,7 +215,8 @@ def decisions(plan: Plan) -> Html:
 
 
 def _decision(decision: Decision) -> Html:
-    by = tag("span", "your recipe" if decision.source == "recipe" else "the planner", class_="chip")
+    who = "your recipe" if decision.source == "recipe" else "the planner"
+    by = tag("span", "torchrun" if decision.reason_code == "launched" else who, class_="chip")
     rejected = [_rejected(r) for r in decision.rejected]
     costs = any(r.delta_bytes is not None for r in decision.rejected)  # the same figures as differences
     return tag(
@@ -250,8 +251,8 @@ def warnings(plan: Plan, history: History) -> Html:
     items = [_diagnostic(d) for d in plan.warnings]
     items += [tag("li", tag("p", text)) for text in history.notes]
     if not items:
-        return section("warnings", "Warnings", remark("None."))
-    return section("warnings", "Warnings", tag("ul", items, class_="warnings"))
+        return section("warnings", "Warnings and notes", remark("None."))
+    return section("warnings", "Warnings and notes", tag("ul", items, class_="warnings"))
 
 
 def _diagnostic(found: Diagnostic) -> Html:

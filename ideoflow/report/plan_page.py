@@ -27,7 +27,7 @@ def render_plan(plan: Plan) -> str:
         "memory": "Memory",
         "time": "Time",
         "plan": "Plan",
-        "warnings": "Warnings",
+        "warnings": "Warnings and notes",
         "settings": "Settings",
     }
     return page(f"{plan.name}: plan", _headline(plan), links, parts, training.readout(_NOTHING_RAN))

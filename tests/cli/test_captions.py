@@ -33,7 +33,7 @@ def test_check_points_at_mistakes_and_counts(folder, capsys):
     err = capsys.readouterr().err
     assert "bad.icap:3:5" in err and "^^^^" in err and "y380..660 x590..720" in err
     assert "warning[IC601]" in err and "warn.icap:4:5" in err
-    assert err.endswith("1 errors, 1 warnings\n")
+    assert err.endswith("1 error, 1 warning\n")
 
 
 def test_check_as_json_and_for_github(folder, capsys):
@@ -139,3 +139,9 @@ def test_check_explains_codes_and_wants_a_path(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["captions", "check"])
     assert stopped.value.code == 2
+
+
+def test_a_colour_without_its_sign_is_told_so(tmp_path, capsys):
+    (tmp_path / "a.icap").write_text("A sail.\nbackground: Sea.\nobj y1..9 x1..9 f4ebd0: A sail.\n")
+    assert main(["captions", "check", str(tmp_path)]) == 1
+    assert "write `#F4EBD0`" in capsys.readouterr().err

@@ -56,6 +56,8 @@ def test_several_processes_are_on_the_page_and_one_leaves_no_trace(recipe, capsy
     assert "2 GPUs, global batch 2 = 2 x batch 1 x accumulation 1" in " ".join(out.split())
     two = json.loads(run(capsys, recipe, "--gpu", "h100", "--processes", "2", "--json")[1])
     one = json.loads(run(capsys, recipe, "--gpu", "h100", "--json")[1])
+    explained = run(capsys, recipe, "--gpu", "h100", "--processes", "2", "--explain", "processes")[1]
+    assert explained.startswith("processes = 2   set by torchrun or --processes")
     lines = [line for line in two["ledger"]["lines"] if line["name"] == "NCCL"]
     assert [line["phase"] for line in lines] == ["train"]
     two["ledger"]["lines"].remove(lines[0])
@@ -161,6 +163,7 @@ def test_explain_one_decision(recipe, capsys):
     [
         (("--gpu", "rtx-4091"), "IP010"),
         (("--gpu", "h100", "--explain", "complie"), "IP007"),
+        (("--gpu", "h100", "--explain", "processes"), "IP007"),
         (("--gpu", "h100", "--batch", "1,two"), "IP008"),
         (("--gpu", "h100", "--resolution", "1000"), "IP008"),
         (("--gpu", "h100", "--compare", "toaster"), "IP010"),

@@ -94,7 +94,9 @@ def test_two_processes_learn_what_one_with_twice_the_batch_does(
     assert "Traceback" not in err.split("torch/distributed/elastic")[0], err
     (last,) = metrics("long", "end")
     assert Path(f"long/checkpoints/step-{last['step']:06d}/state.json").exists() and not last["finished"]
-    assert f"stopped after step {last['step']}" in out, err
+    assert (
+        f"stopped after step {last['step']}; go on with: torchrun --nproc-per-node 2 -m ideoflow run" in out
+    ), err
     assert out.count("adapter  ") == 2 and err.count("training: 3 of 3") == 2
     assert "2 processes, global batch 4 = 2 x batch 1 x accumulation 2" in " ".join(err.split())
     assert len(list(Path("reference/samples").rglob("*.png"))) == 6

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,21 @@ def test_what_is_wrong_is_named(weights, tmp_path):
         assert any(m.endswith(key) for m in messages)
     save_file({"w": torch.zeros(2)}, file)
     assert "no transformer of Ideogram 4" in inspect(file).problems[0].message
+
+
+def test_an_adapter_is_told_from_a_damaged_base(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"diffusion_model.layers.0.attention.qkv.lora_A.weight": torch.zeros(2, 2)}, file)
+    (problem,) = inspect(file).problems
+    assert problem.message.endswith("is an adapter, not a transformer")
+    assert problem.cure == f"ideoflow adapter info {file}"
+
+
+def test_nano_is_no_path_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IdeoflowError) as caught:
+        inspect(Path("nano"))
+    assert "first used" in caught.value.diagnostics[0].cure
 
 
 def test_nothing_there(tmp_path):

@@ -69,6 +69,25 @@ def test_on_a_shared_card_the_first_advice_is_to_free_it(full_base, write_recipe
     assert "76" in first.note  # of 79.6 GiB the driver keeps 1.5 %
 
 
+def test_what_does_not_fit_points_at_the_cheapest_change(full_base, write_recipe, summarize):
+    """Not at whatever is set first."""
+    set_so = (
+        'precision = "fp8"\nactivation_budget = 0.0\nexact_blocks = {}\noffload = "none"\n'
+        'activation_offload = "none"\noptimizer_state = "float32"\ngraphs = "off"'
+    )
+
+    def planned(blocks, free):
+        card = dataclasses.replace(named_hardware("rtx-4090"), free_bytes=free)
+        return make_plan(write_recipe(memory(set_so.format(blocks))), full_base, summarize(), card)
+
+    least, most = (planned(n, 23 * GIB).ledger.peak_bytes for n in (0, 34))
+    plan = planned(34, (least + most) // 2)
+    fitting = [c.setting for c in plan.changes if c.fits]
+    assert fitting[0] == "memory.exact_blocks"
+    (problem,) = [w for w in plan.warnings if w.code.id == "IP020"]
+    assert problem.span.source.startswith("exact_blocks")
+
+
 PLAIN = memory(
     'precision = "fp8"\nactivation_budget = 0\noffload = "none"\nactivation_offload = "none"\n'
     'optimizer_state = "float32"'

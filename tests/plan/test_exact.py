@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 
+from ideoflow.diagnostics import IdeoflowError
 from ideoflow.model.spec import TransformerSpec
 from ideoflow.plan import make_plan, named_hardware
 from ideoflow.plan.calibration import shipped
 from ideoflow.plan.choices import exact_block_counts
+from ideoflow.plan.document import Rejected
 from ideoflow.plan.record import planned_choice
+from ideoflow.plan.render import rejected_words
 from ideoflow.plan.sizes import Choice
 from ideoflow.plan.timing import Load, Speed, step_parts
 
@@ -99,3 +102,18 @@ def test_their_forward_products_take_as_long_as_in_bf16(budget, passes):
     assert every["transpose"] - none["transpose"] == pytest.approx(moved, rel=0.002)
     same = ("attention", "adapter", "gaps", "transfer", "optimizer")
     assert all(every.get(name) == none.get(name) for name in same)
+
+
+def test_a_processor_is_told_to_leave_exact_blocks_out_and_no_more(plan_for):
+    with pytest.raises(IdeoflowError) as caught:
+        plan_for("nano", "cpu", "[memory]\nexact_blocks = 1\n")
+    problem = caught.value.diagnostics[0]
+    assert problem.message == "exact_blocks is for the fused engine, and the fused engine needs an NVIDIA GPU"
+    assert problem.cure == "remove exact_blocks"
+
+
+def test_an_alternative_that_costs_a_step_nothing_is_not_zero_slower(plan_for):
+    plan = plan_for("fp8", "rtx-4090", '[memory]\nprecision = "fp8"\n[validate]\nprompts = ["*.icap"]\n')
+    streamed = Rejected("streamed", "slower", 0, 0.0)
+    assert rejected_words(plan, streamed) == "takes longer in all"
+    assert rejected_words(plan, Rejected("off", "slower", 0, 12.0)) == "12 ms slower"

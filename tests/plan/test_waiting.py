@@ -155,3 +155,14 @@ def test_streamed_and_compiled_blocks_are_there_on_request(plan_for):
     assert plan.value("checkpointing") == "on"
     alone = plan_for("fp8", "rtx-4090", both.replace('compile = "regional"\n', ""))
     assert alone.value("compile") == "off"
+
+
+@pytest.mark.parametrize("machine", ["cpu", "t4", "mi300x"])
+@pytest.mark.parametrize("waits", ["inputs", "gate_up"])
+def test_what_waits_on_the_host_needs_the_fused_engine(machine, waits, plan_for):
+    """A recipe for a small card, planned for a machine that has only the reference engine."""
+    with pytest.raises(IdeoflowError) as caught:
+        plan_for("nano", machine, f'[memory]\nactivation_offload = "{waits}"\n')
+    (problem,) = caught.value.diagnostics
+    assert problem.code.id == "IP016" and problem.span.source.startswith("activation_offload")
+    assert "fused engine" in problem.message and problem.cure == "set activation_offload = 'auto' or 'none'"

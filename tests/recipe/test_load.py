@@ -214,6 +214,13 @@ CASES = {
         "cannot be 'x'",
         "one of: preserve, square",
     ),
+    "neither auto nor a number": (
+        "[memory]\nexact_blocks = 'six'",
+        codes.BAD_VALUE,
+        "'six'",
+        "cannot be 'six'",
+        "auto or a whole number",
+    ),
     "no set of targets": ("[adapter]\ntargets = 'mpl'", codes.BAD_VALUE, "'mpl'", "cannot be 'mpl'", "'mlp'"),
     "nul": (
         'caption = "instance"\ninstance_prompt = "a\\u0000"',

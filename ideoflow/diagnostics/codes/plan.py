@@ -108,11 +108,13 @@ CANNOT_BE_DONE = define(
     What `[memory]` asks for is impossible together, or on this machine:
 
     - `engine = "fused"` needs an NVIDIA GPU with bf16 units (compute capability 8.0 or newer), the package
-      `triton`, and weights in bf16 or FP8; `activation_budget` and `matmul = "fp8"` belong to it;
+      `triton`, and weights in anything but float32; `activation_budget`, `activation_offload`, `graphs`,
+      `exact_blocks` and `matmul = "fp8"` belong to it;
     - `matmul = "fp8"` needs `precision = "fp8"` and FP8 units (compute capability 8.9: RTX 40, L4, H100 and
       newer);
     - `exact_blocks` above 0 is about FP8 products, and needs what `matmul = "fp8"` needs;
-    - `compile = "regional"` belongs to the reference engine, on NVIDIA GPUs with Triton;
+    - `compile = "regional"` belongs to the reference engine, on NVIDIA GPUs with Triton, and so do
+      `offload = "block"`, `"leaf"` and `"disk"`, on any;
     - `activation_budget` and `checkpointing` say the same thing: set one.
 
     Nothing is replaced in silence. Leave a key at "auto" and the planner takes what the machine can do.
