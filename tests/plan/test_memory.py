@@ -51,6 +51,23 @@ def adapted_model(spec, targets, base, adapter, rank=4):
     return model.train()
 
 
+def saved_bytes(given, run):
+    """Bytes of all tensors that the backward pass of ``run`` needs, apart from those that were there."""
+    import torch
+
+    known, found = {t.untyped_storage().data_ptr() for t in given}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in found.values())
+
+
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize(("base", "adapter"), TYPES)
 def test_kept_by_a_block_is_what_autograd_saves_to_the_byte(targets, base, adapter):
@@ -60,23 +77,12 @@ def test_kept_by_a_block_is_what_autograd_saves_to_the_byte(targets, base, adapt
     model = adapted_model(SMALL, names, base, adapter)
 
     def saved(tokens):
-        """Bytes of all tensors that the backward pass of one block needs, apart from weights and inputs."""
         given = {"dtype": model.dtype}
         hidden = torch.randn(1, tokens, SMALL.hidden, requires_grad=True, **given)
         rotary = torch.randn(1, tokens, 32, **given), torch.randn(1, tokens, 32, **given)
         modulation = torch.randn(1, 1, 32, **given)
-        known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), hidden, *rotary)}
-        found = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                found[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.layers[1](hidden, None, rotary, modulation)
-        return sum(storage.nbytes() for storage in found.values())
+        given = (*model.parameters(), hidden, *rotary)
+        return saved_bytes(given, lambda: model.layers[1](hidden, None, rotary, modulation))
 
     size = {"bf16": 2, "float32": 4}
     predicted = kept_by_block(
@@ -112,17 +118,7 @@ def test_kept_by_a_compiled_block_is_what_the_partitioner_saves_to_the_byte():
         rotary = tuple(torch.randn(1, tokens, 32).bfloat16() for _ in range(2))
         modulation = torch.randn(1, 1, spec.adaln_dim).bfloat16()
         given = (*model.parameters(), *model.buffers(), hidden, *rotary)
-        known, found = {t.untyped_storage().data_ptr() for t in given}, {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                found[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            block(hidden, None, rotary, modulation)
-        return sum(storage.nbytes() for storage in found.values())
+        return saved_bytes(given, lambda: block(hidden, None, rotary, modulation))
 
     first, second = (saved(tokens) for tokens in (128, 192))
     per_token = kept_by_block(spec, targets_by_block(names)[1], 8, 2, compiled=True, adapter=4)
