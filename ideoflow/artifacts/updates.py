@@ -71,9 +71,17 @@ class Lora:
         return self if self.scale == 1 else replace(self, up=self.up.float() * self.scale, scale=1.0)
 
     def thirds(self) -> list[Lora]:
-        """The updates of q, k and v."""
+        """The updates of q, k and v, without the part of the rank that adds nothing to them.
+
+        Three adapters that were joined come apart with the ranks that they had.
+        """
         lengths = [None] * 3 if self.lengths is None else self.lengths.chunk(3)
-        return [replace(self, up=up, lengths=m) for up, m in zip(self.up.chunk(3), lengths, strict=True)]
+        parts = []
+        for up, m in zip(self.up.chunk(3), lengths, strict=True):
+            used = up.any(0)
+            used = used if used.any() else torch.ones_like(used)  # one that was never trained keeps its rank
+            parts.append(replace(self, down=self.down[used], up=up[:, used], lengths=m))
+        return parts
 
     def with_norms(self, weight: Tensor, *, base_norm: bool) -> Lora:
         """A DoRA with its lengths relative to the other norm; ``weight`` is the base's."""

@@ -154,3 +154,13 @@ def test_joined_updates_are_the_rows_of_their_parts(adapted: Any) -> None:
     assert whole.rank == 4 and not k.any()
     torch.testing.assert_close(q, parts[0].delta())
     torch.testing.assert_close(v, parts[2].delta())
+
+
+def test_joined_updates_come_apart_with_their_own_ranks() -> None:
+    g = torch.Generator().manual_seed(0)
+    parts = [Lora(torch.randn(r, 24, generator=g), torch.randn(16, r, generator=g), 0.5) for r in (2, 3, 4)]
+    for found, part in zip(join(parts).thirds(), parts, strict=True):
+        assert found.rank == part.rank
+        torch.testing.assert_close(found.delta(), part.delta())
+    untrained = [Lora(p.down, torch.zeros_like(p.up)) for p in parts]
+    assert [part.rank for part in join(untrained).thirds()] == [9, 9, 9], "a rank of 0 is no adapter"
