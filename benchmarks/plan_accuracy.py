@@ -330,6 +330,8 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
     parser.add_argument("--shared-host", action="store_true", help="another measurement runs on this machine")
+    parser.add_argument("--bound", choices=["host", "device"], help="only steps that might wait for the host, "
+                        "to be measured with nothing beside them; or only those that cannot")  # fmt: skip
     parser.add_argument("--launching", action="store_true", help="steps that wait for the host")
     parser.add_argument("--list", action="store_true", help="print the plans for an H200, run nothing")
     parser.add_argument(
@@ -357,7 +359,9 @@ def main() -> None:
     chosen = launch_bound(scale) if args.launching else covering(args.configurations, scale)
     for index, c in enumerate(chosen):
         if index % shards == shard - 1 and index not in done:
-            wanted.append((index, c, plan_of(c, base, hardware)))
+            plan = plan_of(c, base, hardware)
+            if args.bound is None or waits(plan, c) == (args.bound == "host"):
+                wanted.append((index, c, plan))
     # One precision after the other, and within it what is streamed last: weights are made and moved once.
     wanted.sort(key=lambda w: (w[1].precision, w[1].offload == "stream", w[1].engine, w[0]))
     expected = sum(predicted_seconds(plan, c, args.steps) for _, c, plan in wanted)

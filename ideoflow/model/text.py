@@ -35,10 +35,10 @@ from ideoflow.model.spec import TAPPED_LAYERS
 
 # Tokens of the captions that go through a layer in turn. Their states and sums take 26 KB a token at the true
 # size: with two layers and the projection all stays under 3 GiB.
-TOKENS_AT_ONCE = 40960
+TOKENS_AT_ONCE = 32768
 # Tokens, padding included, that go through a layer in one call: enough to fill a card. A processor gains
 # nothing by it, and alone each caption has the same bits in any company.
-TOKENS_A_BATCH = {"cuda": 2048, "cpu": 1}
+TOKENS_A_BATCH = {"cuda": 4096, "cpu": 1}
 _NORM_EPS = 1e-6  # of llm_cond_norm
 _PROJECTION = ("llm_cond_norm.weight", "llm_cond_proj.weight", "llm_cond_proj.bias")
 

@@ -42,7 +42,7 @@ _FRAGMENTATION = 0.04
 # and went in a run on the nano base; larger tensors are given back.
 _HOST_KEEPS, _HOST_KEEPS_OF = 1.4, 300 << 20
 # Captions' tokens that go through a layer of the text encoder in turn, and in one call (ideoflow.model.text).
-_TOKENS_AT_ONCE, _TOKENS_A_BATCH = 40960, 2048
+_TOKENS_AT_ONCE, _TOKENS_A_BATCH = 32768, 4096
 
 
 def build_ledger(

@@ -353,7 +353,9 @@ def _fused_parts(
     live = 1 - first / layers
     tokens, squares = load.tokens, load.squares
     away = choice.activation_offload
-    groups_of = fused.kept_groups(spec, int(tokens), choice.activation_budget, e, fp8=fp8, offload=away)
+    groups_of = fused.kept_groups(
+        spec, int(tokens), choice.activation_budget, e, fp8=fp8, offload=away, exact_blocks=choice.exact_blocks
+    )
     kept = [g | frozenset(AWAY[away]) for g in groups_of[first:]]
 
     def again(group: str) -> float:
