@@ -34,6 +34,7 @@ import statistics
 import tempfile
 import time
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from typing import Any
 import torch
 from common import environment, held, write_json
 from configurations import Configuration, covering, drawn, launch_bound, pairs
+from hosts import MANY, Halves, host_factors, launching_times
 from torch import nn
 
 from ideoflow.artifacts import Checkpoints
@@ -60,7 +62,7 @@ from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE, BaseFacts
 from ideoflow.model.load import is_streamed
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.plan import Plan, detect_hardware, make_plan, named_hardware
-from ideoflow.plan.calibration import load_calibration
+from ideoflow.plan.calibration import Calibration
 from ideoflow.plan.document import Bucket, DataSummary, Decision, Hardware
 from ideoflow.plan.profiles import find_profile
 from ideoflow.plan.record import allocated
@@ -71,8 +73,6 @@ TEXT_TOKENS = 320
 ATTENTION = {"flash4": (), "cudnn_varlen": ("flash-attn-4",), "sdpa": ("flash-attn-4", "cudnn")}
 # Seconds: making the weights of a precision, setting up a configuration, and compiling one.
 MAKING, SETTING_UP, STREAMING, COMPILING = 6.0, 5.0, 4.0, 25.0
-# What the host takes to update an adapter's tensors one by one.
-_MOMENTS_MS = 31.0
 
 
 def base_facts(size: str) -> BaseFacts:
@@ -83,7 +83,9 @@ def base_facts(size: str) -> BaseFacts:
     return BaseFacts(size, None, False, *specs[size], "bf16", "random", False)
 
 
-def plan_of(c: Configuration, base: BaseFacts, hardware: Hardware) -> Plan:
+def plan_of(
+    c: Configuration, base: BaseFacts, hardware: Hardware, calibration: Calibration | None = None
+) -> Plan:
     """The plan of a recipe that sets all of a configuration."""
     memory: dict[str, Any] = {
         "engine": c.engine,
@@ -108,7 +110,8 @@ def plan_of(c: Configuration, base: BaseFacts, hardware: Hardware) -> Plan:
     ]
     data = DataSummary(1, 0, (Bucket(c.pixels, c.pixels, 1),), (TEXT_TOKENS,) * 3, False, "random")
     packages = tuple(p for p in hardware.packages if p not in ATTENTION[c.attention])
-    return make_plan(parse_recipe("\n".join(lines)), base, data, replace(hardware, packages=packages))
+    recipe, hardware = parse_recipe("\n".join(lines)), replace(hardware, packages=packages)
+    return make_plan(recipe, base, data, hardware, calibration=calibration)
 
 
 def on_processor(plan: Plan) -> Plan:
@@ -237,27 +240,22 @@ def predictions(plan: Plan) -> dict[str, float]:
     return row | ({"predicted_ms": plan.time.step_ms} if plan.time else {})
 
 
-def waits(plan: Plan, c: Configuration) -> bool:
+def might_wait(plan: Plan, c: Configuration) -> bool:
     """Whether the device might wait for the host, were that five times as slow as the time model has it."""
-    if plan.time is None:
-        return False
-    device = sum(part.ms for part in plan.time.parts if part.name not in ("launch", "moments"))
-    block_ms = load_calibration()[0].shares[c.engine].block_ms
-    kind = {"off": "eager", "regional": "compiled"}[c.compile] if c.engine == "reference" else c.attention
-    passes = c.batch if c.engine == "reference" else 1
-    host = 0.0 if c.graphs == "on" else passes * plan.base.transformer.num_layers * block_ms[kind]
-    host += 0.0 if c.optimizer_state == "float32" else _MOMENTS_MS
-    return 5 * host > device
+    return c.graphs == "off" and halves_of(c, plan).waits(5.0)
+
+
+def halves_of(c: Configuration, plan: Plan) -> Halves:
+    return Halves.of(plan, plan_of(c, plan.base, plan.hardware, launching_times(MANY)))
 
 
 def errors(row: dict[str, Any]) -> dict[str, float]:
     """Relative errors: predicted / measured - 1.
 
-    What waits for a host that measures something else besides says nothing of the host's own time.
+    Of a step that waits for the host it is a ``launch_error``: an error about the host rather than the GPU.
     """
-    pairs = {"memory_error": ("predicted_allocated", "allocated")}
-    if not (row["shared_host"] and row["waits"]):
-        pairs["time_error"] = ("predicted_ms", "ms")
+    time = "launch_error" if row.get("waits") else "time_error"
+    pairs = {"memory_error": ("predicted_allocated", "allocated"), time: ("predicted_ms", "ms")}
     return {name: row[a] / row[b] - 1 for name, (a, b) in pairs.items() if a in row and b in row}
 
 
@@ -276,18 +274,35 @@ def summary(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]
     return found
 
 
-def planned_again(row: dict[str, Any], size: str = "full") -> dict[str, Any]:
-    """What was measured on a card, with what the code at hand predicts of it."""
-    c = Configuration(**{name: row[name] for name in Configuration.__dataclass_fields__})
-    plan = plan_of(c, base_facts(size), named_hardware(row["card"]))
-    row = {name: value for name, value in row.items() if not name.endswith("_error")}
-    row |= predictions(plan) | {"waits": waits(plan, c)}
-    return row | errors(row)
+def planned_again(rows: list[dict[str, Any]], size: str = "full") -> list[dict[str, Any]]:
+    """What was measured, with what the code at hand predicts of it, each machine's host taken as it is.
+
+    One number a machine says how fast its host launches (:mod:`hosts`); nothing else is fitted.
+    """
+    plans: dict[int, tuple[Plan, Halves]] = {}
+    for row in rows:
+        c = configuration_of(row)
+        plan = plan_of(c, base_facts(size), named_hardware(row["card"]))
+        plans[row["index"]] = plan, halves_of(c, plan)
+    halves = {index: h for index, (_, h) in plans.items()}
+    factors, again = host_factors(rows, halves), []
+    for row in rows:
+        kept = {name: value for name, value in row.items() if not name.endswith("_error")}
+        factor = kept["host_factor"] = factors.get(row["machine"], 1.0)
+        plan, h = plans[row["index"]]
+        kept |= predictions(plan) | {"predicted_ms": h.step(factor), "waits": h.waits(factor)}
+        again.append(kept | errors(kept))
+    return again
+
+
+def configuration_of(row: dict[str, Any]) -> Configuration:
+    return Configuration(**{name: row[name] for name in Configuration.__dataclass_fields__})
 
 
 def conclude(report: dict[str, Any], path: str | None) -> None:
     rows = report["rows"]
-    report["summary"] = {key: summary(rows, key) for key in ("memory_error", "time_error")}
+    keys = ("memory_error", "time_error", "launch_error")
+    report["summary"] = {key: summary(rows, key) for key in keys}
     for key, parts in report["summary"].items():
         for name, s in parts.items():
             print(f"{key:13} {name:9} of {s['configurations']:3}: over at most {s['worst_over']:+.1%}, "
@@ -298,7 +313,7 @@ def conclude(report: dict[str, Any], path: str | None) -> None:
 
 
 def show(row: dict[str, Any]) -> str:
-    c = Configuration(**{name: row[name] for name in Configuration.__dataclass_fields__})
+    c = configuration_of(row)
     ways = [c.engine, c.precision, f"x {c.matmul}", c.attention, f"budget {c.budget:g}", c.optimizer_state]
     ways += [f"{w} away" for w in [c.activation_offload] if w != "none"]
     ways += [w for w, on in (("stream", c.offload), ("graphs", c.graphs), ("compiled", c.compile))
@@ -306,7 +321,8 @@ def show(row: dict[str, Any]) -> str:
     text = f"{c.batch} x {c.pixels} r{c.rank} {' '.join(ways)}: "
     if "ms" not in row:
         return text + row["outcome"]
-    text += f"{row['ms']:.0f} ms" + (f" ({row['time_error']:+.1%})" if "time_error" in row else "")
+    error = row.get("launch_error", row.get("time_error"))
+    text += f"{row['ms']:.0f} ms" + (f" ({error:+.1%})" if error is not None else "")
     if "allocated" in row:
         text += f", {row['allocated'] / 2**30:.2f} GiB ({row['memory_error']:+.1%})"
     return text
@@ -322,16 +338,13 @@ def main() -> None:
     parser.add_argument("--configurations", type=int, default=63)
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th of them, from the I-th")
     parser.add_argument(
-        "--skip",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="what these have, times included, is not measured",
+        "--skip", nargs="+", default=[], metavar="FILE", help="what these have is not measured"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
     parser.add_argument("--shared-host", action="store_true", help="another measurement runs on this machine")
-    parser.add_argument("--bound", choices=["host", "device"], help="only steps that might wait for the host, "
-                        "to be measured with nothing beside them; or only those that cannot")  # fmt: skip
+    parser.add_argument("--machine", default=str(uuid.uuid4())[:8], help="its name in the rows")
+    parser.add_argument("--bound", choices=["host", "device"], help="only steps that might wait for "
+                        "the host, to be measured with nothing beside them; or only others")  # fmt: skip
     parser.add_argument("--launching", action="store_true", help="steps that wait for the host")
     parser.add_argument("--list", action="store_true", help="print the plans for an H200, run nothing")
     parser.add_argument(
@@ -342,7 +355,7 @@ def main() -> None:
     if args.merge:
         parts = [json.loads(Path(f).read_text()) for f in args.merge]
         latest = {r["index"]: r for p in parts for r in p["rows"]}
-        rows = [planned_again(latest[index], args.size) for index in sorted(latest)]
+        rows = planned_again([latest[index] for index in sorted(latest)], args.size)
         conclude({**parts[0], "rows": rows}, args.json)
         return
     # A run's hundreds of steps earn cuDNN's exact plans; these few get them from the first.
@@ -354,13 +367,13 @@ def main() -> None:
     card = profile.key if profile else hardware.name
     shard, shards = map(int, args.shard.split("/"))
     wanted, there = [], [r for f in args.skip for r in json.loads(Path(f).read_text())["rows"]]
-    done = {r["index"] for r in there if "time_error" in r}
+    done = {r["index"] for r in there if "ms" in r}
     scale = 1 if args.size == "full" else 8
     chosen = launch_bound(scale) if args.launching else covering(args.configurations, scale)
     for index, c in enumerate(chosen):
         if index % shards == shard - 1 and index not in done:
             plan = plan_of(c, base, hardware)
-            if args.bound is None or waits(plan, c) == (args.bound == "host"):
+            if args.bound is None or might_wait(plan, c) == (args.bound == "host"):
                 wanted.append((index, c, plan))
     # One precision after the other, and within it what is streamed last: weights are made and moved once.
     wanted.sort(key=lambda w: (w[1].precision, w[1].offload == "stream", w[1].engine, w[0]))
@@ -384,8 +397,8 @@ def main() -> None:
         for index, c, plan in wanted:
             seconds = predicted_seconds(plan, c, args.steps)
             row = {"index": index, "held_out": index % 3 == 2 and not args.launching, "card": card,
-                   "shared_host": args.shared_host, "waits": waits(plan, c), **asdict(c),
-                   **predictions(plan)}  # fmt: skip
+                   "machine": args.machine, "shared_host": args.shared_host,
+                   "waits": halves_of(c, plan).waits(1.0), **asdict(c), **predictions(plan)}  # fmt: skip
             rows.append(row)
             begun = time.perf_counter()
             if args.list:

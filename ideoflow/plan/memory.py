@@ -216,14 +216,19 @@ def _train_reference(
     whole = dense_weights_bytes(spec, choice, 1 if on else blocks)
     words = f"in bf16, kept by {'the compiled block' if on else 'compiled blocks'} for the backward pass"
     add("train", "dense weights", whole, words, transient=True)
+    # Weights with scales are made dense, by way of float32, for products; gradients are most between them.
+    apart = dense if choice.precision in ("fp8", "int8") else 0
+    backward = max(0, a.backward - apart)
     own = size.kept(shapes.tokens, e, block=on)
     add("train", "adapter's own", own, f"what PEFT's {size.kind} keeps beyond a LoRA", transient=True)
     words = f"matrices of a weight's size that PEFT's {size.kind} makes"
     add("train", "adapter workspace", size.workspace, words, transient=True)
-    add("train", "backward workspace", a.backward, "gradients alive at once in a block", transient=True)
+    words = "gradients alive at once in a block" + (", beyond that weight" if apart else "")
+    add("train", "backward workspace", backward, words, transient=True)
     add("train", "attention mask", a.mask, "kept by the checkpoints", transient=True)
     add("train", "inputs and loss", a.ends, "last hidden state, rotary tables, velocity", transient=True)
-    _optimizer_step(add, choice, gradients, held + a.total + dense + whole + own + size.workspace)
+    before = held + a.total - a.backward + backward + dense + whole + own + size.workspace
+    _optimizer_step(add, choice, gradients, before)
 
 
 def _train_fused(

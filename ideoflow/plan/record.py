@@ -91,6 +91,7 @@ def measured_run(
         moving if train_peak_bytes is None else max(0, train_peak_bytes - steady),
         plain.step_ms,
         step_ms,
+        plain.waits_for_host,
     )
 
 

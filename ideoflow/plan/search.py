@@ -183,7 +183,8 @@ def _combinations(
 class Evaluation:
     """One combination, evaluated. ``step_ms`` and ``run_seconds`` only rank where speeds are unknown.
 
-    ``trainable``: training would have room, whatever the other phases need.
+    ``trainable``: training would have room, whatever the other phases need. ``waits_for_host``: launching a
+    step's kernels takes the host longer than the device needs for them.
     """
 
     choice: Choice
@@ -194,6 +195,7 @@ class Evaluation:
     fits: bool
     tight: bool
     trainable: bool
+    waits_for_host: bool
 
 
 def candidates(problem: Problem, released: str = "") -> list[Choice]:
@@ -265,7 +267,8 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
     fits = peak <= free and _host_fits(problem, choice)
     limit = TIGHT_SHARE * free
     trainable = ledger.peak("train") <= limit
-    return Evaluation(choice, ledger, step_ms, compiling, run, fits, peak > limit, trainable)
+    waits = any(part.name == "launch" for part in parts)
+    return Evaluation(choice, ledger, step_ms, compiling, run, fits, peak > limit, trainable, waits)
 
 
 def _host_fits(problem: Problem, choice: Choice) -> bool:
@@ -277,7 +280,9 @@ def _host_fits(problem: Problem, choice: Choice) -> bool:
 
 
 def _speed(problem: Problem, choice: Choice) -> Speed:
-    return Speed.of(problem.hardware, choice, problem.calibration.shares[choice.engine], problem.load)
+    shares, factors = problem.calibration.shares[choice.engine], problem.factors(choice)
+    # All parts are multiplied by the device's factor in the end, the host's among them.
+    return Speed.of(problem.hardware, choice, shares, problem.load, factors.host / factors.time)
 
 
 def _group(problem: Problem) -> tuple[int, bool]:

@@ -45,6 +45,10 @@ _UNKNOWN = {"cuda": Rates(70, 35, 900, 20, 140), "cpu": Rates(0.4, 0.4, 40, 40)}
 # Milliseconds a block in which the fused engine's kernels of both passes follow one another: an H200 took 12
 # for 34 blocks, whatever the number of tokens.
 _BLOCK_GAPS_MS = 0.35
+# What a host launches more, as shares of a block's usual launches: to compute all of it again, by the fused
+# engine; for offloaded values; to dequantise 4-bit weights, in each of two passes; and in the reference
+# engine for any quantised ones.
+_AGAIN, _AWAY, _4BIT, _DEQUANTISING = 0.2, 0.15, 0.15, 0.45
 # bitsandbytes' 8-bit AdamW waits for every tensor: 31 ms for 476 of them.
 _8BIT_TENSOR_MS = 0.065
 # Moments on the host come in by buckets while others go out: an H200 waited 26 ms for 95 M, 64 for 380 M.
@@ -106,14 +110,14 @@ class Speed:
     matmul_bf16: float = math.inf
 
     @classmethod
-    def of(cls, hardware: Hardware, choice: Choice, shares: Shares, load: Load) -> Speed:
-        """A device's peaks times the shares of them that were measured."""
+    def of(cls, hardware: Hardware, choice: Choice, shares: Shares, load: Load, host: float = 1.0) -> Speed:
+        """A device's peaks times the measured shares of them, and ``host`` times the usual launching."""
         kind = "cuda" if choice.device == "cuda" else "cpu"
         rates = hardware.rates if hardware.rates and hardware.kind != "cpu" else None
         rates = rates or _UNKNOWN[kind]
         share: Mapping[str, float] = shares.efficiency
         if choice.engine == "fused":
-            return cls._of_fused(hardware, rates, choice, shares)
+            return cls._of_fused(hardware, rates, choice, shares, host)
         peak = rates.fp32_tflops if choice.precision == "float32" else rates.bf16_tflops
         if choice.precision == "bf16" and not hardware.fast_bf16:
             peak = 0.4 * rates.fp32_tflops  # converted to float32 and back around every product
@@ -133,11 +137,13 @@ class Speed:
             1e9 * rates.memory_gbps * share[f"elementwise_{mode}"],
             1e9 * rates.memory_gbps * share["elementwise_compiled"],
             1e9 * rates.host_gbps,
-            1e-3 * shares.block_ms[mode],
+            1e-3 * shares.block_ms[mode] * host,
         )
 
     @classmethod
-    def _of_fused(cls, hardware: Hardware, rates: Rates, choice: Choice, shares: Shares) -> Speed:
+    def _of_fused(
+        cls, hardware: Hardware, rates: Rates, choice: Choice, shares: Shares, host: float
+    ) -> Speed:
         share, bf16 = shares.efficiency, 1e12 * rates.bf16_tflops
         fp8 = 1e12 * (rates.fp8_tflops or rates.bf16_tflops)
         kernel = kind = attention_kernel(hardware, "fused")[0]
@@ -152,7 +158,7 @@ class Speed:
             1e9 * rates.memory_gbps * share["elementwise"],
             1e9 * rates.memory_gbps * share["weights"],
             1e9 * rates.host_gbps,
-            1e-3 * shares.block_ms[kernel],
+            1e-3 * shares.block_ms[kernel] * host,
             bf16 * share["matmul_bf16"],
         )
 
@@ -293,8 +299,13 @@ def _reference_parts(
         "pointwise": tokens * moved * (forwards + 2 * backwards) / speed.pointwise,
         "transfer": sent / speed.host,
     }
+    if choice.precision in QUANTISED:  # each weight for each product, by way of float32 where it has scales
+        moved_once = 2.5 if choice.precision == "nf4" else 3 if choice.compiled else 19
+        again_moved = moved_once * block_weights(spec) * (forwards + backwards)
+        seconds["dequantise"] = again_moved / speed.pointwise
     # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
     launching = speed.block_seconds * spec.num_layers * (forwards + backwards) / 3 / load.together
+    launching *= 1 + _DEQUANTISING * (choice.precision in QUANTISED and not choice.compiled)
     seconds["launch"] = max(0.0, launching - sum(seconds.values()))
     evidence = {
         "matmul": f"{dense * (forwards + backwards) / 1e12:.0f} TFLOP a sample",
@@ -303,6 +314,7 @@ def _reference_parts(
         "pointwise": f"{tokens * moved * (forwards + 2 * backwards) / 1e9:.0f} GB moved a sample",
         "launch": f"{1e3 * launching:.0f} ms of the host a sample, of which the device waits for the rest",
         "transfer": f"{sent / 1e6:.0f} MB a sample",
+        "dequantise": "every weight for every product",
     }
     parts = [
         TimePart(name, round(1e3 * load.samples * value, 3), evidence[name])
@@ -354,7 +366,13 @@ def _fused_parts(
     tokens, squares = load.tokens, load.squares
     away = choice.activation_offload
     groups_of = fused.kept_groups(
-        spec, int(tokens), choice.activation_budget, e, fp8=fp8, offload=away, exact_blocks=choice.exact_blocks
+        spec,
+        int(tokens),
+        choice.activation_budget,
+        e,
+        fp8=fp8,
+        offload=away,
+        exact_blocks=choice.exact_blocks,
     )
     kept = [g | frozenset(AWAY[away]) for g in groups_of[first:]]
 
@@ -429,7 +447,9 @@ def _fused_parts(
             "between the kernels of each block",
         ),
     )
-    launching = load.passes * layers * speed.block_seconds * (1 + live + share_again) / 2
+    launches = (1 + live) / 2 + _AGAIN * share_again + _AWAY * (away != "none")
+    launches += _4BIT * (1 + live + share_again) * (choice.precision == "nf4")
+    launching = load.passes * layers * speed.block_seconds * launches
     waiting = max(0.0, launching - sum(seconds for _, seconds, _ in rows)) if choice.graphs == "off" else 0.0
     words = f"{1e3 * launching:.0f} ms of the host, of which the device waits for the rest"
     parts = [

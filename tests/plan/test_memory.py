@@ -337,5 +337,5 @@ def test_the_fused_engine_as_measured(full_base, row):
 
 def test_fp8_in_the_reference_engine_is_smaller_by_half_of_the_blocks(full_base):
     saved = train_peak(full_base) - train_peak(full_base, precision="fp8")
-    # A byte for each of 8.98 G numbers, less what dequantising takes.
-    assert saved / GIB == pytest.approx(8.98e9 / GIB - 0.4, abs=0.15)
+    # A byte for each of 8.98 G numbers, less what dequantising takes beyond a block's gradients.
+    assert saved / GIB == pytest.approx(8.98e9 / GIB - 0.1, abs=0.1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,7 +48,8 @@ class Measured:
     """One run: what was predicted and what came; ``engine`` is a choice's ``path``.
 
     ``moving`` bytes are those of the train phase that come and go (not weights, adapter or CUDA context),
-    as allocated at the peak; ``engine_digest`` changes with the engine's code.
+    as allocated at the peak; ``engine_digest`` changes with the engine's code. ``waits_for_host``: by the
+    prediction, the step takes as long as the host needs to launch its kernels.
     """
 
     device: str
@@ -60,15 +61,20 @@ class Measured:
     measured_moving: int
     predicted_step_ms: float | None
     measured_step_ms: float
+    waits_for_host: bool = False
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Corrections for one combination; ``source`` is empty where it was not measured itself."""
+    """Corrections for one combination; ``source`` is empty where it was not measured itself.
+
+    ``time`` is of the device's work, ``host`` of launching it.
+    """
 
     memory: float = 1.0
     time: float = 1.0
     source: str = ""
+    host: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,22 @@ class Calibration:
         here = [r for r in here if r.engine_digest == here[-1].engine_digest]
         runs = [r for r in here if r.engine == engine]
         same = [r for r in runs if r.compiled == compiled][-_RECENT:]
-        times = [
-            r.measured_step_ms / r.predicted_step_ms for r in same or runs or here if r.predicted_step_ms
-        ]
-        time = _bounded(statistics.median(times), _LARGEST_TIME) if times else 1.0
+        time, host = (_time_factor(same or runs or here, waits) for waits in (False, True))
         if not same:
-            return Factors(time=time)
+            return Factors(time=time, host=host)
         memory = max(r.measured_moving / max(r.predicted_moving, 1) for r in same)
         count = f"{len(same)} run{'s' if len(same) > 1 else ''} on this {device}"
-        return Factors(_bounded(memory, _LARGEST_MEMORY), time, count)
+        return Factors(_bounded(memory, _LARGEST_MEMORY), time, count, host)
+
+
+def _time_factor(runs: Sequence[Measured], waits: bool) -> float:
+    """The median of measured to predicted step times, of runs that wait for the host or of the others."""
+    times = [
+        r.measured_step_ms / r.predicted_step_ms
+        for r in runs
+        if r.predicted_step_ms and r.waits_for_host == waits
+    ]
+    return _bounded(statistics.median(times), _LARGEST_TIME) if times else 1.0
 
 
 def _bounded(factor: float, largest: float) -> float:
