@@ -307,9 +307,9 @@ def peak(
     """The most that a forward and backward pass over ``tokens`` packed tokens holds.
 
     ``first_pass``: the adapter has no gradients yet; they come as the blocks' values go. ``leaving``: they
-    go to the host, each block's while the one before it computes. ``offload``: what waits on the host, but
-    for that of two blocks, which is on its way. ``exact_blocks``: the first so many have dense forward
-    operands.
+    go to the host, each block's while the one before it computes, so those of two blocks are there at most.
+    ``offload``: what waits on the host, but for that of two blocks, which is on its way. ``exact_blocks``:
+    the first so many have dense forward operands.
     """
     blocks, sizes = targets_by_block(targets), spec.block_linears()
     options = {"offload": offload, "exact_blocks": exact_blocks}
@@ -334,12 +334,14 @@ def peak(
     ]
     away = away_bytes(spec, element, offload)
     held = [replace(block, kept=block.kept - away) for block in held]
-    moments = _moments(held, own, tokens, first_pass or leaving, leaving, 2 * away)
-    return max(moments, key=lambda p: p.total, default=Peak(0, 0, 0))
+    staying = [0] * len(own) if leaving else own
+    moments = _moments(held, staying, tokens, first_pass, 2 * away)
+    most = max(moments, key=lambda p: p.total, default=Peak(0, 0, 0))
+    return replace(most, gradients=min(sum(own), 2 * max(own, default=0))) if leaving else most
 
 
 def _moments(
-    held: list[BlockBytes], own: list[int], tokens: int, first_pass: bool, leaving: bool, moving: int
+    held: list[BlockBytes], own: list[int], tokens: int, first_pass: bool, moving: int
 ) -> Iterator[Peak]:
     """Each block's forward pass, then each one's backward pass; ``moving`` bytes a token are on their way."""
     saved, before = moving, 0 if first_pass else sum(own)
@@ -351,8 +353,6 @@ def _moments(
         saved -= block.kept
         come += gradient
         yield Peak(tokens * saved, tokens * block.backward, before + gradient if before else come)
-        if leaving:
-            come = gradient
 
 
 def foreign_bytes(spec: TransformerSpec, size: AdapterSize, tokens: int, element: int, fp8: bool) -> int:
