@@ -1,7 +1,8 @@
 """How much memory and time does each way to hold the model take? One step of the full model, random numbers.
 
 For every precision of the frozen weights: resident; with the blocks' inputs on the host, or more of their
-values; with AdamW's moments there too, or in 8 bits; and with the weights streamed from pinned host memory.
+values; with AdamW's moments there too, or with all of the adapter but its working copies, or moments in 8
+bits; and with the weights streamed from pinned host memory.
 Plain diffusers + PEFT (bf16, with gradient checkpointing) runs in the same process for comparison.
 
     python benchmarks/memory.py --out memory.json
@@ -37,6 +38,8 @@ MODES = {
     "streamed, outputs on the host": ("outputs", "float32", True),
     "streamed, inputs and moments": ("inputs", "cpu", True),
     "streamed, outputs and 8-bit moments": ("outputs", "8bit", True),
+    "outputs on the host, adapter and moments there": ("outputs", "offload", False),
+    "streamed, outputs, adapter and moments": ("outputs", "offload", True),
 }
 
 
@@ -62,7 +65,8 @@ def run_steps(
 ) -> dict[str, float]:  # fmt: skip
     layout = make_layout(1, args.pixels, args.text, mixed=False, multiple=64 if fused else 1)
     data = random_inputs(model, layout)
-    optimizer = Optimizer(moments, {str(i): p for i, p in enumerate(parameters)}, TrainSettings())
+    masters = fused.masters_on_host(parameters) if fused and moments == "offload" else None
+    optimizer = Optimizer(moments, {str(i): p for i, p in enumerate(parameters)}, TrainSettings(), masters)
     index = layout.tensors(device)
 
     def step() -> None:
@@ -72,7 +76,7 @@ def run_steps(
             inputs = layout.diffusers_inputs(data["latents"], data["text"])
             velocity = model(timestep=data["timestep"], return_dict=False, **inputs)[0][0, index.image_index]
         functional.mse_loss(velocity.float(), data["target"]).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.clip(1.0)
         optimizer.step(1e-4)
 
     return measure(step, device, warmup=2, repeat=args.repeat)

@@ -40,7 +40,7 @@ def measure_steps(plan: Plan) -> tuple[int | None, float]:
 def _measure(plan: Plan, device: torch.device) -> tuple[int | None, float]:
     assert plan.data is not None, "a plan to be measured has pictures"
     model, train = build(plan), plan.tables.train
-    optimizer = Optimizer(str(plan.value("optimizer_state")), model.parameters, train)
+    optimizer = Optimizer(str(plan.value("optimizer_state")), model.parameters, train, model.masters)
     largest = max(plan.data.buckets, key=lambda b: b.width * b.height)
     grid = largest.height // PIXELS_PER_TOKEN, largest.width // PIXELS_PER_TOKEN
     spec, generator = plan.base.transformer, torch.Generator().manual_seed(train.seed)
@@ -56,7 +56,7 @@ def _measure(plan: Plan, device: torch.device) -> tuple[int | None, float]:
         started = time.perf_counter()
         for _ in range(train.accumulation):
             model.gradients([sample] * train.batch, train.accumulation)
-        torch.nn.utils.clip_grad_norm_(list(model.parameters.values()), train.max_grad_norm or float("inf"))
+        optimizer.clip(train.max_grad_norm or float("inf"))
         optimizer.step(train.learning_rate)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

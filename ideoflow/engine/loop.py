@@ -90,7 +90,8 @@ class Trainer:
         self.batches = Batches(plan.tables, data, shares, cache, pin=pin, rank=rank, ranks=ranks)
         self.step = 0
         self.saved_at: int | None = None
-        self.optimizer = Optimizer(str(plan.value("optimizer_state")), model.parameters, self.settings)
+        kind = str(plan.value("optimizer_state"))
+        self.optimizer = Optimizer(kind, model.parameters, self.settings, model.masters)
         self.exchange: GradientExchange | None = None
         if ranks > 1:
             trained = list(model.parameters.values())
@@ -105,6 +106,8 @@ class Trainer:
         """Puts a checkpoint's state in place."""
         for name, parameter in self.model.parameters.items():
             parameter.data.copy_(checkpoint.adapter[name])
+        if self.model.masters:
+            self.model.masters.written()
         self.optimizer.load(checkpoint.optimizer)
         self.step = self.saved_at = checkpoint.step
 
@@ -203,8 +206,7 @@ class Trainer:
 
     def _gradient_norm(self) -> Tensor:
         """The global norm before clipping; clips if the plan asks for it."""
-        limit = self.settings.max_grad_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(list(self.model.parameters.values()), limit)
+        return self.optimizer.clip(self.settings.max_grad_norm or math.inf)
 
     def save(self) -> Path | None:
         """Writes a checkpoint of the present step, unless there is one; of several processes, the first."""

@@ -51,14 +51,13 @@ def measure_lines(model: Trainable, optimizer: Optimizer) -> dict[str, int]:
     transformer = model.transformer
     trained = {id(p) for p in model.parameters.values()}
     frozen = [t for t in _tensors(transformer) if id(t) not in trained]
-    device = next(iter(model.parameters.values())).device
     names = "weights, fetched weights" if model.streamed else "weights"
     lines = {
         names: frozen,
         "adapter": model.parameters.values(),
         "optimizer state": optimizer.device_tensors(),
     }
-    return {name: _bytes(tensors, device) for name, tensors in lines.items()}
+    return {name: _bytes(tensors, optimizer.device) for name, tensors in lines.items()}
 
 
 def _tensors(transformer: nn.Module) -> Iterator[Tensor]:

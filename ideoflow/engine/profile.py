@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ideoflow import kernels
@@ -66,7 +65,7 @@ def ranges(fused: FusedTransformer | None) -> Iterator[None]:
             setattr(owner, name, _ranged(part, getattr(owner, name)))
             stack.callback(delattr, owner, name) if own is None else stack.callback(setattr, owner, name, own)
 
-        put(nn.utils, "clip_grad_norm_", parts.OPTIMISER)
+        put(Optimizer, "clip", parts.OPTIMISER)
         put(Optimizer, "step", parts.OPTIMISER)
         if fused:
             for op in kernels.OPS:

@@ -20,6 +20,7 @@ from ideoflow.engine.adapt import add_adapter
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.attention import Kernel
 from ideoflow.engine.fused.graphs import GraphedSteps
+from ideoflow.engine.masters import HostMasters
 from ideoflow.engine.offload import offload_groups, stream_blocks
 from ideoflow.engine.step import (
     TrainingSample,
@@ -91,6 +92,7 @@ class Trainable:
         release: gives back memory that only training needs; training may go on afterwards.
         streamed: weights wait elsewhere, and come to the device when they are needed.
         overlaps: ``gradients`` is one backward pass, in which hooks on the parameters run.
+        masters: the parameters and their gradients, where those are on the host.
     """
 
     transformer: Ideogram4Transformer2DModel
@@ -100,6 +102,7 @@ class Trainable:
     release: Callable[[], None] = lambda: None
     streamed: bool = False
     overlaps: bool = False
+    masters: HostMasters | None = None
 
 
 def build(plan: Plan) -> Trainable:
@@ -138,7 +141,10 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
         )
         if offload == "stream":
             fused.stream()
-        graphs = GraphedSteps(fused, list(parameters.values())) if plan.value("graphs") == "on" else None
+        trained, masters = list(parameters.values()), None
+        if plan.value("optimizer_state") == "offload":
+            masters = fused.masters_on_host(trained)
+        graphs = GraphedSteps(fused, trained) if plan.value("graphs") == "on" else None
         return Trainable(
             transformer,
             parameters,
@@ -146,7 +152,8 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
             partial(accumulate_packed, fused, graphs=graphs),
             graphs.release if graphs else lambda: None,
             offload != "none",
-            overlaps=graphs is None,
+            overlaps=graphs is None and masters is None,
+            masters=masters,
         )
     if offload == "stream":
         stream_blocks(transformer, device)

@@ -124,7 +124,7 @@ def _options(problem: Problem) -> Iterator[_Option]:
     for name, value in fixed_by_recipe(tables).items():
         made = partial(_with_memory, name=name)
         changed = made(problem)
-        if not refusals(changed.tables, hardware, problem.device, problem.targets, blocks):
+        if not refusals(changed.tables, hardware, problem.device, problem.targets, blocks, problem.processes):
             yield _Option(f"memory.{name}", "auto", 0, f"{value!r} is what you set", made)
     train = tables.train
     if train.batch > 1:

@@ -24,7 +24,7 @@ DOMAINS: dict[str, tuple[str | float, ...]] = {
     "activation_budget": BUDGETS,
     "compile": ("off", "regional"),
     "unconditional": ("loaded", "streamed", "proxy"),
-    "optimizer_state": ("float32", "cpu", "8bit", "paged"),
+    "optimizer_state": ("float32", "cpu", "offload", "8bit", "paged"),
     "offload": ("none", "stream", "block", "leaf", "disk"),
     "activation_offload": ("none", "inputs", "outputs", "gate_up"),
     "graphs": ("off", "on"),
@@ -32,13 +32,18 @@ DOMAINS: dict[str, tuple[str | float, ...]] = {
 }
 # What is weighed where the recipe leaves it open; the other values are slower than these for the same memory.
 _OPEN = {
-    "optimizer_state": ("float32", "cpu", "8bit"),
+    "optimizer_state": ("float32", "cpu", "offload", "8bit"),
     "offload": ("none", "stream"),
     "activation_offload": ("none", "inputs", "outputs", "gate_up"),
 }
 # Those: never chosen by the planner.
 ON_REQUEST = {name: tuple(v for v in DOMAINS[name] if v not in values) for name, values in _OPEN.items()}
 GROUPED = ("block", "leaf", "disk")
+# Values that only the fused engine carries out, and what there is instead.
+_FUSED_ONLY = {
+    "activation_offload": (("inputs", *ROUNDING), "none"),
+    "optimizer_state": (("offload",), "float32"),
+}
 # Keys of [memory] that decide something.
 SETTINGS = (
     "engine",
@@ -137,11 +142,12 @@ def combinations(
     fixed: Mapping[str, str | float],
     kind: str = "lora",
     exact: Iterable[int] = (0,),
+    processes: int = 1,
 ) -> Iterator[Choice]:
     """Everything that the engines can do on a machine, guidance apart (``loaded`` throughout).
 
     ``fixed`` are the recipe's decisions: unusual values are there only if they are asked for. ``kind`` is the
-    adapter's, ``exact`` are the numbers of exact blocks beside FP8 products.
+    adapter's, ``exact`` are the numbers of exact blocks beside FP8 products, ``processes`` train together.
     """
     budgets = {*BUDGETS, *(float(v) for k, v in fixed.items() if k == "activation_budget")}
     # On a processor, host memory is the device's own.
@@ -156,10 +162,12 @@ def combinations(
             kinds += [("fp8", "fp8", count) for count in exact]
         for (precision, matmul, count), budget in product(kinds, sorted(budgets)):
             plain = Choice(device, "fused", precision, matmul, budget, "off", "loaded", exact_blocks=count)
-            yield from _lean(plain, unusual, kind)
-            if attention_kernel(hardware, "fused")[0] == "flash4" and kind == "lora":
-                for state in unusual["optimizer_state"]:
-                    yield replace(plain, optimizer_state=state, graphs="on")
+            yield from _lean(plain, unusual, kind, processes)
+            if attention_kernel(hardware, "fused")[0] == "flash4":
+                recorded = [
+                    replace(plain, optimizer_state=s, graphs="on") for s in unusual["optimizer_state"]
+                ]
+                yield from (c for c in recorded if _possible(c, kind, processes))
     # torch.compile makes its GPU kernels with Triton too.
     compiled = hardware.kind == "cuda" and device == "cuda" and "triton" in hardware.packages
     for precision, budget, compile in product(
@@ -171,23 +179,28 @@ def combinations(
         plain = Choice(device, "reference", precision, matmul, budget, compile, "loaded")
         # Compiled blocks whose weights are fetched are right, but nobody measured their speed.
         asked = compile == "off" or {"compile", "offload"} <= fixed.keys()
-        yield from (c for c in _lean(plain, unusual, kind) if c.offload == "none" or asked)
+        every = _lean(plain, unusual, kind, processes)
+        yield from (c for c in every if c.offload == "none" or asked)
 
 
-def _lean(plain: Choice, values: Mapping[str, tuple[str, ...]], kind: str) -> Iterator[Choice]:
+def _lean(
+    plain: Choice, values: Mapping[str, tuple[str, ...]], kind: str, processes: int
+) -> Iterator[Choice]:
     """A combination, and those that do the same in less memory on the device and more time."""
     for state, offload, inputs in product(*(values[name] for name in _OPEN)):
         choice = replace(plain, optimizer_state=state, offload=offload, activation_offload=inputs)
-        if _possible(choice, kind):
+        if _possible(choice, kind, processes):
             yield choice
 
 
-def _possible(choice: Choice, kind: str) -> bool:
-    return not any(_impossible(choice, kind))
+def _possible(choice: Choice, kind: str, processes: int) -> bool:
+    return not any(_impossible(choice, kind, processes))
 
 
-def _impossible(choice: Choice, kind: str) -> Iterator[tuple[str, str, str]]:
+def _impossible(choice: Choice, kind: str, processes: int) -> Iterator[tuple[str, str, str]]:
     """(setting, why it cannot be carried out with the others or the kind of adapter, what to do)."""
+    if why := _no_offloaded_adapter(choice, kind, processes):
+        yield "optimizer_state", f"optimizer_state = 'offload' {why[0]}", f"set optimizer_state = {why[1]}"
     offload, fused = choice.offload, choice.engine == "fused"
     if fused and offload in GROUPED:
         yield (
@@ -249,6 +262,24 @@ def _impossible(choice: Choice, kind: str) -> Iterator[tuple[str, str, str]]:
         )
 
 
+def _no_offloaded_adapter(choice: Choice, kind: str, processes: int) -> tuple[str, str] | None:
+    """Why an adapter cannot be on the host with its gradients, and what to set instead."""
+    if choice.optimizer_state != "offload":
+        return None
+    if choice.engine != "fused":
+        return (
+            "leaves the adapter on the host, where PEFT cannot compute with it",
+            "'cpu', or engine = 'fused'",
+        )
+    if kind != "lora":
+        return f"leaves the adapter on the host, and PEFT computes part of a {kind}", "'auto' or 'cpu'"
+    if choice.graphs == "on":
+        return "sends gradients away that graphs = 'on' adds to", "'cpu', or graphs = 'off'"
+    if processes > 1:
+        return f"is for one process, and {processes} add up gradients on their devices", "'auto' or 'cpu'"
+    return None
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A setting of [memory] that cannot be carried out: why, and what to do."""
@@ -259,9 +290,14 @@ class Refusal:
 
 
 def refusals(
-    tables: RecipeTables, hardware: Hardware, device: str, targets: Iterable[str], blocks: int
+    tables: RecipeTables,
+    hardware: Hardware,
+    device: str,
+    targets: Iterable[str],
+    blocks: int,
+    processes: int = 1,
 ) -> list[Refusal]:
-    """Settings that are impossible together, on this machine, or with a base of so many blocks.
+    """Settings that are impossible together, on this machine, in so many processes, or with so many blocks.
 
     Empty where the recipe can be obeyed.
     """
@@ -308,7 +344,7 @@ def refusals(
     if exact and int(m.exact_blocks) > blocks:
         refuse("exact_blocks", f"exact_blocks = {m.exact_blocks}, and the base has {blocks} blocks",
                f"set exact_blocks = {blocks} or less, or 'auto'")  # fmt: skip
-    for key, message, cure in _contradictions(tables, hardware, device, targets):
+    for key, message, cure in _contradictions(tables, hardware, device, targets, processes):
         refuse(key, message, cure)
     if m.matmul == "bf16" and m.precision == "float32":
         refuse("matmul", "weights in float32 are multiplied in float32", "set matmul = 'auto'")
@@ -318,15 +354,21 @@ def refusals(
     if m.compile == "regional" and not any(c.compiled for c in combinations(hardware, device, targets, {})):
         refuse("compile", f"torch.compile is for NVIDIA GPUs with Triton, not for {hardware.name}",
                "set compile = 'auto' or 'off'")  # fmt: skip
-    return found or list(_never_together(tables, hardware, device, tuple(targets), blocks))
+    return found or list(_never_together(tables, hardware, device, tuple(targets), blocks, processes))
 
 
 def _never_together(
-    tables: RecipeTables, hardware: Hardware, device: str, targets: tuple[str, ...], blocks: int
+    tables: RecipeTables,
+    hardware: Hardware,
+    device: str,
+    targets: tuple[str, ...],
+    blocks: int,
+    processes: int,
 ) -> Iterator[Refusal]:
     """The settings of which no combination has all, where nothing above says it better: the fewest."""
     fixed, kind = fixed_decisions(tables), tables.adapter.kind
-    every = list(combinations(hardware, device, targets, fixed, kind, exact_block_counts(blocks, fixed)))
+    exact = exact_block_counts(blocks, fixed)
+    every = list(combinations(hardware, device, targets, fixed, kind, exact, processes))
 
     def possible(names: Iterable[str], among: Iterable[Choice] = every) -> bool:
         wanted = [(name, fixed[name]) for name in names]
@@ -346,7 +388,7 @@ def _never_together(
     asked = [f"{key} = {getattr(m, key)!r}" for key in keys]
     where = f" on {hardware.name}"
     if kind != "lora":
-        plain = combinations(hardware, device, targets, fixed, "lora", exact_block_counts(blocks, fixed))
+        plain = combinations(hardware, device, targets, fixed, "lora", exact, processes)
         where += f" with adapter.kind = '{kind}'" if possible(fewest, plain) else ""
     together = f"{', '.join(asked[:-1])} and {asked[-1]}" if len(asked) > 1 else asked[0]
     message = f"{together} cannot be carried out{' together' if len(asked) > 1 else ''}{where}"
@@ -355,28 +397,28 @@ def _never_together(
 
 
 def _contradictions(
-    tables: RecipeTables, hardware: Hardware, device: str, targets: Iterable[str]
+    tables: RecipeTables, hardware: Hardware, device: str, targets: Iterable[str], processes: int
 ) -> Iterator[tuple[str, str, str]]:
     """Settings about what waits on the host that cannot be carried out together, or mean nothing."""
     m, fixed = tables.memory, fixed_decisions(tables)
-    engine, away = m.engine, m.activation_offload in ("inputs", *ROUNDING)
+    engine, instead = m.engine, {}
     if engine == "auto":
-        # Only the reference engine has these, and only the fused one has that.
+        away = {k: plain for k, (values, plain) in _FUSED_ONLY.items() if getattr(m, k) in values}
+        # Only the reference engine has these, and only the fused one has those.
         grouped = m.offload in GROUPED or m.compile == "regional"
         engine = "fused" if away or m.graphs == "on" or not grouped else "reference"
         if missing := no_fused_engine(hardware, device, targets):
-            engine = "reference"
-            if away:
-                what = f"activation_offload = '{m.activation_offload}' is for the fused engine, and {missing}"
-                yield "activation_offload", what, "set activation_offload = 'auto' or 'none'"
+            engine, instead = "reference", away
+            for key, plain in away.items():
+                what = f"{key} = '{getattr(m, key)}' is for the fused engine, and {missing}"
+                yield key, what, f"set {key} = 'auto' or '{plain}'"
     budget = float(fixed.get("activation_budget", 0.0))
     text = {name: str(fixed.get(name, DOMAINS[name][0])) for name in (*_OPEN, "graphs")}
     compile = str(fixed.get("compile", "off"))
     precision = str(fixed.get("precision", "bf16"))
     choice = Choice(device, engine, precision, "bf16", budget, compile, "proxy", **text)  # type: ignore[arg-type]
-    if engine == "reference" and m.engine == "auto" and away:  # that is said already
-        choice = replace(choice, activation_offload="none")
-    yield from _impossible(choice, tables.adapter.kind)
+    choice = replace(choice, **instead)  # type: ignore[arg-type]  # what is said already
+    yield from _impossible(choice, tables.adapter.kind, processes)
     if (
         m.activation_offload in ROUNDING
         and engine == "fused"

@@ -106,11 +106,18 @@ def make_plan(
 
 
 def for_processes(plan: Plan, processes: int) -> Plan:
-    """The same plan for another number of processes; of one process, a plan has no word on it."""
+    """The same plan for another number of processes; of one process, a plan has no word on it.
+
+    Raises:
+        IdeoflowError: if it decides for something that several processes cannot carry out.
+    """
     others = tuple(d for d in plan.decisions if d.id != "processes")
     lines = tuple(line for line in plan.ledger.lines if line.name != NCCL.name)
     if processes == 1:
         return replace(plan, decisions=others, ledger=Ledger(lines))
+    if plan.decisions and plan.value("optimizer_state") == "offload":
+        message = f"the plan has optimizer_state = 'offload', which is for one process, not for {processes}"
+        fail(CANNOT_BE_DONE, message, cure=f"plan again, with --processes {processes}")
     train, gpus = plan.tables.train, plan.value("device") == "cuda"
     what = "GPUs" if gpus else "processes"
     product = f"{processes} x batch {train.batch} x accumulation {train.accumulation}"
@@ -146,7 +153,9 @@ def _check(problem: Problem, recipe: Recipe) -> None:
         message = f"no Linear of the {blocks} blocks of '{problem.base.name}' matches adapter.targets"
         fail(NO_TARGETS_IN_BASE, message, recipe.span("adapter.targets"), cure="targets = 'all'")
     problems, blocks = Collector(), problem.base.transformer.num_layers
-    for refusal in refusals(recipe.tables, problem.hardware, problem.device, problem.targets, blocks):
+    for refusal in refusals(
+        recipe.tables, problem.hardware, problem.device, problem.targets, blocks, problem.processes
+    ):
         place = recipe.span(f"memory.{refusal.key}")
         problems.add(CANNOT_BE_DONE, refusal.message, place, cure=refusal.cure)
     problems.raise_if_errors()

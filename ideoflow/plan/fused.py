@@ -300,14 +300,16 @@ def peak(
     *,
     fp8: bool,
     first_pass: bool = True,
+    leaving: bool = False,
     offload: str = "none",
     exact_blocks: int = 0,
 ) -> Peak:
     """The most that a forward and backward pass over ``tokens`` packed tokens holds.
 
-    ``first_pass``: the adapter has no gradients yet; they come as the blocks' values go. ``offload``: what
-    waits on the host, but for that of two blocks, which is on its way. ``exact_blocks``: the first so many
-    have dense forward operands.
+    ``first_pass``: the adapter has no gradients yet; they come as the blocks' values go. ``leaving``: they
+    go to the host, each block's while the one before it computes, so those of two blocks are there at most.
+    ``offload``: what waits on the host, but for that of two blocks, which is on its way. ``exact_blocks``:
+    the first so many have dense forward operands.
     """
     blocks, sizes = targets_by_block(targets), spec.block_linears()
     options = {"offload": offload, "exact_blocks": exact_blocks}
@@ -332,8 +334,10 @@ def peak(
     ]
     away = away_bytes(spec, element, offload)
     held = [replace(block, kept=block.kept - away) for block in held]
-    moments = _moments(held, own, tokens, first_pass, 2 * away)
-    return max(moments, key=lambda p: p.total, default=Peak(0, 0, 0))
+    staying = [0] * len(own) if leaving else own
+    moments = _moments(held, staying, tokens, first_pass, 2 * away)
+    most = max(moments, key=lambda p: p.total, default=Peak(0, 0, 0))
+    return replace(most, gradients=min(sum(own), 2 * max(own, default=0))) if leaving else most
 
 
 def _moments(

@@ -200,7 +200,7 @@ def _train_reference(
     several = batch * accumulation > 1
     # Of a single sample, gradients come as the blocks' activations go; only a second one finds them all.
     held = gradients if several else max(gradients // blocks, gradients - kept * (blocks - 1) // blocks)
-    _adapter(add, "train", adapter, choice)
+    _adapter(add, "train", spec, targets, rank, adapter, choice)
     among = "of all samples" if several else "at the peak, of what comes while activations go"
     add("train", "gradients", held, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
     where = f"{shapes.tokens} tokens ({shapes.grid_tokens} image, {shapes.text_tokens} text)"
@@ -249,10 +249,21 @@ def _train_fused(
     # Graphs add into gradients that are always there.
     first = accumulation == 1 and not graphs
     exact = choice.exact_blocks
+    host = choice.optimizer_state == "offload"
     p = fused.peak(
-        spec, targets, rank, tokens, budget, e, fp8=fp8, first_pass=first, offload=away, exact_blocks=exact
+        spec,
+        targets,
+        rank,
+        tokens,
+        budget,
+        e,
+        fp8=fp8,
+        first_pass=first,
+        leaving=host,
+        offload=away,
+        exact_blocks=exact,
     )
-    _adapter(add, "train", adapter, choice)
+    _adapter(add, "train", spec, targets, rank, adapter, choice)
     options: dict[str, Any] = {"precision": choice.precision, "fp8": fp8, "exact_blocks": exact}
     copies = fused.copies_bytes(spec, targets, rank, e, **options)
     add("train", "working copies", copies, "the adapter as products read it, scales of rows")
@@ -261,6 +272,7 @@ def _train_fused(
     add("train", "work buffer", scratch, f"one weight, {form}")
     among = "at the peak, of what comes while activations go" if first else "of all passes"
     among = "where graphs add to them" if graphs else among
+    among = "those of two blocks, on their way to the host" if host else among
     own = fused.foreign_bytes(spec, size, tokens, e, fp8)
     held = p.gradients if size.kind == "lora" else gradients
     add("train", "gradients", held, f"{_count(adapter)} x {ADAPTER_BYTES} bytes; {among}")
@@ -281,7 +293,8 @@ def _train_fused(
     # Rotary tables, seven index tensors, the velocity with its target and gradient.
     ends = tokens * (e * spec.attention_head_dim + 60 + 14 * spec.in_channels)
     add("train", "inputs and loss", ends, "rotary tables, indices, velocity", transient=True)
-    _optimizer_step(add, choice, gradients, p.total - p.gradients + held + own + ends)
+    # Those on the host come back with the moments, a bucket at a time.
+    _optimizer_step(add, choice, 0 if host else gradients, p.total - p.gradients + held + own + ends)
 
 
 def _optimizer_step(add: _Add, choice: Choice, gradients: int, before: int) -> None:
@@ -324,7 +337,7 @@ def _sample(
     """Denoising needs both transformers, decoding one and the autoencoder: whichever is more."""
     spec, e = base.transformer, choice.element
     h, f = spec.hidden, spec.intermediate_size
-    _adapter(add, "sample", size.parameters, choice)
+    _adapter(add, "sample", spec, targets, rank, size.parameters, choice)
     other = _unconditional_bytes(base, choice)
     cast = ADAPTER_BYTES if targets else 0
     denoise = shapes.sample_tokens * (e * (6 * h + 2 * f) + 2 * 4 * h + 3 * cast * f)
@@ -362,16 +375,26 @@ def _unconditional_bytes(base: BaseFacts, choice: Choice) -> int:
     return {"loaded": size, "streamed": size - away + fetched, "proxy": 0}[choice.unconditional]
 
 
-def _adapter(add: _Add, phase: Phase, parameters: int, choice: Choice) -> None:
-    size = parameters * ADAPTER_BYTES
+def _adapter(
+    add: _Add,
+    phase: Phase,
+    spec: TransformerSpec,
+    targets: tuple[str, ...],
+    rank: int,
+    parameters: int,
+    choice: Choice,
+) -> None:
+    size = parameters * ADAPTER_BYTES if choice.optimizer_state != "offload" else 0
     add(phase, "adapter", size, f"{_count(parameters)} x {ADAPTER_BYTES} bytes")
     words = {
         "float32": "AdamW's two moments, float32",
         "8bit": "AdamW's two moments, 8 bits with a float32 scale for 256",
         "cpu": "what is fetched at once of AdamW's two moments",
+        "offload": "what is fetched at once of adapter, gradients and AdamW's two moments",
     }
-    kind = choice.optimizer_state
-    add(phase, "optimizer state", state_bytes(choice, parameters), words.get(kind, kind))
+    kind, sizes = choice.optimizer_state, spec.linears()
+    largest = rank * max((max(sizes[name]) for name in targets), default=0)
+    add(phase, "optimizer state", state_bytes(choice, parameters, largest), words.get(kind, kind))
 
 
 def _count(parameters: int) -> str:

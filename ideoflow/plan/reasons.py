@@ -95,6 +95,7 @@ def _waiting_reason(name: str, value: str) -> tuple[str, str]:
     return {
         "float32": ("fastest-that-fits", "AdamW's moments fit beside the adapter, exact"),
         "cpu": ("needs-memory", "AdamW's moments wait on the host: exact, and they leave the card free"),
+        "offload": ("needs-memory", "adapter, gradients and moments wait on the host, exact"),
         "8bit": ("needs-memory", "AdamW's moments in a quarter of their size"),
         "stream": ("needs-memory", "the blocks' weights wait on the host, fetched ahead of both passes"),
         "inputs": ("needs-memory", "the blocks' inputs wait on the host for the backward pass"),

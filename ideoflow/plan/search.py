@@ -24,7 +24,7 @@ from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, Ledger
 from ideoflow.plan.fused import away_bytes
 from ideoflow.plan.memory import build_ledger
 from ideoflow.plan.phases import SAMPLING_STEPS, encoding_seconds, sampling_seconds, starting_seconds
-from ideoflow.plan.sizes import Choice, Shapes, streamed_bytes, weight_bytes
+from ideoflow.plan.sizes import Choice, Shapes, host_arrays, streamed_bytes, weight_bytes
 from ideoflow.plan.timing import Load, Speed, step_parts
 from ideoflow.recipe import RecipeTables
 
@@ -143,7 +143,8 @@ class Problem:
             guidance = GUIDANCE if self.device == "cuda" else ("loaded", "proxy")
         fixed, kind = tuple(fixed_decisions(self.tables).items()), self.tables.adapter.kind
         exact = exact_block_counts(self.base.transformer.num_layers, dict(fixed))
-        return _combinations(self.hardware, self.device, self.targets, fixed, kind, guidance, exact)
+        several = min(self.processes, 2)
+        return _combinations(self.hardware, self.device, self.targets, fixed, kind, guidance, exact, several)
 
     def host_bytes(self, choice: Choice) -> int:
         """What a GPU run needs of host memory: what samples are made with waits there, and what is offloaded.
@@ -154,8 +155,7 @@ class Problem:
         waiting = weight_bytes(spec, choice.precision) if second else 0
         if choice.offload not in ("none", "disk"):
             waiting += streamed_bytes(spec, choice.precision)
-        if choice.optimizer_state in ("cpu", "paged"):
-            waiting += 8 * self.adapter.parameters
+        waiting += 4 * host_arrays(choice) * self.adapter.parameters
         tokens = self.tables.train.batch * self.shapes.tokens
         waiting += tokens * away_bytes(spec, choice.element, choice.activation_offload) * spec.num_layers
         return self.base.vae.parameters() * choice.element + waiting
@@ -173,9 +173,10 @@ def _combinations(
     kind: str,
     guidance: tuple[str, ...],
     exact: tuple[int, ...],
+    processes: int,
 ) -> tuple[Choice, ...]:
     """The same for most of the problems that advice is sought for."""
-    every = combinations(hardware, device, targets, dict(fixed), kind, exact)
+    every = combinations(hardware, device, targets, dict(fixed), kind, exact, processes)
     return tuple(replace(c, unconditional=value) for c in every for value in guidance)
 
 
@@ -358,15 +359,16 @@ def _sacrifice(choice: Choice, storage: str) -> tuple[int, bool, bool]:
     return degree, choice.optimizer_state == "8bit", choice.lean
 
 
-def _plainness(choice: Choice, storage: str) -> tuple[int, bool, bool, bool, bool]:
+def _plainness(choice: Choice, storage: str) -> tuple[int, bool, bool, bool, bool, bool]:
     """Of equals, the least: no bits of the weights lost or wasted, no FP8 products, nothing compiled, nothing
-    recomputed."""
+    recomputed, and the adapter where it is trained."""
     bits = _PRECISION_BITS[choice.precision] - _PRECISION_BITS[storage]
     rounded = 2 if bits < 0 else min(bits, 1)
     # Row by row, int8 is a third of e4m3's rounding away; but what is e4m3 already is that exactly.
     coarse = choice.precision == "fp8" and storage not in ("fp8", "nf4")
     fp8 = choice.matmul == "fp8"
-    return rounded, fp8, coarse, choice.compiled, choice.checkpointing == "on"
+    away = choice.optimizer_state == "offload"
+    return rounded, fp8, coarse, choice.compiled, choice.checkpointing == "on", away
 
 
 def solve(problem: Problem) -> Evaluation:

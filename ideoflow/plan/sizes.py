@@ -24,7 +24,8 @@ class Choice:
         matmul: type of the products with them: ``fp8``, ``bf16`` or ``float32``.
         activation_budget: 0 recomputes every block, 1 recomputes nothing; the reference engine has these two,
             and calls them checkpointing.
-        optimizer_state: where and how AdamW's moments are: ``float32``, ``cpu``, ``8bit`` or ``paged``.
+        optimizer_state: where and how AdamW's moments are: ``float32``, ``cpu``, ``8bit`` or ``paged``; or
+            ``offload``: on the host with the adapter and its gradients.
         offload: how the blocks' weights come to the device: ``none`` (they are there), ``stream``, or by
             diffusers' group offloading ``block``, ``leaf``, ``disk``.
         unconditional: where the second transformer comes from while samples are made: ``loaded`` to the
@@ -154,12 +155,23 @@ def streamed_bytes(spec: TransformerSpec, precision: str) -> int:
 
 _DENSE = {"bf16": 2, "float32": 4}
 SLOTS = 3  # blocks on the device while weights are streamed (ideoflow.engine.offload)
-# AdamW's moments on the device at once while they wait on the host: two buckets of both (engine.optimizer).
-BUCKET = 8 << 20
+# Numbers of a bucket while AdamW's moments wait on the host (engine.optimizer), and while the adapter and its
+# gradients do as well (engine.masters): two buckets are on the device at once, of each array one.
+BUCKET, OFFLOAD_BUCKET = 8 << 20, 1 << 20
 
 
-def state_bytes(choice: Choice, numbers: int) -> int:
-    """AdamW's moments on the device: two float32 numbers for each of the adapter's, or what is left there."""
+def host_arrays(choice: Choice) -> int:
+    """Float32 numbers that wait on the host for each of the adapter's."""
+    return {"cpu": 2, "paged": 2, "offload": 4}.get(choice.optimizer_state, 0)
+
+
+def state_bytes(choice: Choice, numbers: int, largest: int = 0) -> int:
+    """AdamW's moments on the device: two float32 numbers for each of the adapter's, or what is left there.
+
+    ``largest`` are the numbers of the adapter's largest tensor, of which a bucket has at least one.
+    """
+    if choice.optimizer_state == "offload":
+        return 2 * 4 * 4 * min(numbers, max(OFFLOAD_BUCKET, largest))
     if choice.optimizer_state == "8bit":
         return numbers * 2 * (256 + 4) // 256
     if choice.optimizer_state == "cpu":

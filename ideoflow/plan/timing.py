@@ -36,6 +36,7 @@ from ideoflow.plan.sizes import (
     Choice,
     adapter_parameters,
     block_weights,
+    host_arrays,
     streamed_bytes,
     targets_by_block,
 )
@@ -249,16 +250,19 @@ def _waiting_parts(
         if choice.activation_offload != "none":
             waits = fused.away_bytes(spec, e, choice.activation_offload)
             inputs = load.tokens * load.samples / passes * waits * spec.num_layers / speed.host
-        wait = max(0.0, max(weights, inputs) - forward) + max(0.0, weights + inputs - backward)
-        moved = 2 * (fetched + inputs * speed.host)
+        # Gradients go the other way: out in every pass, and in again for every pass that adds to them.
+        out = 4 * numbers * (2 - 1 / passes) / speed.host if choice.optimizer_state == "offload" else 0.0
+        wait = max(0.0, max(weights, inputs) - forward) + max(0.0, max(weights + inputs, out) - backward)
+        moved = 2 * (fetched + inputs * speed.host) + out * speed.host
         if wait:
             yield TimePart(
                 "fetching", round(1e3 * passes * wait, 3), f"{moved / 1e9:.0f} GB a pass, not hidden"
             )
-    if choice.optimizer_state in ("cpu", "paged"):
-        one_way = 8 * numbers / speed.host
-        seconds = one_way + 1e-3 * _BUCKETS_MS if choice.optimizer_state == "cpu" else 4 * one_way
-        yield TimePart("moments", round(1e3 * seconds, 3), f"{8 * numbers / 1e9:.1f} GB each way")
+    if arrays := host_arrays(choice):
+        # Of those that come in, all but the gradients go out again, and meanwhile.
+        one_way = 4 * arrays * numbers / speed.host
+        seconds = 4 * one_way if choice.optimizer_state == "paged" else one_way + 1e-3 * _BUCKETS_MS
+        yield TimePart("moments", round(1e3 * seconds, 3), f"{4 * arrays * numbers / 1e9:.1f} GB in and out")
     if choice.optimizer_state == "8bit":
         tensors = 2 * len(targets)
         yield TimePart("moments", round(_8BIT_TENSOR_MS * tensors, 3), f"{tensors} tensors, one by one")

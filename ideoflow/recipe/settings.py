@@ -419,10 +419,11 @@ class MemorySettings:
         doc="on: steps of the fused engine are recorded as CUDA graphs, one for each size of picture and "
         "each 64 text tokens, and replayed, which spares the host 2,900 launches. Needs flash-attn-4.",
     )
-    optimizer_state: Literal["auto", "float32", "8bit", "paged", "cpu"] = setting(
+    optimizer_state: Literal["auto", "float32", "8bit", "paged", "cpu", "offload"] = setting(
         "auto",
-        doc="AdamW's moments. float32: beside the adapter. cpu: in pinned host memory, exact. 8bit: a "
-        "quarter of the size, by bitsandbytes. paged: in memory that the driver moves when it must.",
+        doc="AdamW's moments. float32: beside the adapter. cpu: in pinned host memory, exact. offload: there "
+        "with the adapter's float32 weights and gradients, exact, in the fused engine. 8bit: a quarter of "
+        "the size, by bitsandbytes. paged: in memory that the driver moves when it must.",
     )
 
 

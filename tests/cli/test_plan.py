@@ -86,7 +86,7 @@ def test_every_line_fits_80_columns_and_ends_without_blanks(recipe, capsys):
 
 
 def test_a_plan_that_does_not_fit_exits_with_2_and_says_what_would(recipe, capsys):
-    code, out, err = run(capsys, recipe, "--gpu", "4gb")
+    code, out, err = run(capsys, recipe, "--gpu", "2gb")
     assert code == 2
     assert "over by" in out and "What would make it fit, cheapest first" in out and "another card" in out
     assert "IP020" in err

@@ -113,6 +113,8 @@ CANNOT_BE_DONE = define(
     - `matmul = "fp8"` needs `precision = "fp8"` and FP8 units (compute capability 8.9: RTX 40, L4, H100 and
       newer);
     - `exact_blocks` above 0 is about FP8 products, and needs what `matmul = "fp8"` needs;
+    - `optimizer_state = "offload"` belongs to the fused engine too, for a plain LoRA in one process, without
+      graphs;
     - `compile = "regional"` belongs to the reference engine, on NVIDIA GPUs with Triton, and so do
       `offload = "block"`, `"leaf"` and `"disk"`, on any;
     - `activation_budget` and `checkpointing` say the same thing: set one.

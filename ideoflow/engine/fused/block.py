@@ -102,6 +102,9 @@ class FusedBlock:
         self.w2 = group(("feed_forward.w2", ff.w2))
         self.linears = (self.qkv, self.o, self.ffn, self.w2)
         self.parameters = [p for linear in self.linears for p in linear.parameters]
+        # Whose gradients autograd is given; nothing of it where a sink takes those of the parameters.
+        self.leaves: list[Tensor] = list(self.parameters)
+        self.sink: Callable[[list[Tensor]], None] | None = None
         # Told before the weights are read, and which way: where they wait on the host, it brings them here.
         self.enter: Callable[[bool], None] = lambda backward: None
 
@@ -307,11 +310,11 @@ class Keeping:
 
 
 class BlockFunction(torch.autograd.Function):
-    """The autograd node of one block: apply(h, block, batch, modulation, keeping, *block.parameters)."""
+    """The autograd node of one block: apply(h, block, batch, modulation, keeping, *block.leaves)."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, block: FusedBlock, batch: Batch, modulation: Modulation,
-                keeping: Keeping, *parameters: Tensor) -> Tensor:  # fmt: skip
+                keeping: Keeping, *leaves: Tensor) -> Tensor:  # fmt: skip
         out, known = block.forward(h, batch, modulation, keeping.device | keeping.host)
         ctx.known = keeping.part({"input": h, **known})
         ctx.block, ctx.batch, ctx.modulation, ctx.keeping = block, batch, modulation, keeping
@@ -325,4 +328,7 @@ class BlockFunction(torch.autograd.Function):
         h = known.pop("input")
         dh, gradients = ctx.block.backward(dout.contiguous(), h, ctx.batch, ctx.modulation, known,
                                            ctx.needs_input_grad[0])  # fmt: skip
+        if ctx.block.sink is not None:
+            ctx.block.sink(gradients)
+            gradients = [None] * len(ctx.block.leaves)
         return dh, None, None, None, None, *gradients

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -28,6 +28,7 @@ from ideoflow.engine.fused.block import Batch, BlockFunction, FusedBlock, Keepin
 from ideoflow.engine.fused.linear import lay_together
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
+from ideoflow.engine.masters import HostMasters, write_copies
 from ideoflow.engine.offload import WeightStream
 from ideoflow.engine.packed import PackedLayout
 from ideoflow.kernels.budget import HOST_GROUPS, choose_kept, group_bytes
@@ -84,6 +85,7 @@ class FusedTransformer:
             for i, block in enumerate(transformer.layers)
         ]  # fmt: skip
         self._weights: WeightStream | None = None
+        self._masters: HostMasters | None = None
         self._check_covered()
         # Weights of the norms in the order of the modulation's parts: [blocks, 4, 1, D].
         self._norms = torch.stack([
@@ -129,7 +131,7 @@ class FusedTransformer:
             for block, modulation, keeping in zip(
                 self.blocks, modulations, self._keeping(layout), strict=True
             ):
-                h = BlockFunction.apply(h, block, batch, modulation, keeping, *block.parameters)
+                h = BlockFunction.apply(h, block, batch, modulation, keeping, *block.leaves)
         return self._project(h, conditioning, index.image_index, index.sample_index)
 
     def add_gradients(self, noisy: Tensor, target: Tensor, time: Tensor, text: Tensor, layout: PackedLayout,
@@ -147,11 +149,10 @@ class FusedTransformer:
         """Working copies of all adapters, in a few launches rather than a few a layer."""
         if not self._copies:
             return
-        copies, masters, factors = zip(*self._copies, strict=True)
-        torch._foreach_copy_(copies, [master.detach() for master in masters])
-        scaled = [(copy, factor) for copy, factor in zip(copies, factors, strict=True) if factor != 1]
-        if scaled:
-            torch._foreach_mul_([copy for copy, _ in scaled], [factor for _, factor in scaled])
+        if self._masters is not None:
+            self._masters.refresh()
+        else:
+            write_copies([(c, f) for c, _, f in self._copies], [m.detach() for _, m, _ in self._copies])
         for down, (values, scale), group in self._pieces:
             self.ops.split_precision(down.t(), values, scale, group=group)
 
@@ -233,6 +234,26 @@ class FusedTransformer:
             block.enter = partial(stream.use, index)
         self._weights = stream
         return stream
+
+    def masters_on_host(self, parameters: Sequence[nn.Parameter]) -> HostMasters:
+        """Puts the adapters' masters and gradients on the host; the device keeps the working copies.
+
+        Autograd gives no gradient to what is on another device, so each block hands its own over. Only for
+        adapters that the engine computes itself: PEFT reads the masters.
+        """
+        if {p for block in self.blocks for p in block.parameters} != {
+            master for _, master, _ in self._copies
+        }:
+            raise ValueError("an adapter that PEFT computes needs its masters beside it")
+        copies = {master: (copy, factor) for copy, master, factor in self._copies}
+        masters = HostMasters(parameters, self.device, copies)
+        for block in self.blocks:
+            if block.parameters:
+                # So that autograd comes by.
+                block.leaves = [torch.zeros((), device=self.device, requires_grad=True)]
+                block.sink = partial(masters.take, block.parameters)
+        self._masters = masters
+        return masters
 
     def _backend(self) -> kernels.Backend:
         if self.device.type != "cuda":
