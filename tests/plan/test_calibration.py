@@ -218,3 +218,35 @@ def test_libraries_of_a_process_are_no_lines_fault(nano_base, processor, write_r
     assert wrong_lines(plan, {"train": 2 * plan.ledger.peak("train")}, {}) == []
     (told,) = wrong_lines(plan, {"train": processor.free_bytes}, {"weights": line(plan, "weights")})
     assert "0.0 MiB below the limit" in told
+
+
+def test_a_host_and_a_device_are_corrected_apart(full_base, write_recipe, summarize):
+    """Of small pictures a slow host's launches tell, and nothing of how fast the device works."""
+    eager = '[memory]\nengine = "reference"\nprecision = "bf16"\ncompile = "off"\ncheckpointing = "on"'
+
+    def planned(size, *runs):
+        arguments = (
+            write_recipe(eager, resolution=size),
+            full_base,
+            summarize(size=size),
+            named_hardware("h200"),
+        )
+        return make_plan(*arguments, calibration=known(*runs))
+
+    def measured(plan, factor):
+        step_ms = factor * plan.time.step_ms
+        return measured_run(plan, train_peak_bytes=None, step_ms=step_ms, engine_digest="a", versions={})
+
+    small, large = planned(256), planned(1024)
+    assert "launch" in {p.name for p in small.time.parts} and "launch" not in {
+        p.name for p in large.time.parts
+    }
+    slow_host, slow_device = measured(small, 1.5), measured(large, 1.2)
+    assert slow_host.waits_for_host and not slow_device.waits_for_host
+    assert planned(256, slow_host).time.step_ms == pytest.approx(1.5 * small.time.step_ms, rel=0.02)
+    assert planned(1024, slow_host).time.step_ms == pytest.approx(large.time.step_ms)
+    assert planned(1024, slow_device).time.step_ms == pytest.approx(1.2 * large.time.step_ms, rel=1e-3)
+    assert planned(256, slow_device).time.step_ms == pytest.approx(small.time.step_ms, rel=0.02)
+    both = planned(256, slow_host, slow_device), planned(1024, slow_host, slow_device)
+    assert both[0].time.step_ms == pytest.approx(1.5 * small.time.step_ms, rel=0.02)
+    assert both[1].time.step_ms == pytest.approx(1.2 * large.time.step_ms, rel=1e-3)
