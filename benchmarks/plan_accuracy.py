@@ -36,8 +36,8 @@ import time
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -204,9 +204,18 @@ class Samples:
 
 
 def run(
-    plan: Plan, model: Any, samples: Samples, c: Configuration, steps: int, scratch: Path
+    plan: Plan,
+    model: Any,
+    samples: Samples,
+    c: Configuration,
+    steps: int,
+    scratch: Path,
+    tell: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """Median milliseconds of a step and, on a GPU, the training's peak in bytes, the first steps included."""
+    """Median milliseconds of a step and, on a GPU, the training's peak in bytes, the first steps included.
+
+    ``tell`` is called with what comes next: setting up, and each step.
+    """
     device = torch.device(str(plan.value("device")))
     before, measured = steps_of(plan, c, steps)
     events: list[Any] = []
@@ -216,10 +225,12 @@ def run(
     data = samples.of(c.pixels)
     begun = time.perf_counter()
     with memory_errors_told(plan), meter.stage("train"):
+        tell("setting up")
         trainable = set_up(plan, model)
         set_up_seconds = time.perf_counter() - begun
         trainer = Trainer(plan, trainable, data, [Share("random", 0, len(data))], samples.cache, checkpoints,
                           events.append, Stop())  # fmt: skip
+        trainer.around = lambda step: nullcontext(tell(f"step {step}"))
         # One more, since the last interval ends with its gradients and not with its update.
         trainer.train(before + measured + 1)
         if device.type == "cuda":
@@ -412,7 +423,8 @@ def main() -> None:
                 row["outcome"] = "does not fit, by the plan"
             else:
                 carried_out = plan if real else on_processor(plan)
-                row |= outcome(carried_out, weights, samples, c, args.steps, Path(folder))
+                model = weights.of(c.precision, c.offload == "stream")
+                row |= outcome(carried_out, model, samples, c, args.steps, Path(folder))
                 row |= errors(row) if real else {}
             row["seconds"], row["expected_seconds"] = time.perf_counter() - begun, seconds
             print(f"{len(rows):3} {show(row)} [{row['seconds']:.1f} s]", flush=True)
@@ -423,14 +435,21 @@ def main() -> None:
 
 
 def outcome(
-    plan: Plan, weights: Weights, samples: Samples, c: Configuration, steps: int, scratch: Path
+    plan: Plan,
+    model: AbstractContextManager[Any],
+    samples: Samples,
+    c: Configuration,
+    steps: int,
+    scratch: Path,
+    tell: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """What came of one configuration; running out of memory, or a refusal, is an outcome."""
     try:
-        with weights.of(c.precision, c.offload == "stream") as model:
-            return {"outcome": "measured", **run(plan, model, samples, c, steps, scratch)}
+        with model as frozen:
+            return {"outcome": "measured", **run(plan, frozen, samples, c, steps, scratch, tell)}
     except IdeoflowError as error:
-        return {"outcome": error.diagnostics[0].message}
+        told = error.diagnostics[0]
+        return {"outcome": told.message, "notes": list(told.notes)}
     except Exception as error:  # a fault of the engine: told in the row, and the others still run
         traceback.print_exc()
         return {"outcome": f"failed: {type(error).__name__}: {error}"[:300]}
