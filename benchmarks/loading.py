@@ -186,7 +186,7 @@ def main() -> None:
                 continue
             command = [sys.executable, __file__, "--size", args.size, "--folder", str(folder)]
             command += ["--load", precision] + (["--single"] if form == "comfy" else [])
-            row = rows[name] = _child(command, 60 + left)
+            row = rows[name] = _child(command, min(60 + left, 3600))
             write_json(args.out, {"environment": environment(device), "size": args.size, "rows": rows})
             if "failed" in row:
                 print(f"{name:24s} failed: {row['failed']}", flush=True)

@@ -112,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.attention = args.attention or ("flash4" if device.type == "cuda" else "sdpa")
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
 
     def record(name: str, run: Any) -> None:
         gc.collect()
@@ -120,19 +120,21 @@ def main() -> None:
             torch.cuda.empty_cache()
         try:
             rows[name] = run()
-        except RuntimeError as error:
-            print(f"{name:50s} {str(error).splitlines()[0]}", flush=True)
-            return
-        gib = f"{rows[name]['allocated_gib']:6.2f} GiB" if "allocated_gib" in rows[name] else ""
-        print(f"{name:50s} {rows[name]['ms']:8.0f} ms {gib}", flush=True)
+        except Exception as error:  # told in the row, and the others still run
+            rows[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            print(f"{name:50s} {rows[name]['failed']}", flush=True)
+        else:
+            gib = f"{rows[name]['allocated_gib']:6.2f} GiB" if "allocated_gib" in rows[name] else ""
+            print(f"{name:50s} {rows[name]['ms']:8.0f} ms {gib}", flush=True)
         write_json(args.out, {"environment": environment(device), "arguments": vars(args), "rows": rows})
 
     if not args.no_plain:
         record("diffusers + PEFT, bf16", lambda: plain_step(args, device, False))
-        record("diffusers + PEFT, bf16, streamed", lambda: plain_step(args, device, True))
     for precision in args.precisions.split(","):
         for mode in (list(MODES)[int(number)] for number in args.modes.split(",")):
             record(f"{precision}, {mode}", lambda p=precision, m=mode: fused_step(args, device, p, m))
+    if not args.no_plain:  # last: 17 GB of pinned memory take long
+        record("diffusers + PEFT, bf16, streamed", lambda: plain_step(args, device, True))
 
 
 if __name__ == "__main__":

@@ -136,10 +136,34 @@ def assemble(
         if name.startswith("layers.") and type(module) is nn.Linear and precision in _QUANTISED:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, filler.quantised(name, module, device, streamed))
+        _join_rows(model, name)
     model.t_embedding.mlp_in.register_forward_pre_hook(_cast_to_weight)
     model.requires_grad_(False).eval()
     model.rotary_emb.to(device)
     return model
+
+
+# Linears of a block that share their input, by the last of them to be loaded.
+_SHARING = {
+    "attention.to_v": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "feed_forward.w3": ("feed_forward.w1", "feed_forward.w3"),
+}
+
+
+def _join_rows(model: nn.Module, name: str) -> None:
+    """Once the last of several Linears that share their input is there, puts their weights into one matrix.
+
+    The fused engine multiplies with all of them at once. If it joined them when the whole model is there,
+    every block would leave a gap: on an H200 3.4 GiB of them, of which 1 GiB stayed of no use.
+    """
+    block, last = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
+    if name.startswith("layers.") and last in _SHARING:
+        layers = [model.get_submodule(f"{block}.{part}") for part in _SHARING[last]]
+        if all(layer.weight.ndim == 2 and layer.weight.shape[1] == layer.in_features for layer in layers):
+            rows = [layer.out_features for layer in layers]
+            joined = torch.cat([layer.weight.data for layer in layers])
+            for layer, piece in zip(layers, joined.split(rows), strict=True):
+                layer.weight.data = piece
 
 
 def is_streamed(name: str) -> bool:

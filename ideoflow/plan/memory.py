@@ -35,8 +35,9 @@ _CONTEXT = {"cuda": 550 << 20, "cpu": 640 << 20}
 # an H200 for both engines at every size, like what recorded graphs and bitsandbytes' weights add.
 _WORKSPACES, _GRAPH_WORKSPACES, _NF4_WORKSPACES = 128 << 20, 224 << 20, 80 << 20
 # What the caching allocator cannot use of what it holds, at the least that a run needs: tensors that live
-# long leave gaps, fewer where weights are fetched into a few slots; and of what comes and goes a share.
-_GAPS = {True: 600 << 20, False: 250 << 20}  # weights resident: bytes
+# long leave gaps, fewer where weights are fetched into a few slots, or are in 4 bits and never laid together;
+# and of what comes and goes a share.
+_GAPS = {True: 600 << 20, False: 250 << 20}  # weights resident, not in 4 bits: bytes
 _FRAGMENTATION = 0.04
 # glibc's malloc keeps freed blocks below 32 MiB (mallopt(3), M_MMAP_THRESHOLD): seen as 1.4 times what came
 # and went in a run on the nano base; larger tensors are given back.
@@ -84,7 +85,7 @@ def build_ledger(
         share, evidence = _FRAGMENTATION * moving, f"{_FRAGMENTATION:.0%} of what comes and goes"
         if choice.device == "cuda":
             resident = phase in ("train", "sample") and choice.offload == "none"
-            share += _GAPS[resident]
+            share += _GAPS[resident and choice.precision != "nf4"]
             evidence = f"gaps between what stays, and {evidence}"
         if choice.device == "cpu":
             share += _HOST_KEEPS * min(moving, _HOST_KEEPS_OF)

@@ -65,7 +65,7 @@ SITUATIONS = {
     "FP8, 8 GB": ("fp8", "rtx-4060", LONG, 1024,
         "fused fp8/fp8+6 sdpa 0.2 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
     "FP8, 12 GB": ("fp8", "rtx-4070", LONG, 1024,
-        "fused fp8/fp8+6 sdpa 0.45 offload=stream activation_offload=gate_up proxy"),
+        "fused fp8/fp8+6 sdpa 0.5 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
     "FP8, 12 GB, no FP8 units": ("fp8", "rtx-3060", LONG, 1024,
         "fused fp8/bf16 sdpa 0.25 offload=stream activation_offload=inputs proxy"),
     "FP8, 12 GB, 512": ("fp8", "rtx-3060", LONG, 512,

@@ -107,7 +107,7 @@ def test_graphs_are_for_steps_that_wait_for_the_host(plan_for):
     small, large = (plan_for("fp8", "h200", LONG, resolution) for resolution in (512, 1024))
     assert [p.value("graphs") for p in (small, large)] == ["on", "off"]
     assert small.decision("graphs").rejected[0].delta_ms > 30
-    off = plan_for("fp8", "h200", LONG + memory('graphs = "off"'), 512)
+    off = plan_for("fp8", "h200", LONG + memory('graphs = "off"\nengine = "fused"'), 512)
     assert [any(part.name == "launch" for part in p.time.parts) for p in (small, off)] == [False, True]
     missing = plan_for("fp8", "h100, no flash-attn-4", LONG, 512)
     assert missing.decision("graphs").reason_code == "unsupported"

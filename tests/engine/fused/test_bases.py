@@ -54,6 +54,16 @@ def base(precision, kind="lora", seed=0):
     return model
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8", "nf4"])
+def test_weights_stay_where_they_were_loaded(precision):
+    """Copies at set-up, one block after the other, would leave a gap in the memory for each."""
+    model = base(precision)
+    linears = [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
+    before = [linear.weight.data_ptr() for linear in linears]
+    FusedTransformer(model, linear="bf16", attention="sdpa")
+    assert [linear.weight.data_ptr() for linear in linears] == before
+
+
 def inputs(layout, dtype=torch.bfloat16, seed=1):
     g = torch.Generator().manual_seed(seed)
     latents = torch.randn(layout.image_total, 16, generator=g).to(DEVICE, dtype)
