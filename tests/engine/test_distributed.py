@@ -1,7 +1,6 @@
 """Several processes train as one: the numbers of one with a larger batch, one output, one word on errors."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_worker import planned
+from nano_runs import HEAD, three_photographs
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import HashStore
@@ -26,16 +26,11 @@ from ideoflow.engine.events import StepDone
 from ideoflow.engine.setup import plan_device
 from ideoflow.processes import Process, this_process
 from ideoflow.recipe import parse_recipe
-from ideoflow.resources import recipes
 from ideoflow.workflow import prepare, run
 
-RECIPE = """
-[model]
-base = "nano"
-[data]
-images = "pictures"
-resolution = 64
-[adapter]
+RECIPE = (
+    HEAD
+    + """[adapter]
 rank = 4
 [train]
 steps = {steps}
@@ -48,6 +43,7 @@ seed = 3
 [output]
 folder = "{folder}"
 """
+)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
 
@@ -55,11 +51,7 @@ WORKER = str(Path(__file__).with_name("distributed_worker.py"))
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with three pictures of different shapes, and the current one."""
-    (tmp_path / "pictures").mkdir()
-    for name in ("cat", "coffee", "rocket"):
-        for suffix in (".jpg", ".icap"):
-            shutil.copy(recipes() / "quickstart" / f"{name}{suffix}", tmp_path / "pictures")
-    shutil.copytree(recipes() / "styles", tmp_path / "styles")
+    three_photographs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
