@@ -1,7 +1,9 @@
 """Before any test: few threads, no network, a cache of their own, and GPU tests only where there is a GPU."""
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Triton reads this once, when anything first imports it: without a GPU its kernels run in its interpreter.
 if not any(os.path.exists(f"/dev/nvidia{n}") for n in range(16)):  # noqa: PTH110
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.append(str(Path(__file__).parent))  # for nano_runs
 
 _cache = tempfile.TemporaryDirectory(prefix="ideoflow-tests-")
 # Worker processes inherit the variable, so that all of them share one cache and it ends with the run.

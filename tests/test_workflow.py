@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Ideogram4Pipeline
+from nano_runs import HEAD, three_photographs
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,16 +22,11 @@ from ideoflow.cli import main
 from ideoflow.engine.events import CheckpointSaved, Note, StepDone
 from ideoflow.engine.loop import Stop
 from ideoflow.plan import load_plan
-from ideoflow.resources import recipes
 from ideoflow.workflow import Result, prepare, run
 
-RECIPE = """
-[model]
-base = "nano"
-[data]
-images = "pictures"
-resolution = 64
-[adapter]
+RECIPE = (
+    HEAD
+    + """[adapter]
 rank = 4
 [train]
 steps = 4
@@ -44,17 +40,13 @@ every = 2
 preset = "turbo"
 steps = 2
 """
+)
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a recipe and three of the shipped photographs, and the current one."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for name in ("cat", "coffee", "rocket"):
-        for suffix in (".jpg", ".icap"):
-            shutil.copy(recipes() / "quickstart" / f"{name}{suffix}", pictures)
-    shutil.copytree(recipes() / "styles", tmp_path / "styles")
+    three_photographs(tmp_path)
     (tmp_path / "try.toml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     return tmp_path

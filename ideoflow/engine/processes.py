@@ -8,8 +8,8 @@ torchrun ends all as soon as one has ended.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ideoflow.diagnostics import Diagnostic, IdeoflowError, fail
 from ideoflow.diagnostics.codes.processes import PROCESS_LOST, TOO_FEW_GPUS
+from ideoflow.plan.codec import decode, encode
 from ideoflow.processes import Process, this_process
 
 T = TypeVar("T")
@@ -207,7 +208,7 @@ def _leave_word(processes: Processes, *problems: Diagnostic) -> None:
     """Tells the others why this process ends, unless one of them was first."""
     with suppress(RuntimeError):
         if not processes.store.check([_FAILED]):
-            processes.store.set(_FAILED, pickle.dumps(problems))
+            processes.store.set(_FAILED, json.dumps(encode(problems)))
 
 
 def _set_told(processes: Processes) -> None:
@@ -218,9 +219,10 @@ def _set_told(processes: Processes) -> None:
 
 
 def _word_of(store: Any) -> tuple[Diagnostic, ...]:
-    with suppress(RuntimeError):
+    """What a process left for the others; nothing where that is not whole diagnostics."""
+    with suppress(RuntimeError, ValueError):
         if store.check([_FAILED]):
-            return tuple(pickle.loads(store.get(_FAILED)))
+            return decode(tuple[Diagnostic, ...], json.loads(store.get(_FAILED)))  # type: ignore[no-any-return]
     return ()
 
 

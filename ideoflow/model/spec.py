@@ -147,6 +147,7 @@ class VaeSpec:
             known["block_out_channels"] = tuple(map(int, config["block_out_channels"]))  # type: ignore[call-overload]
         return cls(**known)
 
+    @lru_cache(maxsize=16)  # noqa: B019 - a handful of architectures
     def parameters(self) -> int:
         """All parameters of encoder, decoder and the 1x1 convolutions between them."""
         channels, latent = self.block_out_channels, self.latent_channels

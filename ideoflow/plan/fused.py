@@ -311,7 +311,7 @@ def peak(
     ``offload``: what waits on the host, but for that of two blocks, which is on its way. ``exact_blocks``:
     the first so many have dense forward operands.
     """
-    blocks, sizes = targets_by_block(targets), spec.block_linears()
+    blocks = targets_by_block(targets)
     options = {"offload": offload, "exact_blocks": exact_blocks}
     kept = kept_groups(spec, tokens, budget, element, fp8=fp8, **options)  # type: ignore[arg-type]
     elsewhere, rounded = frozenset(AWAY[offload]) - {"input"}, offload in ROUNDING
@@ -329,19 +329,28 @@ def peak(
         )
         for i in range(first, spec.num_layers)
     ]
-    own = [
-        4 * rank * sum(sum(sizes[name]) for name in blocks.get(i, ())) for i in range(first, spec.num_layers)
-    ]
+    own = _gradient_bytes(spec, targets, rank)
     away = away_bytes(spec, element, offload)
-    held = [replace(block, kept=block.kept - away) for block in held]
-    staying = [0] * len(own) if leaving else own
+    lighter = {block: replace(block, kept=block.kept - away) for block in set(held)}
+    held = [lighter[block] for block in held]
+    staying = (0,) * len(own) if leaving else own
     moments = _moments(held, staying, tokens, first_pass, 2 * away)
     most = max(moments, key=lambda p: p.total, default=Peak(0, 0, 0))
     return replace(most, gradients=min(sum(own), 2 * max(own, default=0))) if leaving else most
 
 
+@lru_cache(maxsize=64)
+def _gradient_bytes(spec: TransformerSpec, targets: tuple[str, ...], rank: int) -> tuple[int, ...]:
+    """The adapter's gradients of each block, from the first that has any."""
+    blocks, sizes = targets_by_block(targets), spec.block_linears()
+    first = min(blocks, default=spec.num_layers)
+    return tuple(
+        4 * rank * sum(sum(sizes[name]) for name in blocks.get(i, ())) for i in range(first, spec.num_layers)
+    )
+
+
 def _moments(
-    held: list[BlockBytes], own: list[int], tokens: int, first_pass: bool, moving: int
+    held: list[BlockBytes], own: tuple[int, ...], tokens: int, first_pass: bool, moving: int
 ) -> Iterator[Peak]:
     """Each block's forward pass, then each one's backward pass; ``moving`` bytes a token are on their way."""
     saved, before = moving, 0 if first_pass else sum(own)

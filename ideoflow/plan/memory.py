@@ -22,6 +22,7 @@ from ideoflow.plan.sizes import (
     Shapes,
     adapter_parameters,
     group_blocks,
+    longest_side,
     state_bytes,
     streamed_bytes,
     targets_by_block,
@@ -393,8 +394,7 @@ def _adapter(
         "cpu": "what is fetched at once of AdamW's two moments",
         "offload": "what is fetched at once of adapter, gradients and AdamW's two moments",
     }
-    kind, sizes = choice.optimizer_state, spec.linears()
-    largest = rank * max((max(sizes[name]) for name in targets), default=0)
+    kind, largest = choice.optimizer_state, rank * longest_side(spec, targets)
     add(phase, "optimizer state", state_bytes(choice, parameters, largest), words.get(kind, kind))
 
 

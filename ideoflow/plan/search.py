@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from operator import attrgetter
+from operator import attrgetter, ne
 
 from ideoflow.kernels.budget import MOST_GRAPHS, PACKED_MULTIPLE
 from ideoflow.model.base import BaseFacts
@@ -177,7 +177,11 @@ def _combinations(
 ) -> tuple[Choice, ...]:
     """The same for most of the problems that advice is sought for."""
     every = combinations(hardware, device, targets, dict(fixed), kind, exact, processes)
-    return tuple(replace(c, unconditional=value) for c in every for value in guidance)
+    return tuple(
+        c if value == c.unconditional else replace(c, unconditional=value)
+        for c in every
+        for value in guidance
+    )
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,10 @@ def candidates(problem: Problem, released: str = "") -> list[Choice]:
     """Every combination that respects the recipe, apart from its word on the decision ``released``."""
     fixed = fixed_decisions(problem.tables)
     fixed.pop(released, None)
-    return [c for c in problem.combinations if all(getattr(c, d) == v for d, v in fixed.items())]
+    choices = list(problem.combinations)
+    for decision, value in fixed.items():
+        choices = [c for c in choices if getattr(c, decision) == value]
+    return choices
 
 
 def alternatives(problem: Problem, best: Evaluation, decision: str) -> dict[str | float, Evaluation]:
@@ -211,11 +218,8 @@ def alternatives(problem: Problem, best: Evaluation, decision: str) -> dict[str 
 
     Where the recipe's other settings leave none, the machine's combinations are looked through as a whole.
     """
-
-    def unlike(choice: Choice) -> int:
-        names = [f.name for f in fields(Choice) if f.name != decision]
-        return sum(getattr(choice, n) != getattr(best.choice, n) for n in names)
-
+    rest = attrgetter(*(f.name for f in fields(Choice) if f.name != decision))
+    here = rest(best.choice)
     groups: dict[str | float, list[Choice]] = {}
     for choice in candidates(problem, decision):
         groups.setdefault(getattr(choice, decision), []).append(choice)
@@ -226,8 +230,10 @@ def alternatives(problem: Problem, best: Evaluation, decision: str) -> dict[str 
     groups.pop(getattr(best.choice, decision), None)
     found = {}
     for value, choices in groups.items():
-        least = min(map(unlike, choices))
-        near = [evaluate(problem, c) for c in choices if unlike(c) == least]
+        # Tens of thousands of them, each several times: compared without a loop of Python's.
+        unlike = [sum(map(ne, rest(choice), here)) for choice in choices]
+        least = min(unlike)
+        near = [evaluate(problem, c) for c, n in zip(choices, unlike, strict=True) if n == least]
         found[value] = choose(near, problem.base.storage)
     return found
 

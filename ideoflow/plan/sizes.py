@@ -118,6 +118,13 @@ def targets_by_block(targets: tuple[str, ...]) -> Mapping[int, frozenset[str]]:
     return {index: frozenset(modules) for index, modules in blocks.items()}
 
 
+@lru_cache(maxsize=64)
+def longest_side(spec: TransformerSpec, targets: tuple[str, ...]) -> int:
+    """The most inputs or outputs that an adapted Linear has."""
+    sizes = spec.linears()
+    return max((max(sizes[name]) for name in targets), default=0)
+
+
 def resident_parameters(spec: TransformerSpec) -> int:
     """Parameters on the device in training: the text projection's result is cached instead."""
     return spec.parameters() - spec.text_projection_parameters()

@@ -1,22 +1,24 @@
 """Several processes train as one: the numbers of one with a larger batch, one output, one word on errors."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed_worker import planned
+from nano_runs import HEAD, three_photographs
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed import HashStore
 
 from ideoflow.data.survey import Share
-from ideoflow.diagnostics import IdeoflowError
+from ideoflow.diagnostics import Diagnostic, IdeoflowError, Span
 from ideoflow.diagnostics.codes import processes as codes
 from ideoflow.engine import processes as joining
 from ideoflow.engine.batches import Batches
@@ -24,16 +26,11 @@ from ideoflow.engine.events import StepDone
 from ideoflow.engine.setup import plan_device
 from ideoflow.processes import Process, this_process
 from ideoflow.recipe import parse_recipe
-from ideoflow.resources import recipes
 from ideoflow.workflow import prepare, run
 
-RECIPE = """
-[model]
-base = "nano"
-[data]
-images = "pictures"
-resolution = 64
-[adapter]
+RECIPE = (
+    HEAD
+    + """[adapter]
 rank = 4
 [train]
 steps = {steps}
@@ -46,6 +43,7 @@ seed = 3
 [output]
 folder = "{folder}"
 """
+)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
 
@@ -53,11 +51,7 @@ WORKER = str(Path(__file__).with_name("distributed_worker.py"))
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with three pictures of different shapes, and the current one."""
-    (tmp_path / "pictures").mkdir()
-    for name in ("cat", "coffee", "rocket"):
-        for suffix in (".jpg", ".icap"):
-            shutil.copy(recipes() / "quickstart" / f"{name}{suffix}", tmp_path / "pictures")
-    shutil.copytree(recipes() / "styles", tmp_path / "styles")
+    three_photographs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -156,6 +150,33 @@ def test_incomplete_variables_are_a_diagnostic(changed: dict[str, str]) -> None:
     with pytest.raises(IdeoflowError) as caught:
         this_process(LAUNCHED | changed)
     assert [d.code for d in caught.value.diagnostics] == [codes.NOT_LAUNCHED]
+
+
+def test_a_word_to_the_others_carries_whole_diagnostics() -> None:
+    span = Span("p/ü.toml", 3, 5, 4, 9, 'rank = "猫"')
+    whole = Diagnostic(codes.NOT_LAUNCHED, "m", span, "cure", "label", ("one", "two"), "warning")
+    for value in (whole, span):
+        assert all(getattr(value, f.name) != f.default for f in fields(value)), "no field is as it would be"
+    store, plain = HashStore(), Diagnostic(codes.PROCESS_LOST, "no more than this")
+    assert joining._word_of(store) == ()
+    joining._leave_word(joining.Processes(store=store), whole, plain)
+    found = joining._word_of(store)
+    assert found == (whole, plain) and found[0].code is whole.code
+    assert found[0].span is not None and found[0].span.source == span.source
+    joining._leave_word(joining.Processes(store=store), plain)
+    assert joining._word_of(store) == found, "the first word stays"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [b"", b"\x80\x04.", b"[[", b"{}", b"7", b"[null]", b'[{"code": "IE601"}]',
+     b'[{"code": "IE000", "message": "m"}]', b'[{"code": "IE601", "message": "m", "notes": "n"}]',
+     b'[{"code": "IE601", "message": "m", "more": 1}]'],
+)  # fmt: skip
+def test_a_malformed_word_is_none(word: bytes) -> None:
+    store = HashStore()
+    store.set("failed", word)
+    assert joining._word_of(store) == ()
 
 
 def test_more_processes_than_gpus_are_a_diagnostic(monkeypatch: pytest.MonkeyPatch) -> None:

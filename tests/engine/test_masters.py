@@ -1,12 +1,12 @@
 """Masters and gradients on the host: the same adapter to the bit, with only working copies on the device."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nano_runs import HEAD, one_photograph
 from safetensors.torch import load_file
 from test_fused_step import batch, loss_and_gradients, with_fused
 
@@ -21,16 +21,11 @@ from ideoflow.engine.meter import measure_lines
 from ideoflow.engine.optimizer import Optimizer
 from ideoflow.engine.session import carry_out
 from ideoflow.engine.setup import build
-from ideoflow.resources import recipes
 from ideoflow.workflow import Prepared, prepare
 
-RECIPE = """
-[model]
-base = "nano"
-[data]
-images = "pictures"
-resolution = 64
-[adapter]
+RECIPE = (
+    HEAD
+    + """[adapter]
 rank = 4
 alpha = 6.0
 [train]
@@ -46,15 +41,14 @@ prompts = ["pictures/coffee.icap"]
 steps = 2
 every = 3
 """
+)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: Any) -> Any:
     """prepared(accumulation, limit) -> what a run on the nano base starts from."""
     folder = tmp_path_factory.mktemp("masters")
-    (folder / "pictures").mkdir()
-    shutil.copy(recipes() / "quickstart" / "coffee.jpg", folder / "pictures")
-    (folder / "pictures" / "coffee.icap").write_text("A photograph of a cup of coffee.\n")
+    one_photograph(folder)
 
     def make(accumulation: int = 1, limit: float = 0.0) -> Prepared:
         (folder / "recipe.toml").write_text(RECIPE.format(accumulation=accumulation, limit=limit))

@@ -1,28 +1,23 @@
 """What the plan says of weights and moments is done, and costs nothing but time where it should not."""
 
 import gc
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from nano_runs import HEAD, one_photograph
 from safetensors.torch import load_file
 from torch import nn
 
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.engine.setup import build
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear
-from ideoflow.resources import recipes
 from ideoflow.workflow import prepare, run
 
-BASE = """
-[model]
-base = "nano"
-[data]
-images = "pictures"
-resolution = 64
-[adapter]
+BASE = (
+    HEAD
+    + """[adapter]
 rank = 24
 [train]
 steps = 4
@@ -35,6 +30,7 @@ folder = "{folder}"
 checkpointing = "on"
 {memory}
 """
+)
 SAME = {
     "stream": 'offload = "stream"',
     "block": 'offload = "block"\noffload_blocks = 2',
@@ -47,9 +43,7 @@ SAME = {
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("setup")
-    (folder / "pictures").mkdir()
-    shutil.copy(recipes() / "quickstart" / "coffee.jpg", folder / "pictures")
-    (folder / "pictures" / "coffee.icap").write_text("A photograph of a cup of coffee.\n")
+    one_photograph(folder)
     return folder
 
 

@@ -177,7 +177,8 @@ def test_compiling_the_blocks_changes_nothing_but_rounding(plan_of: Any) -> None
     latents = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
     text = torch.randn(9, 192, generator=torch.Generator().manual_seed(3))
     sample = prepare(latents, text, (4, 4), draw(0, 16, 128, 0, 0.0), ScheduleSettings())
-    plan = plan_of(**{"adapter.rank": 4, "adapter.targets": ["layers.0.*", "layers.5.*"]})
+    targets = ["layers.0.attention.*", "layers.5.feed_forward.*"]
+    plan = plan_of(**{"adapter.rank": 4, "adapter.targets": targets})
     # The planner only compiles for GPUs; the engine does what a plan says.
     compiled = replace(
         plan,

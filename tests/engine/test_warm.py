@@ -5,13 +5,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from ideoflow.data.order import draw
 from ideoflow.engine.setup import build
@@ -108,7 +107,7 @@ def test_a_mixed_data_set_compiles_few_graphs_and_none_once_training_goes(
     """Six blocks share one compiled code; what it is guarded on does not depend on the backend's kernels."""
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     model = build(regional(plan_of(**{"adapter.rank": 4})))
