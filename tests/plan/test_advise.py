@@ -51,14 +51,14 @@ def test_where_no_single_change_is_enough_it_says_so_and_names_a_card(plan_for):
 
 
 def test_changes_that_fit_only_together_are_found_and_none_of_them_is_idle(plan_for):
-    plan = plan_for("fp8", "4gb, free 3.05", SAMPLES)
+    plan = plan_for("fp8", "4gb, free 3.15", SAMPLES)
     together, *others = plan.changes
     assert together.fits and together.quality < min(c.quality for c in others if c.setting != "another card")
-    assert together.value == "validate.width, height = 512, adapter.rank = 8"
+    assert together.value == "validate.width, height = 512, adapter.rank = 16"
     smaller = SAMPLES + "width = 512\nheight = 512\n"
-    assert plan_for("fp8", "4gb, free 3.05", smaller + "[adapter]\nrank = 8\n").fits
-    for alone in (smaller, SAMPLES + "[adapter]\nrank = 8\n"):
-        assert not plan_for("fp8", "4gb, free 3.05", alone).fits
+    assert plan_for("fp8", "4gb, free 3.15", smaller + "[adapter]\nrank = 16\n").fits
+    for alone in (smaller, SAMPLES + "[adapter]\nrank = 16\n"):
+        assert not plan_for("fp8", "4gb, free 3.15", alone).fits
 
 
 def test_on_a_shared_card_the_first_advice_is_to_free_it(full_base, write_recipe, summarize):
