@@ -46,15 +46,9 @@ def wheel(tmp_path_factory):
 def environment(wheel, tmp_path_factory):
     """A folder with a virtual environment that holds the wheel and little else."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    venv.create(folder / "venv", with_pip=True)
-    pip = [
-        folder / "venv" / "bin" / "python",
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
+    venv.create(folder / "venv")
+    into = ("--python", folder / "venv", "--disable-pip-version-check")  # pip of this environment
+    pip = [sys.executable, "-m", "pip", *into, "install", "--quiet"]
     light = run(*pip, "-c", ROOT / "constraints.txt", *LIGHT, cwd=folder)
     if light.returncode and any(sign in light.stderr for sign in OFFLINE):
         pytest.skip("no package index can be reached")

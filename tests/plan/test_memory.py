@@ -134,8 +134,8 @@ def test_the_peak_of_a_step_is_what_the_allocator_saw(base, adapter, checkpointi
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    spec = dataclasses.replace(SMALL, num_layers=6, num_attention_heads=6, intermediate_size=512)
-    names, tokens = target_modules("all", spec), 512
+    spec = dataclasses.replace(SMALL, num_layers=4, num_attention_heads=6, intermediate_size=512)
+    names, tokens = target_modules("all", spec), 256
     model = adapted_model(spec, names, base, adapter)
     model.llm_cond_norm = model.llm_cond_proj = torch.nn.Identity()
     model.t_embedding.mlp_in.register_forward_pre_hook(lambda _, args: (args[0].to(model.dtype),))
