@@ -15,11 +15,16 @@ resolution = 64
 
 
 def three_photographs(folder: Path) -> None:
-    """Photographs of different shapes with their captions, in ``pictures``, and the styles these name."""
+    """Photographs of different shapes with their captions, in ``pictures``, and the styles these name.
+
+    Only the rocket's caption keeps its objects: what a step of the nano base takes is mostly text tokens.
+    """
     (folder / "pictures").mkdir()
     for name in ("cat", "coffee", "rocket"):
-        for suffix in (".jpg", ".icap"):
-            shutil.copy(recipes() / "quickstart" / f"{name}{suffix}", folder / "pictures")
+        shutil.copy(recipes() / "quickstart" / f"{name}.jpg", folder / "pictures")
+        caption = (recipes() / "quickstart" / f"{name}.icap").read_text(encoding="utf-8")
+        kept = caption if name == "rocket" else caption.partition("\nobj ")[0] + "\n"
+        (folder / "pictures" / f"{name}.icap").write_text(kept, encoding="utf-8")
     shutil.copytree(recipes() / "styles", folder / "styles")
 
 
