@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, write_json
+from common import cap_memory, child, environment, write_json
 from full_size import make_base
 
 from ideoflow.data.survey import read_dataset, read_prompts
@@ -81,9 +79,7 @@ def plan_for(file: Path, card: str | None) -> tuple[Path, int]:
 
 def carry_out(plan_file: Path, cap: int) -> dict[str, Any]:
     """Runs a plan in this process, which may take ``cap`` bytes of the GPU."""
-    if torch.cuda.is_available() and cap:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+    cap_memory(cap)
     prepared, events, reserved = prepare(plan_file), [], 0
     stages: dict[str, dict[str, float]] = {}
     started = time.perf_counter()
@@ -165,7 +161,9 @@ def carry_out_each(args: argparse.Namespace, scratch: Path) -> None:
         cache = (scratch if args.share_cache else folder) / "cache"
         print(f"{name}: planned, capped to {cap / GIB:.1f} GiB", flush=True)
         started = time.perf_counter()
-        row = rows[name] = _child([*command, "--cap", str(cap)], cache, args.seconds)
+        variables = {"IDEOFLOW_CACHE": str(cache)}
+        row, _ = child([*command, "--cap", str(cap)], args.seconds, variables, quiet=False)
+        rows[name] = row
         shutil.rmtree(folder / name, ignore_errors=True)  # checkpoints are large
         if "failed" in row and (done := stages_file(plan)).exists():
             row["stages"] = json.loads(done.read_text(encoding="utf-8"))
@@ -179,19 +177,6 @@ def carry_out_each(args: argparse.Namespace, scratch: Path) -> None:
         print(f"{name}: {row['step_ms']:.0f} ms a step, {row['seconds']:.0f} s; GiB (as planned): {peaks}; "
               f"reserved {row['reserved_gib']:.2f}; second transformer {row['decisions']['unconditional']}",
               flush=True)  # fmt: skip
-
-
-def _child(command: list[str], cache: Path, seconds: float) -> dict[str, Any]:
-    """What a process of its own prints last; what it tells of its stages comes to this terminal at once."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=seconds,
-                              env=os.environ | {"IDEOFLOW_CACHE": str(cache)})  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {seconds:.0f} s"}
-    if done.returncode:
-        return {"failed": f"exit code {done.returncode}"}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 if __name__ == "__main__":

@@ -74,6 +74,35 @@ def random_transformer(size: str, device: torch.device, dtype: torch.dtype, *, f
     return random.random_transformer(SIZES[size], precision=precision, device=device, seed=seed)
 
 
+def child(
+    command: list[str], seconds: float, variables: dict[str, str] | None = None, *, quiet: bool = True
+) -> tuple[dict[str, Any], str]:
+    """The JSON that another process prints last, or how it ``failed``; and the end of its standard error.
+
+    ``variables`` are added to the environment. Unless ``quiet``, its standard error is this terminal's.
+    """
+    errors = subprocess.PIPE if quiet else None
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, check=False, timeout=seconds,
+                              env=os.environ | (variables or {}))  # fmt: skip
+    except subprocess.TimeoutExpired as ended:
+        return {"failed": f"not done after {seconds:.0f} s"}, _end(ended.stderr)
+    if done.returncode:
+        return {"failed": f"exit code {done.returncode}"}, _end(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1]), _end(done.stderr)
+
+
+def _end(printed: bytes | None) -> str:
+    return (printed or b"").decode(errors="replace")[-1500:]
+
+
+def cap_memory(cap: int) -> None:
+    """Lets this process take so many bytes of the GPU; all of it where ``cap`` is 0, or there is none."""
+    if cap and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+
+
 def held(size: str, device: torch.device, precision: str, streamed: bool = False) -> nn.Module:
     """A random transformer, its blocks' Linears in a precision; the large ones on the host if streamed."""
     return random.random_transformer(SIZES[size], precision=precision, device=device, streamed=streamed)

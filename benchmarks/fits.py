@@ -34,12 +34,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from common import environment, write_json
+from common import cap_memory, child, environment, write_json
 from configurations import Configuration
 from plan_accuracy import Samples, base_facts, on_processor, outcome, plan_of
 
 from ideoflow.engine.meter import memory_errors_told
-from ideoflow.engine.setup import plan_device, plan_quantizer
+from ideoflow.engine.setup import loading_options
 from ideoflow.engine.warm import grow_memory
 from ideoflow.model.load import load_transformer
 from ideoflow.model.nano import make_nano
@@ -171,13 +171,7 @@ def held_now() -> dict[str, Any]:
 def loaded(plan: Plan, base: Path) -> Iterator[Any]:
     """The frozen base as the engine's ``build`` has it, for a plan that was made without one."""
     with memory_errors_told(plan):
-        model = load_transformer(
-            base,
-            precision=str(plan.value("precision")),
-            device=plan_device(plan),
-            quantize_on=plan_quantizer(plan),
-            streamed=plan.value("offload") != "none",
-        )
+        model = load_transformer(base, **loading_options(plan))
     yield model
 
 
@@ -185,9 +179,7 @@ def carry_out(args: argparse.Namespace) -> dict[str, Any]:
     """One case in this process, which may take ``args.cap`` bytes of the GPU, or all."""
     grow_memory()  # as a run does, before anything is allocated
     begun, device = time.perf_counter(), torch.device(args.device)
-    if args.cap and device.type == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap / total))
+    cap_memory(args.cap)
     name, _, pixels = args.carry_out.partition(":")
     card = next(card for card in CARDS if card.name == name)
     case, watch = case_of(card, int(pixels), args.size), Watch(device)
@@ -203,24 +195,15 @@ def carry_out(args: argparse.Namespace) -> dict[str, Any]:
     return row | {"environment": environment(device)}
 
 
-def child(args: argparse.Namespace, what: str, gpu: str | None, cap: int = 0) -> dict[str, Any]:
-    """What a process of its own prints last, or how it ended."""
+def carried_out(args: argparse.Namespace, what: str, gpu: str | None, cap: int = 0) -> dict[str, Any]:
+    """What came of a case in a process of its own, or how that ended."""
     command = [sys.executable, __file__, "--size", args.size, "--device", args.device]
     command += ["--base", str(args.base), "--carry-out", what, "--cap", str(cap)]
-    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    try:
-        done = subprocess.run(command, capture_output=True, check=False, timeout=args.seconds,
-                              env=os.environ | own)  # fmt: skip
-    except subprocess.TimeoutExpired as ended:
-        return {"cap": cap, "outcome": f"not done after {args.seconds:.0f} s", "errors": last(ended.stderr)}
-    if done.returncode:
-        return {"cap": cap, "outcome": f"died: exit code {done.returncode}", "errors": last(done.stderr)}
-    row: dict[str, Any] = {"cap": cap, **json.loads(done.stdout.splitlines()[-1])}
-    return row if row["outcome"] == "measured" or ran_out(row) else row | {"errors": last(done.stderr)}
-
-
-def last(printed: bytes | None) -> str:
-    return (printed or b"").decode(errors="replace")[-1500:]
+    row, errors = child(command, args.seconds, {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    row = {"cap": cap, **row}
+    if "failed" in row:
+        row["outcome"] = row.pop("failed")
+    return row if row["outcome"] == "measured" or ran_out(row) else row | {"errors": errors}
 
 
 def ran_out(row: dict[str, Any]) -> bool:
@@ -247,14 +230,14 @@ def told(row: dict[str, Any]) -> str:
 
 def needed(args: argparse.Namespace, case: Case, gpu: str | None) -> dict[str, Any]:
     """The least cap under which a case trains: what it allocates, and the gaps that remain then."""
-    row = child(args, case.name, gpu)
+    row = carried_out(args, case.name, gpu)
     if "allocated" not in row:
         return row
     low, tries = row["allocated"], []
     high = low + 2 * GIB
     for _ in range(HALVINGS):
         middle = (low + high) // 2
-        tried = child(args, case.name, gpu, middle)
+        tried = carried_out(args, case.name, gpu, middle)
         tries.append({key: value for key, value in tried.items() if key != "environment"})
         print(f"  {case.name} under {middle / GIB:.2f} GiB: {told(tried)}", flush=True)
         if tried["outcome"] != "measured" and not ran_out(tried):
@@ -277,7 +260,7 @@ def measure(args: argparse.Namespace, case: Case, gpus: SimpleQueue[str | None])
         else:
             capped = args.size == "full"
             free = case.plan.hardware.free_bytes
-            row |= child(args, case.name, gpu, free - context_of(case.plan) if capped else 0)
+            row |= carried_out(args, case.name, gpu, free - context_of(case.plan) if capped else 0)
     finally:
         gpus.put(gpu)
     return row | {"seconds": time.perf_counter() - started}

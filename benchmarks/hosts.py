@@ -2,8 +2,8 @@
 
 A step takes as long as the device works, or as the host needs to launch that work, whichever is longer. The
 second differs from one machine to another, and on a shared one from minute to minute: a loop of ten million
-additions took 0.33 s and 0.67 s within five minutes. `ideoflow plan --calibrate` finds the number for the
-machine at hand; here it is found in the same way for each machine that rows come from.
+additions took 0.33 s and 0.67 s within five minutes. `ideoflow plan --calibrate` corrects the launching of
+the machine at hand; here it is found for each machine that rows come from.
 """
 
 from __future__ import annotations

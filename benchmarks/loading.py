@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import psutil
 import torch
-from common import SIZES, add_adapters, environment, make_layout, random_inputs, write_json
+from common import SIZES, add_adapters, child, environment, make_layout, random_inputs, write_json
 from diffusers import Ideogram4Transformer2DModel
 from full_size import write_part
 from torch.nn import functional
@@ -186,27 +185,16 @@ def main() -> None:
                 continue
             command = [sys.executable, __file__, "--size", args.size, "--folder", str(folder)]
             command += ["--load", precision] + (["--single"] if form == "comfy" else [])
-            row = rows[name] = _child(command, min(60 + left, 3600))
+            row, errors = child(command, min(60 + left, 3600))
+            rows[name] = row | ({"errors": errors} if "failed" in row else {})
             write_json(args.out, {"environment": environment(device), "size": args.size, "rows": rows})
             if "failed" in row:
-                print(f"{name:24s} failed: {row['failed']}", flush=True)
+                print(f"{name:24s} failed: {row['failed']}\n{errors}", flush=True)
                 continue
             figures = (row["seconds"], row["host_gib"], row.get("final_gib", 0.0),
                        100 * row.get("above_final", 0.0), row["step_ms"])  # fmt: skip
             print(f"{name:24s} " + " ".join(f"{x:9.2f}" for x in figures), flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _child(command: list[str], timeout: float) -> dict[str, Any]:
-    """What a process of its own prints last, or why it failed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {timeout:.0f} s"}
-    if done.returncode:
-        return {"failed": done.stderr[-1500:]}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 if __name__ == "__main__":

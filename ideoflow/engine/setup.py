@@ -105,18 +105,23 @@ class Trainable:
     masters: HostMasters | None = None
 
 
+def loading_options(plan: Plan) -> dict[str, Any]:
+    """How :func:`~ideoflow.model.load.load_transformer` is to hold the plan's base."""
+    return {
+        "precision": str(plan.value("precision")),
+        "device": plan_device(plan),
+        "quantize_on": plan_quantizer(plan),
+        "streamed": plan.value("offload") != "none",
+    }
+
+
 def build(plan: Plan) -> Trainable:
     """Loads the base, puts a fresh adapter on it, and sets up the engine that the plan chose.
 
     A base that is not on this disk is made of random numbers, for whoever measures speed and memory; a run's
     base is fetched before.
     """
-    options: dict[str, Any] = {
-        "precision": str(plan.value("precision")),
-        "device": plan_device(plan),
-        "quantize_on": plan_quantizer(plan),
-        "streamed": plan.value("offload") != "none",
-    }
+    options = loading_options(plan)
     if plan.base.present and plan.base.folder:
         file = plan.base.files.get("transformer")
         return set_up(plan, load_transformer(plan.base.folder, file=file, **options))
