@@ -24,7 +24,7 @@ from ideoflow.model.base import read_safetensors_header, weight_files
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.forms import infer_transformer
 from ideoflow.model.quiet import disable_progress_bars, import_library
-from ideoflow.model.spec import TransformerSpec
+from ideoflow.model.spec import PRODUCTS, TransformerSpec
 
 # Type of everything that is not quantised, and of the arithmetic.
 PRECISIONS = {"float32": torch.float32, **dict.fromkeys(("bf16", "fp8", "int8", "nf4"), torch.bfloat16)}
@@ -143,11 +143,8 @@ def assemble(
     return model
 
 
-# Linears of a block that share their input, by the last of them to be loaded.
-_SHARING = {
-    "attention.to_v": ("attention.to_q", "attention.to_k", "attention.to_v"),
-    "feed_forward.w3": ("feed_forward.w1", "feed_forward.w3"),
-}
+# Linears that share their input, by the last of them to be loaded.
+_SHARING = {linears[-1]: linears for linears in PRODUCTS.values() if len(linears) > 1}
 
 
 def _join_rows(model: nn.Module, name: str) -> None:
@@ -156,14 +153,14 @@ def _join_rows(model: nn.Module, name: str) -> None:
     The fused engine multiplies with all of them at once. If it joined them when the whole model is there,
     every block would leave a gap: on an H200 3.4 GiB of them, of which 1 GiB stayed of no use.
     """
-    block, last = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
-    if name.startswith("layers.") and last in _SHARING:
-        layers = [model.get_submodule(f"{block}.{part}") for part in _SHARING[last]]
-        if all(layer.weight.ndim == 2 and layer.weight.shape[1] == layer.in_features for layer in layers):
-            rows = [layer.out_features for layer in layers]
-            joined = torch.cat([layer.weight.data for layer in layers])
-            for layer, piece in zip(layers, joined.split(rows), strict=True):
-                layer.weight.data = piece
+    last = _in_block(name)
+    if last not in _SHARING:
+        return
+    layers = [model.get_submodule(name.removesuffix(last) + linear) for linear in _SHARING[last]]
+    if all(layer.weight.shape[1] == layer.in_features for layer in layers):  # not of packed 4-bit codes
+        joined = torch.cat([layer.weight.data for layer in layers])
+        for layer, piece in zip(layers, joined.split([x.out_features for x in layers]), strict=True):
+            layer.weight.data = piece
 
 
 def is_streamed(name: str) -> bool:
@@ -171,9 +168,12 @@ def is_streamed(name: str) -> bool:
 
     The modulations of all blocks are computed before the first block, so they stay.
     """
-    return name.startswith("layers.") and name.partition(".")[2].partition(".")[2].startswith(
-        ("attention.", "feed_forward.")
-    )
+    return _in_block(name).startswith(("attention.", "feed_forward."))
+
+
+def _in_block(name: str) -> str:
+    """A module's name within its block of the transformer; "" for what is in none."""
+    return name.split(".", 2)[2] if name.startswith("layers.") and name.count(".") > 1 else ""
 
 
 def _transformer_config(folder: Path, part: str, place: Path) -> Any:

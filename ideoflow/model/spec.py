@@ -19,6 +19,13 @@ TAPPED_LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)
 # Pixels per image token and side: the VAE's factor 8 times the 2 x 2 patches.
 PIXELS_PER_TOKEN = 16
 MAX_TEXT_TOKENS = 2048
+# A block's products: what each is called, and the Linears that share its input.
+PRODUCTS = {
+    "qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "o": ("attention.to_out.0",),
+    "ffn": ("feed_forward.w1", "feed_forward.w3"),
+    "w2": ("feed_forward.w2",),
+}
 
 _ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 _MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")

@@ -29,7 +29,7 @@ from functools import lru_cache
 
 from ideoflow.kernels.budget import AWAY, ROUNDED_GROUPS, ROUNDING, Group, choose_kept
 from ideoflow.kernels.budget import group_bytes as budget_groups
-from ideoflow.model.spec import TransformerSpec
+from ideoflow.model.spec import PRODUCTS, TransformerSpec
 from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.sizes import QUANTISED, targets_by_block
 
@@ -43,13 +43,6 @@ GROUPS = {
 }
 # Each value and the one that it is computed from, apart from the block's input.
 _CHAIN = ("x_qkv", "qkv", "attended", "x_o", "projected", "middle", "x_ffn", "gate_up", "x_w2", "ffn")
-# Products of one input: the value that they read, and the Linears.
-_LINEARS = {
-    "qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
-    "o": ("attention.to_out.0",),
-    "ffn": ("feed_forward.w1", "feed_forward.w3"),
-    "w2": ("feed_forward.w2",),
-}
 # The adapter's thin product that comes with a value.
 _THIN = {"qkv": "z_qkv", "projected": "z_o", "gate_up": "z_ffn", "ffn": "z_w2"}
 _FP8_RANK = 8  # ranks are padded to multiples of this where products are in FP8
@@ -70,7 +63,7 @@ def products(spec: TransformerSpec, adapted: frozenset[str], rank: int, fp8: boo
     """The four products of a block; the rank is 0 where none of the Linears is adapted."""
     sizes, found = spec.block_linears(), {}
     padded = -(-rank // _FP8_RANK) * _FP8_RANK if fp8 else rank
-    for name, linears in _LINEARS.items():
+    for name, linears in PRODUCTS.items():
         outputs = sum(sizes[linear][0] for linear in linears)
         inputs = sizes[linears[0]][1]
         found[name] = Product(len(linears), inputs, outputs, padded if adapted.intersection(linears) else 0)

@@ -6,6 +6,7 @@ engines; ``tests/plan/test_memory.py`` holds the phases to what was measured.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ideoflow.kernels.budget import PACKED_MULTIPLE
@@ -220,17 +221,16 @@ def _train_reference(
     add("train", "dense weights", whole, words, transient=True)
     # Weights with scales are made dense, by way of float32, for products; gradients are most between them.
     apart = dense if choice.precision in ("fp8", "int8") else 0
-    backward = max(0, a.backward - apart)
+    a = replace(a, backward=max(0, a.backward - apart))
     own = size.kept(shapes.tokens, e, block=on)
     add("train", "adapter's own", own, f"what PEFT's {size.kind} keeps beyond a LoRA", transient=True)
     words = f"matrices of a weight's size that PEFT's {size.kind} makes"
     add("train", "adapter workspace", size.workspace, words, transient=True)
     words = "gradients alive at once in a block" + (", beyond that weight" if apart else "")
-    add("train", "backward workspace", backward, words, transient=True)
+    add("train", "backward workspace", a.backward, words, transient=True)
     add("train", "attention mask", a.mask, "kept by the checkpoints", transient=True)
     add("train", "inputs and loss", a.ends, "last hidden state, rotary tables, velocity", transient=True)
-    before = held + a.total - a.backward + backward + dense + whole + own + size.workspace
-    _optimizer_step(add, choice, gradients, before)
+    _optimizer_step(add, choice, gradients, held + a.total + dense + whole + own + size.workspace)
 
 
 def _train_fused(

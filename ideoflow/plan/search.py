@@ -161,7 +161,15 @@ class Problem:
         return self.base.vae.parameters() * choice.element + waiting
 
     def factors(self, choice: Choice) -> Factors:
-        return self.calibration.factors(self.hardware.name, choice.path, choice.compiled)
+        """Corrections by the runs made here, looked through once for all combinations that they are for."""
+        key = choice.path, choice.compiled
+        if key not in self._factors:
+            self._factors[key] = self.calibration.factors(self.hardware.name, *key)
+        return self._factors[key]
+
+    @cached_property
+    def _factors(self) -> dict[tuple[str, bool], Factors]:
+        return {}
 
 
 @lru_cache(maxsize=8)

@@ -50,6 +50,8 @@ _BLOCK_GAPS_MS = 0.35
 # engine; for offloaded values; to dequantise 4-bit weights, in each of two passes; and in the reference
 # engine for any quantised ones.
 _AGAIN, _AWAY, _4BIT, _DEQUANTISING = 0.2, 0.15, 0.15, 0.45
+# Bytes moved to make a number of a stored weight dense, by one kernel; and eagerly, by way of float32.
+_DENSE_BYTES, _EAGER_DENSE_BYTES = {"fp8": 3, "int8": 3, "nf4": 2.5}, {"fp8": 19, "int8": 19, "nf4": 2.5}
 # bitsandbytes' 8-bit AdamW waits for every tensor: 31 ms for 476 of them.
 _8BIT_TENSOR_MS = 0.065
 # Moments on the host come in by buckets while others go out: an H200 waited 26 ms for 95 M, 64 for 380 M.
@@ -303,10 +305,9 @@ def _reference_parts(
         "pointwise": tokens * moved * (forwards + 2 * backwards) / speed.pointwise,
         "transfer": sent / speed.host,
     }
-    if choice.precision in QUANTISED:  # each weight for each product, by way of float32 where it has scales
-        moved_once = 2.5 if choice.precision == "nf4" else 3 if choice.compiled else 19
-        again_moved = moved_once * block_weights(spec) * (forwards + backwards)
-        seconds["dequantise"] = again_moved / speed.pointwise
+    if choice.precision in QUANTISED:  # each weight for each product
+        each = (_DENSE_BYTES if choice.compiled else _EAGER_DENSE_BYTES)[choice.precision]
+        seconds["dequantise"] = each * block_weights(spec) * (forwards + backwards) / speed.pointwise
     # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
     launching = speed.block_seconds * spec.num_layers * (forwards + backwards) / 3 / load.together
     launching *= 1 + _DEQUANTISING * (choice.precision in QUANTISED and not choice.compiled)
@@ -421,7 +422,7 @@ def _fused_parts(
     # In every pass each weight is transposed for the backward product, or dequantised for every product.
     weights = 0.0
     if choice.precision in QUANTISED:
-        moved_once = 2.5 if choice.precision == "nf4" else 3
+        moved_once = _DENSE_BYTES[choice.precision]
         weights = block_weights(spec) * (2 * live if fp8 else moved_once * (1 + live + share_again))
         weights += moved_once * exact
     sent = load.sent(spec, e)
