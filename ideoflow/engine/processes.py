@@ -43,8 +43,11 @@ _GRACE = 8.0  # seconds in which the main thread may end by itself after one
 class Processes:
     """What one process needs of the others; alone, everything is free and nothing is exchanged."""
 
-    def __init__(self, process: Process | None = None, store: Any = None, gpus: Any = None) -> None:
-        self.process, self.store, self._gpus = process or Process(), store, gpus
+    def __init__(
+        self, process: Process | None = None, store: Any = None, gpus: Any = None, weights: Any = None
+    ) -> None:
+        self.process, self.store = process or Process(), store
+        self._gpus, self._weights = gpus, weights
         self.rank, self.ranks, self.first = self.process.rank, self.process.ranks, self.process.first
 
     def gather(self, value: T) -> list[T]:
@@ -105,6 +108,10 @@ class Processes:
     def group(self, device: torch.device) -> Any:
         """The group of torch.distributed in which tensors on a device travel; None is the default one."""
         return self._gpus if device.type == "cuda" else None
+
+    def weights_group(self, device: torch.device) -> Any:
+        """That in which weights travel, which must not wait for gradients; None is the default one."""
+        return self._weights if device.type == "cuda" else None
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites tensors, alike in all processes, with the first process's."""
@@ -189,8 +196,15 @@ def _connect(process: Process) -> Processes:
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group("gloo", store=groups, rank=rank, world_size=ranks, timeout=_PATIENCE)
     nccl = gpus and dist.is_nccl_available()
-    group = dist.new_group(backend="nccl", timeout=_GPU_PATIENCE) if nccl else None
-    return Processes(process, dist.PrefixStore("words", store), group)
+    # For gradients, and for weights that are fetched meanwhile (engine.offload.Shards): what is in one group
+    # is carried out one after the other. Two groups on one GPU can wait for each other for ever if processes
+    # launch in different orders, or if one's kernel keeps the other's off the GPU. Here all launch in the same
+    # order: the forward pass from the main thread, the backward pass from autograd's thread for this GPU while
+    # the main thread waits for it, in the order of a graph that is alike in all; which bucket of gradients or
+    # which block comes next depends on that order alone. So what a kernel or a process waits for was always
+    # launched before, everywhere. And a kernel of NCCL takes 32 multiprocessors at most, often shared.
+    nccl_groups = [dist.new_group(backend="nccl", timeout=_GPU_PATIENCE) for _ in range(2 if nccl else 0)]
+    return Processes(process, dist.PrefixStore("words", store), *nccl_groups)
 
 
 def _close() -> None:
