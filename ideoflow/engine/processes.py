@@ -196,13 +196,13 @@ def _connect(process: Process) -> Processes:
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group("gloo", store=groups, rank=rank, world_size=ranks, timeout=_PATIENCE)
     nccl = gpus and dist.is_nccl_available()
-    # For gradients, and for weights that are fetched meanwhile (engine.offload.Shards): what is in one group
-    # is carried out one after the other. Two groups on one GPU can wait for each other for ever if processes
-    # launch in different orders, or if one's kernel keeps the other's off the GPU. Here all launch in the same
-    # order: the forward pass from the main thread, the backward pass from autograd's thread for this GPU while
-    # the main thread waits for it, in the order of a graph that is alike in all; which bucket of gradients or
-    # which block comes next depends on that order alone. So what a kernel or a process waits for was always
-    # launched before, everywhere. And a kernel of NCCL takes 32 multiprocessors at most, often shared.
+    # One for gradients, one for weights that are fetched meanwhile (engine.offload.Shards): within a group,
+    # one thing is done after the other. Kernels of two groups could wait for each other for ever, if one kept
+    # the other off the GPU, or if processes launched them in different orders. NCCL's are small (at most 32
+    # thread blocks) and nothing else on a GPU waits for another process, so both find room. And the order is
+    # the same in all: one thread launches all of a pass (forward the main one; backward autograd's for this
+    # GPU, and the main one waits), along graphs that are alike. Where a process waits for its GPU, as when
+    # memory is allocated, it waits for what the others have launched, or will launch without it.
     nccl_groups = [dist.new_group(backend="nccl", timeout=_GPU_PATIENCE) for _ in range(2 if nccl else 0)]
     return Processes(process, dist.PrefixStore("words", store), *nccl_groups)
 

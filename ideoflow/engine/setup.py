@@ -131,9 +131,7 @@ def build(plan: Plan, processes: Processes = ALONE) -> Trainable:
     return set_up(plan, random_transformer(asdict(plan.base.transformer), **options), processes)
 
 
-def set_up(
-    plan: Plan, transformer: Ideogram4Transformer2DModel, processes: Processes = ALONE
-) -> Trainable:
+def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel, processes: Processes = ALONE) -> Trainable:
     """Puts a fresh adapter on a frozen base, held as the plan says, and sets up the engine around it."""
     device, offload = plan_device(plan), str(plan.value("offload"))
     source: HostMemory | Shards | None = None

@@ -227,7 +227,7 @@ class FusedTransformer:
         ]
 
     def stream(self, slots: int = 3, source: HostMemory | Shards | None = None) -> WeightStream:
-        """Lets the blocks' weights wait elsewhere, by default on the host; they come a few blocks at a time."""
+        """Lets the blocks' weights wait elsewhere, by default on the host; a few are here at a time."""
         cells = ([cell for linear in block.linears for cell in linear.weight.cells] for block in self.blocks)
         stream = WeightStream(cells, self.device, slots, source)
         for index, block in enumerate(self.blocks):
