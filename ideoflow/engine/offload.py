@@ -110,7 +110,8 @@ class Shards:
 
     def fetch(self, block: int, slot: Tensor) -> None:
         """Fills a slot from all processes: on a GPU on the current stream, else before this returns."""
-        dist.all_gather_into_tensor(slot[: self.slot_bytes(block)], self.buffers[block], group=self.group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+        gather(slot[: self.slot_bytes(block)], self.buffers[block], group=self.group)
 
 
 class WeightStream:

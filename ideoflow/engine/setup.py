@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import NO_DEVICE, NO_SCRATCH
+from ideoflow.diagnostics.codes.plan import CANNOT_BE_DONE
 from ideoflow.engine.adapt import add_adapter
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.attention import Kernel
@@ -138,7 +139,7 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel, processes: Proc
     if offload == "stream":
         source = HostMemory(device)
     elif offload == "shard":
-        source = Shards(device, processes.rank, processes.ranks, processes.weights_group(device))
+        source = _shards(device, processes)
     transformer.set_attn_processor(UnpaddedAttention())
     parameters = add_adapter(transformer, plan)
     if plan.value("engine") == "fused":
@@ -185,6 +186,15 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel, processes: Proc
         streamed=offload != "none",
         shards=source.buffers if isinstance(source, Shards) else (),
     )
+
+
+def _shards(device: torch.device, processes: Processes) -> Shards:
+    """This process's place among those that share the weights."""
+    group = processes.weights_group(device)
+    if device.type == "cuda" and group is None:
+        message = "offload = 'shard' moves weights from GPU to GPU by NCCL, which this torch is built without"
+        fail(CANNOT_BE_DONE, message, cure="set memory.offload = 'stream', or install a torch with NCCL")
+    return Shards(device, processes.rank, processes.ranks, group)
 
 
 def compile_blocks(transformer: Ideogram4Transformer2DModel) -> None:
