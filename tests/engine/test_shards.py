@@ -13,9 +13,13 @@ from nano_runs import HEAD
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN, metrics
 
+from ideoflow.diagnostics import IdeoflowError
+from ideoflow.engine import setup
 from ideoflow.engine.offload import HostMemory, Shards, WeightStream
+from ideoflow.engine.processes import Processes
 from ideoflow.model.base import NANO_TRANSFORMER
 from ideoflow.plan.document import load_plan
+from ideoflow.processes import Process
 from ideoflow.resources import recipes
 
 CPU = torch.device("cpu")
@@ -87,6 +91,12 @@ def test_pieces_are_equal_and_make_up_every_block(ranks: int, monkeypatch: pytes
             assert torch.equal(seen[block, n].view(torch.uint8), tensor.view(torch.uint8))
     streams[-1].release()
     assert all(x.untyped_storage().nbytes() == x.itemsize for x in seen.values())
+
+
+def test_gpus_without_nccl_are_a_diagnostic() -> None:
+    with pytest.raises(IdeoflowError) as caught:
+        setup._shards(torch.device("cuda"), Processes(Process(1, 2, 1, 2)))
+    assert [d.code.id for d in caught.value.diagnostics] == ["IP016"]
 
 
 @pytest.mark.slow
