@@ -2,12 +2,17 @@
 
     python benchmarks/distributed.py --json out.json          # 1 and 2 GPUs, 1024 x 1024, batch 1 a process
     python benchmarks/distributed.py --size nano --device cpu --pixels 64 --steps 4     # a try without a GPU
+    python benchmarks/distributed.py --shard --json out.json  # the blocks' weights cut up among the processes
 
 Starts torchrun for each number of processes. A step is what the engine's is: gradients to None, forward and
 backward of the fused engine with the gradients' exchange in between, clipping by the global norm, AdamW. Each
 process has pictures of its own; its time is from one synchronised moment to another, over all timed steps,
 and the slowest process counts. "alone" is the same without the exchange: what is lost there is the host's.
 The goal for two GPUs is 1.95 times the tokens of one.
+
+With --shard, several processes share the blocks' weights, as with memory.offload = "shard"; one process has
+all of them. Such weights are made on the host, and each process takes its piece from there block by block.
+"held_gib" is what a process has of weights before the first step, in pieces and whole.
 """
 
 from __future__ import annotations
@@ -22,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_adapters, environment, make_layout, random_inputs, random_transformer, write_json
+from common import add_adapters, environment, held, make_layout, random_inputs, write_json
 
 from ideoflow.engine.exchange import GradientExchange
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.graphs import GraphedSteps
+from ideoflow.engine.offload import Shards
 from ideoflow.engine.processes import Processes, joined
 from ideoflow.processes import this_process
 
@@ -49,10 +55,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--linear", choices=["fp8", "bf16"], help="default: fp8 on a GPU, bf16 elsewhere")
     parser.add_argument("--attention", choices=["flash4", "cudnn_varlen", "sdpa"])
     parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
+    parser.add_argument("--shard", action="store_true", help="cut the weights up among several processes")
+    parser.add_argument("--budget", type=float, default=1.0, help="activation budget")
     parser.add_argument("--seconds", type=float, default=48.0, help="limit for each number of processes")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)  # where a child puts its rows
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.graphs and args.shard:
+        parser.error("CUDA graphs need all weights on the device: leave out --graphs or --shard")
+    return args
 
 
 def launch(args: argparse.Namespace, processes: int, file: Path) -> list[dict[str, Any]]:
@@ -86,9 +97,16 @@ def work(args: argparse.Namespace, processes: Processes) -> None:
     gpu = device.type == "cuda"
     linear, attention = args.linear or ("fp8" if gpu else "bf16"), args.attention or "flash4"
     dtype = torch.bfloat16 if gpu else torch.float32
-    model = random_transformer(args.size, device, dtype, fp8=linear == "fp8")
+    shards = args.shard and processes.ranks > 1
+    precision = "fp8" if linear == "fp8" else "bf16" if gpu else "float32"
+    model = held(args.size, device, precision, streamed=shards)
     parameters = add_adapters(model, args.rank, torch.float32)
-    fused = FusedTransformer(model, linear=linear, attention=attention if gpu else "sdpa", dtype=dtype)
+    fused = FusedTransformer(model, linear=linear, attention=attention if gpu else "sdpa", dtype=dtype,
+                             activation_budget=args.budget)  # fmt: skip
+    source = Shards(device, processes.rank, processes.ranks, processes.weights_group(device))
+    if shards:
+        fused.stream(source=source)
+    weights = held_bytes(model, source, parameters)
     graphs = GraphedSteps(fused, parameters) if args.graphs else None
     exchange = None
     if processes.ranks > 1:
@@ -130,8 +148,9 @@ def work(args: argparse.Namespace, processes: Processes) -> None:
         if gpu:
             torch.cuda.synchronize()
         ms = max(processes.gather(1e3 * (time.perf_counter() - started) / args.steps))
-        row = {"processes": processes.ranks, "kind": kind, "ms": ms, "loss": float(loss),
-               "tokens_per_second": processes.ranks * layout.tokens / ms * 1e3}  # fmt: skip
+        row = {"processes": processes.ranks, "kind": kind, "shard": shards, "ms": ms, "loss": float(loss),
+               "tokens_per_second": processes.ranks * layout.tokens / ms * 1e3,
+               "held_gib": max(processes.gather(weights)) / 2**30}  # fmt: skip
         if gpu:
             row["allocated_gib"] = max(processes.gather(torch.cuda.max_memory_allocated() / 2**30))
         if kind == "trained":
@@ -143,6 +162,14 @@ def work(args: argparse.Namespace, processes: Processes) -> None:
             write_json(args.worker, rows)  # type: ignore[arg-type]
         if kind == "trained" and graphs:
             graphs.release()
+
+
+def held_bytes(model: torch.nn.Module, source: Shards, parameters: list[torch.nn.Parameter]) -> int:
+    """Bytes of frozen weights that this process has: its pieces, and whatever is not cut up."""
+    trained = {id(p) for p in parameters}
+    frozen = [*(p for p in model.parameters() if id(p) not in trained), *model.buffers(), *source.buffers]
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in frozen)}
+    return sum(storages.values())
 
 
 def equal(processes: Processes, parameters: list[torch.nn.Parameter]) -> bool:

@@ -50,7 +50,7 @@ def measure_lines(model: Trainable, optimizer: Optimizer) -> dict[str, int]:
     """
     transformer = model.transformer
     trained = {id(p) for p in model.parameters.values()}
-    frozen = [t for t in _tensors(transformer) if id(t) not in trained]
+    frozen = [*(t for t in _tensors(transformer) if id(t) not in trained), *model.shards]
     names = "weights, fetched weights" if model.streamed else "weights"
     lines = {
         names: frozen,

@@ -1,10 +1,11 @@
-"""Frozen weights that wait in host memory and come to the device block by block.
+"""Frozen weights that wait elsewhere and come to the device block by block.
 
-:class:`WeightStream` is our own: the large weights of each block lie in one pinned buffer, and two or more
+:class:`WeightStream` is our own: the large weights of each block are one row of bytes, and two or more
 slots on the device are filled ahead of the block at work, in forward order while going forward and in
 backward order while going backward. Checkpointing recomputes a block just before its backward pass, so both
 find the weights in the same slot. What is in the slots at the turn, and at the end of a step, is not fetched
-again.
+again. The bytes wait in pinned host memory (:class:`HostMemory`), or cut into pieces on the GPUs of all
+processes that train together (:class:`Shards`).
 
 :func:`offload_groups` uses diffusers' group offloading, whose own prefetching follows the order of the first
 forward pass: going backward it would fetch the blocks behind, and keep them. Its hooks are told here which
@@ -13,7 +14,7 @@ way training goes; so streams stay on with checkpointing. Groups hold frozen wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers.hooks.group_offloading import (
     GroupOffloadingConfig,
     GroupOffloadingHook,
@@ -48,29 +50,98 @@ class _Piece:
         return buffer[self.start : self.start + self.size].view(self.dtype).view(self.shape)
 
 
-class WeightStream:
-    """Large weights of numbered blocks on the host, and slots for a few blocks on the device.
+class HostMemory:
+    """Each block's bytes in a buffer of host memory, pinned where a GPU fetches them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self.buffers: list[Tensor] = []
+
+    def keep(self, pieces: Sequence[_Piece], tensors: Sequence[Tensor]) -> None:
+        """Takes the next block's tensors."""
+        buffer = torch.empty(_size(pieces), dtype=torch.uint8, pin_memory=self._pinned)
+        _fill(buffer, pieces, tensors)
+        self.buffers.append(buffer)
+
+    def slot_bytes(self, block: int) -> int:
+        """What the block takes of a slot."""
+        return len(self.buffers[block])
+
+    def at_rest(self, block: int, piece: _Piece) -> Tensor:
+        """What stands for one of the block's tensors while it is in no slot."""
+        return piece.view(self.buffers[block])
+
+    def fetch(self, block: int, slot: Tensor) -> None:
+        """Fills a slot, on the current stream."""
+        buffer = self.buffers[block]
+        slot[: len(buffer)].copy_(buffer, non_blocking=True)
+
+
+class Shards:
+    """Each block's bytes cut into as many equal pieces as there are processes, each on its own device.
+
+    A block is fetched by all processes at once, so all must use the same blocks in the same order.
 
     Args:
-        blocks: for each block its tensors, on the host, with their setters.
-        device: where they are needed; on a CPU the same is done with plain copies.
-        slots: blocks on the device at once: the one at work, and those that come next.
+        device: where this process keeps its pieces.
+        rank, ranks: this process's number, and how many there are.
+        group: that of torch.distributed in which pieces travel; None for the default one.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[Cell]], device: torch.device, slots: int = 3) -> None:
-        self.device, self.count = device, len(blocks)
+    def __init__(self, device: torch.device, rank: int, ranks: int, group: Any = None) -> None:
+        self.device, self.rank, self.ranks, self.group = device, rank, ranks, group
+        self.buffers: list[Tensor] = []
+
+    def keep(self, pieces: Sequence[_Piece], tensors: Sequence[Tensor]) -> None:
+        """Takes this process's piece of the next block's tensors, wherever they are."""
+        size = _aligned(-(-_size(pieces) // self.ranks))
+        whole = torch.zeros(size * self.ranks, dtype=torch.uint8, device=tensors[0].device)
+        _fill(whole, pieces, tensors)
+        own = whole[size * self.rank : size * (self.rank + 1)]
+        self.buffers.append(own.to(self.device, copy=True))
+
+    def slot_bytes(self, block: int) -> int:
+        """What the block takes of a slot, with what makes its pieces equal."""
+        return self.ranks * len(self.buffers[block])
+
+    def at_rest(self, block: int, piece: _Piece) -> Tensor:
+        """A tensor of the right shape and type without memory: nobody has the block's numbers then."""
+        return torch.empty((), dtype=piece.dtype, device=self.device).expand(piece.shape)
+
+    def fetch(self, block: int, slot: Tensor) -> None:
+        """Fills a slot from all processes: on a GPU on the current stream, else before this returns."""
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+        gather(slot[: self.slot_bytes(block)], self.buffers[block], group=self.group)
+
+
+class WeightStream:
+    """Large weights of numbered blocks that wait elsewhere, and slots for a few blocks on the device.
+
+    Args:
+        blocks: for each block its tensors with their setters; each block's memory is free once it is taken.
+        device: where they are needed; on a CPU the same is done without a stream of its own.
+        slots: blocks on the device at once: the one at work, and those that come next.
+        source: where they wait; by default in host memory.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Sequence[Cell]],
+        device: torch.device,
+        slots: int = 3,
+        source: HostMemory | Shards | None = None,
+    ) -> None:
+        self.device, self.source = device, source or HostMemory(device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._setters = [[put for _, put in cells] for cells in blocks]
-        self._pieces, self._host = [], []
+        self._setters: list[list[Callable[[Tensor], None]]] = []
+        self._pieces: list[list[_Piece]] = []
         for cells in blocks:
             pieces = _lay_out([tensor for tensor, _ in cells])
-            size = pieces[-1].start + pieces[-1].size if pieces else 0
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
-            for piece, (tensor, put) in zip(pieces, cells, strict=True):
-                piece.view(buffer).copy_(tensor)
-                put(piece.view(buffer))  # the tensor that it came from is free now
+            self.source.keep(pieces, [tensor for tensor, _ in cells])
+            self._setters.append([put for _, put in cells])
             self._pieces.append(pieces)
-            self._host.append(buffer)
+            self._rest(len(self._pieces) - 1)
+        self.count = len(self._pieces)
         self._wanted = min(slots, self.count)
         self._slots: list[Tensor] = []
         self.release()
@@ -80,9 +151,8 @@ class WeightStream:
     def release(self) -> None:
         """Gives the slots' memory back, once all work with them was launched; the next use makes new ones."""
         if self._slots:
-            for setters, pieces, host in zip(self._setters, self._pieces, self._host, strict=True):
-                for piece, put in zip(pieces, setters, strict=True):
-                    put(piece.view(host))
+            for block in range(self.count):
+                self._rest(block)
             if self._stream is not None:
                 # What is still being fetched must not land in memory that is someone else's by then.
                 torch.cuda.current_stream(self.device).wait_stream(self._stream)
@@ -93,8 +163,12 @@ class WeightStream:
         self._done: list[torch.cuda.Event | None] = [None] * self._wanted
         self._at: int | None = None  # slot of the block at work
 
+    def _rest(self, block: int) -> None:
+        for piece, put in zip(self._pieces[block], self._setters[block], strict=True):
+            put(self.source.at_rest(block, piece))
+
     def _make_slots(self) -> None:
-        largest = max(len(buffer) for buffer in self._host)
+        largest = max(self.source.slot_bytes(block) for block in range(self.count))
         self._slots = [
             torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(self._wanted)
         ]
@@ -131,7 +205,11 @@ class WeightStream:
                 self._touch(self._slot_of(following))
 
     def _slot_of(self, block: int) -> int:
-        """The slot that holds a block, or will hold it when a copy that starts now is done."""
+        """The slot that holds a block, or will hold it when a copy that starts now is done.
+
+        Which one, and whether anything is fetched, depends on the blocks used so far and on nothing else: of
+        several processes all fetch the same in the same order.
+        """
         if block in self._owner:
             return self._owner.index(block)
         slot = min(
@@ -139,16 +217,15 @@ class WeightStream:
         )
         self._owner[slot] = block
         self.fetched += 1
-        host = self._host[block]
         if self._stream is None:
-            self._slots[slot][: len(host)].copy_(host)
+            self.source.fetch(block, self._slots[slot])
             return slot
         if (done := self._done[slot]) is not None:
             self._stream.wait_event(done)
         else:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            self._slots[slot][: len(host)].copy_(host, non_blocking=True)
+            self.source.fetch(block, self._slots[slot])
             self._ready[slot] = self._stream.record_event()
         return slot
 
@@ -162,8 +239,21 @@ def _lay_out(tensors: Sequence[Tensor]) -> list[_Piece]:
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         pieces.append(_Piece(start, size, tensor.dtype, tensor.shape))
-        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+        start += _aligned(size)
     return pieces
+
+
+def _size(pieces: Sequence[_Piece]) -> int:
+    return pieces[-1].start + pieces[-1].size if pieces else 0
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _fill(buffer: Tensor, pieces: Sequence[_Piece], tensors: Sequence[Tensor]) -> None:
+    for piece, tensor in zip(pieces, tensors, strict=True):
+        piece.view(buffer).copy_(tensor)
 
 
 def going_backward() -> bool:
@@ -171,13 +261,16 @@ def going_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def stream_blocks(transformer: nn.Module, device: torch.device) -> WeightStream:
+def stream_blocks(
+    transformer: nn.Module, device: torch.device, source: HostMemory | Shards | None = None
+) -> WeightStream:
     """Streams the blocks of a plain model; its blocks must be recomputed in the backward pass.
 
     What autograd keeps of a product is a view of the weight's memory, which has another block's weights in it
     by the time of the backward pass, unless the block is computed again just before.
     """
-    stream = WeightStream([_cells(block) for block in transformer.layers], device)
+    cells = (_cells(block) for block in transformer.layers)
+    stream = WeightStream(cells, device, source=source)
     for index, block in enumerate(transformer.layers):
         block.register_forward_pre_hook(partial(_before, stream, index))
     return stream

@@ -43,8 +43,11 @@ _GRACE = 8.0  # seconds in which the main thread may end by itself after one
 class Processes:
     """What one process needs of the others; alone, everything is free and nothing is exchanged."""
 
-    def __init__(self, process: Process | None = None, store: Any = None, gpus: Any = None) -> None:
-        self.process, self.store, self._gpus = process or Process(), store, gpus
+    def __init__(
+        self, process: Process | None = None, store: Any = None, gpus: Any = None, weights: Any = None
+    ) -> None:
+        self.process, self.store = process or Process(), store
+        self._gpus, self._weights = gpus, weights
         self.rank, self.ranks, self.first = self.process.rank, self.process.ranks, self.process.first
 
     def gather(self, value: T) -> list[T]:
@@ -105,6 +108,10 @@ class Processes:
     def group(self, device: torch.device) -> Any:
         """The group of torch.distributed in which tensors on a device travel; None is the default one."""
         return self._gpus if device.type == "cuda" else None
+
+    def weights_group(self, device: torch.device) -> Any:
+        """That in which weights travel, which must not wait for gradients; None is the default one."""
+        return self._weights if device.type == "cuda" else None
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites tensors, alike in all processes, with the first process's."""
@@ -189,8 +196,15 @@ def _connect(process: Process) -> Processes:
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group("gloo", store=groups, rank=rank, world_size=ranks, timeout=_PATIENCE)
     nccl = gpus and dist.is_nccl_available()
-    group = dist.new_group(backend="nccl", timeout=_GPU_PATIENCE) if nccl else None
-    return Processes(process, dist.PrefixStore("words", store), group)
+    # One for gradients, one for weights that are fetched meanwhile (engine.offload.Shards): within a group,
+    # one thing is done after the other. Kernels of two groups could wait for each other for ever, if one kept
+    # the other off the GPU, or if processes launched them in different orders. NCCL's are small (at most 32
+    # thread blocks) and nothing else on a GPU waits for another process, so both find room. And the order is
+    # the same in all: one thread launches all of a pass (forward the main one; backward autograd's for this
+    # GPU, and the main one waits), along graphs that are alike. Where a process waits for its GPU, as when
+    # memory is allocated, it waits for what the others have launched, or will launch without it.
+    nccl_groups = [dist.new_group(backend="nccl", timeout=_GPU_PATIENCE) for _ in range(2 if nccl else 0)]
+    return Processes(process, dist.PrefixStore("words", store), *nccl_groups)
 
 
 def _close() -> None:

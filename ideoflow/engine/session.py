@@ -96,7 +96,7 @@ class _Session:
         data = self.encoder.encoded(dataset.samples)
         self.emit(Progress("load", 0, 1))
         with self.meter.stage("load"):
-            model = build(self.plan)
+            model = build(self.plan, self.processes)
             sampler = Sampler(self.plan, model) if self._own(prompts) else None
         self.emit(Progress("load", 1, 1))
         trainer = Trainer(
@@ -150,9 +150,16 @@ class _Session:
         if trainer.step:
             trainer.save()
 
-    def _own(self, prompts: Sequence[Prompt]) -> range:
-        """Numbers, from 0, of the prompts whose pictures this process makes."""
-        return range(self.processes.rank, len(prompts), self.processes.ranks)
+    def _own(self, prompts: Sequence[Prompt]) -> Sequence[int]:
+        """Numbers, from 0, of the prompts whose pictures this process makes.
+
+        Weights that are cut up among the processes come to all of them at once. Then each makes as many
+        pictures, and the last round begins again with the first prompts, whose pictures are the same.
+        """
+        rank, ranks, count = self.processes.rank, self.processes.ranks, len(prompts)
+        if self.plan.value("offload") != "shard":
+            return range(rank, count, ranks)
+        return [n % count for n in range(rank, -(-count // ranks) * ranks, ranks)]
 
     def _sample(self, sampler: Sampler | None, prompts: Sequence[Prompt], step: int) -> None:
         with self.meter.stage("samples"):

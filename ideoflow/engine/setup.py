@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import NO_DEVICE, NO_SCRATCH
+from ideoflow.diagnostics.codes.plan import CANNOT_BE_DONE
 from ideoflow.engine.adapt import add_adapter
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.fused.attention import Kernel
 from ideoflow.engine.fused.graphs import GraphedSteps
 from ideoflow.engine.masters import HostMasters
-from ideoflow.engine.offload import offload_groups, stream_blocks
+from ideoflow.engine.offload import HostMemory, Shards, offload_groups, stream_blocks
+from ideoflow.engine.processes import ALONE, Processes
 from ideoflow.engine.step import (
     TrainingSample,
     accumulate,
@@ -91,6 +93,7 @@ class Trainable:
         gradients: adds a batch's gradients, as :func:`ideoflow.engine.step.accumulate` does.
         release: gives back memory that only training needs; training may go on afterwards.
         streamed: weights wait elsewhere, and come to the device when they are needed.
+        shards: this process's pieces of the weights, where these are cut up among the processes.
         overlaps: ``gradients`` is one backward pass, in which hooks on the parameters run.
         masters: the parameters and their gradients, where those are on the host.
     """
@@ -101,6 +104,7 @@ class Trainable:
     gradients: Callable[[list[TrainingSample], float], Tensor]
     release: Callable[[], None] = lambda: None
     streamed: bool = False
+    shards: Sequence[Tensor] = ()
     overlaps: bool = False
     masters: HostMasters | None = None
 
@@ -115,7 +119,7 @@ def loading_options(plan: Plan) -> dict[str, Any]:
     }
 
 
-def build(plan: Plan) -> Trainable:
+def build(plan: Plan, processes: Processes = ALONE) -> Trainable:
     """Loads the base, puts a fresh adapter on it, and sets up the engine that the plan chose.
 
     A base that is not on this disk is made of random numbers, for whoever measures speed and memory; a run's
@@ -124,13 +128,18 @@ def build(plan: Plan) -> Trainable:
     options = loading_options(plan)
     if plan.base.present and plan.base.folder:
         file = plan.base.files.get("transformer")
-        return set_up(plan, load_transformer(plan.base.folder, file=file, **options))
-    return set_up(plan, random_transformer(asdict(plan.base.transformer), **options))
+        return set_up(plan, load_transformer(plan.base.folder, file=file, **options), processes)
+    return set_up(plan, random_transformer(asdict(plan.base.transformer), **options), processes)
 
 
-def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
+def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel, processes: Processes = ALONE) -> Trainable:
     """Puts a fresh adapter on a frozen base, held as the plan says, and sets up the engine around it."""
     device, offload = plan_device(plan), str(plan.value("offload"))
+    source: HostMemory | Shards | None = None
+    if offload == "stream":
+        source = HostMemory(device)
+    elif offload == "shard":
+        source = _shards(device, processes)
     transformer.set_attn_processor(UnpaddedAttention())
     parameters = add_adapter(transformer, plan)
     if plan.value("engine") == "fused":
@@ -144,8 +153,8 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
             exact_blocks=int(plan.value("exact_blocks")),
             dtype=plan_dtype(plan),
         )
-        if offload == "stream":
-            fused.stream()
+        if source:
+            fused.stream(source=source)
         trained, masters = list(parameters.values()), None
         if plan.value("optimizer_state") == "offload":
             masters = fused.masters_on_host(trained)
@@ -157,11 +166,12 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
             partial(accumulate_packed, fused, graphs=graphs),
             graphs.release if graphs else lambda: None,
             offload != "none",
+            source.buffers if isinstance(source, Shards) else (),
             overlaps=graphs is None and masters is None,
             masters=masters,
         )
-    if offload == "stream":
-        stream_blocks(transformer, device)
+    if source:
+        stream_blocks(transformer, device, source)
     elif offload != "none":
         _offload_groups(transformer, device, offload, plan)
     if plan.value("checkpointing") == "on":
@@ -174,7 +184,17 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel) -> Trainable:
         partial(predict_velocity, transformer),
         partial(accumulate, transformer),
         streamed=offload != "none",
+        shards=source.buffers if isinstance(source, Shards) else (),
     )
+
+
+def _shards(device: torch.device, processes: Processes) -> Shards:
+    """This process's place among those that share the weights."""
+    group = processes.weights_group(device)
+    if device.type == "cuda" and group is None:
+        message = "offload = 'shard' moves weights from GPU to GPU by NCCL, which this torch is built without"
+        fail(CANNOT_BE_DONE, message, cure="set memory.offload = 'stream', or install a torch with NCCL")
+    return Shards(device, processes.rank, processes.ranks, group)
 
 
 def compile_blocks(transformer: Ideogram4Transformer2DModel) -> None:

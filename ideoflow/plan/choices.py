@@ -25,7 +25,7 @@ DOMAINS: dict[str, tuple[str | float, ...]] = {
     "compile": ("off", "regional"),
     "unconditional": ("loaded", "streamed", "proxy"),
     "optimizer_state": ("float32", "cpu", "offload", "8bit", "paged"),
-    "offload": ("none", "stream", "block", "leaf", "disk"),
+    "offload": ("none", "stream", "shard", "block", "leaf", "disk"),
     "activation_offload": ("none", "inputs", "outputs", "gate_up"),
     "graphs": ("off", "on"),
     "exact_blocks": (0,),  # and a share of the base's blocks
@@ -202,6 +202,12 @@ def _impossible(choice: Choice, kind: str, processes: int) -> Iterator[tuple[str
     if why := _no_offloaded_adapter(choice, kind, processes):
         yield "optimizer_state", f"optimizer_state = 'offload' {why[0]}", f"set optimizer_state = {why[1]}"
     offload, fused = choice.offload, choice.engine == "fused"
+    if offload == "shard" and processes == 1:
+        yield (
+            "offload",
+            "offload = 'shard' cuts the weights up among several processes, and this is one alone",
+            "start it with torchrun --nproc-per-node N (plan: --processes N), or set offload = 'stream'",
+        )
     if fused and offload in GROUPED:
         yield (
             "offload",

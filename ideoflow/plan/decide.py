@@ -43,6 +43,7 @@ from ideoflow.plan.search import (
     evaluate,
     solve,
     times_known,
+    with_nccl,
 )
 from ideoflow.plan.sizes import ADAPTER_BYTES, ELEMENT_BYTES, QUANTISED, Choice
 from ideoflow.recipe import Recipe, RecipeTables, TrainSettings
@@ -101,7 +102,7 @@ def make_plan(
     if brief:
         return plan
     changes = () if plan.fits else cheapest_changes(problem, best)
-    plan = for_processes(replace(plan, changes=changes), processes)
+    plan = _with_processes(replace(plan, changes=changes), processes)
     return replace(plan, warnings=advise(plan, problem, best, recipe))
 
 
@@ -109,21 +110,33 @@ def for_processes(plan: Plan, processes: int) -> Plan:
     """The same plan for another number of processes; of one process, a plan has no word on it.
 
     Raises:
-        IdeoflowError: if it decides for something that several processes cannot carry out.
+        IdeoflowError: if it decides for something that so many processes cannot carry out.
     """
-    others = tuple(d for d in plan.decisions if d.id != "processes")
-    lines = tuple(line for line in plan.ledger.lines if line.name != NCCL.name)
-    if processes == 1:
-        return replace(plan, decisions=others, ledger=Ledger(lines))
-    if plan.decisions and plan.value("optimizer_state") == "offload":
+    if plan.processes == processes:
+        return _with_processes(plan, processes)
+    state, offload = (plan.value(name) for name in ("optimizer_state", "offload"))
+    again = f"plan again, with --processes {processes}"
+    if state == "offload" and processes > 1:
         message = f"the plan has optimizer_state = 'offload', which is for one process, not for {processes}"
-        fail(CANNOT_BE_DONE, message, cure=f"plan again, with --processes {processes}")
+        fail(CANNOT_BE_DONE, message, cure=again)
+    if offload == "shard":
+        message = f"the plan cuts the weights up among {plan.processes} processes, not {processes}"
+        several = again if processes > 1 else f"start it with torchrun --nproc-per-node {plan.processes}"
+        fail(CANNOT_BE_DONE, message, cure=several)
+    return _with_processes(plan, processes)
+
+
+def _with_processes(plan: Plan, processes: int) -> Plan:
+    others = tuple(d for d in plan.decisions if d.id != "processes")
+    ledger = Ledger(tuple(line for line in plan.ledger.lines if line.name != NCCL.name))
+    if processes == 1:
+        return replace(plan, decisions=others, ledger=ledger)
     train, gpus = plan.tables.train, plan.value("device") == "cuda"
     what = "GPUs" if gpus else "processes"
     product = f"{processes} x batch {train.batch} x accumulation {train.accumulation}"
     reason = f"{processes} {what}, global batch {processes * train.batch * train.accumulation} = {product}"
     decided = Decision("processes", processes, "auto", "launched", reason)
-    ledger = Ledger((*lines, NCCL) if gpus else lines)
+    ledger = with_nccl(ledger, str(plan.value("offload"))) if gpus else ledger
     return replace(plan, decisions=(*others, decided), ledger=ledger)
 
 

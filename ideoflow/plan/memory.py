@@ -19,6 +19,7 @@ from ideoflow.plan.reference import activations, dense_weights_bytes, dequantise
 from ideoflow.plan.sizes import (
     ADAPTER_BYTES,
     SLOTS,
+    STREAMED,
     Choice,
     Shapes,
     adapter_parameters,
@@ -61,6 +62,7 @@ def build_ledger(
     calibrated_by: str = "",
     adapter: AdapterSize | None = None,
     group: tuple[int, bool] = (1, True),
+    processes: int = 1,
 ) -> Ledger:
     """Every phase's lines for one choice.
 
@@ -69,7 +71,7 @@ def build_ledger(
     both. ``memory_factor`` scales what comes and goes (activations and workspaces), as measured by the runs
     that ``calibrated_by`` names. ``rank`` is the adapter's greatest; ``adapter`` what it is made of, by
     default a plain LoRA of this rank. ``group`` are the blocks of an offloaded group, and whether the next
-    one is fetched meanwhile.
+    one is fetched meanwhile. ``processes`` share weights that are cut up among them.
     """
     size = adapter or AdapterSize("lora", adapter_parameters(base.transformer, targets, rank))
     lines: list[LedgerLine] = []
@@ -99,7 +101,7 @@ def build_ledger(
     _latents(add, base.vae, shapes, choice)
     finish("latents")
     train = _train_fused if choice.engine == "fused" else _train_reference
-    _weights(add, "train", base.transformer, choice, group)
+    _weights(add, "train", base.transformer, choice, group, processes)
     train(add, base.transformer, targets, rank, size, shapes, choice, batch, accumulation)
     if choice.device == "cuda":
         libraries = _WORKSPACES + (_GRAPH_WORKSPACES if choice.graphs == "on" else 0)
@@ -112,7 +114,7 @@ def build_ledger(
         add("train", "waiting models", waiting, "what samples are made with")
     finish("train")
     if shapes.sample_tokens:
-        _weights(add, "sample", base.transformer, choice, group)
+        _weights(add, "sample", base.transformer, choice, group, processes)
         _sample(add, base, targets, rank, size, shapes, choice)
         finish("sample")
     return Ledger(tuple(lines))
@@ -308,7 +310,9 @@ def _optimizer_step(add: _Add, choice: Choice, gradients: int, before: int) -> N
     add("train", "optimizer step", needed - before, f"{words}, beyond the rest", transient=True)
 
 
-def _weights(add: _Add, phase: Phase, spec: TransformerSpec, choice: Choice, group: tuple[int, bool]) -> None:
+def _weights(
+    add: _Add, phase: Phase, spec: TransformerSpec, choice: Choice, group: tuple[int, bool], processes: int
+) -> None:
     words = {
         "fp8": "Linears of the blocks in e4m3 with a float32 scale a row, the rest in bf16",
         "int8": "Linears of the blocks in int8 with a float32 scale a row, the rest in bf16",
@@ -321,8 +325,11 @@ def _weights(add: _Add, phase: Phase, spec: TransformerSpec, choice: Choice, gro
     if choice.offload == "none":
         add(phase, "weights", size, evidence + words[choice.precision])
         return
-    add(phase, "weights", size - away, f"{evidence}those of the blocks wait on the host or on disk")
-    held = SLOTS if choice.offload == "stream" else group_blocks(choice, *group)
+    piece, where = 0, "those of the blocks wait on the host or on disk"
+    if choice.offload == "shard":
+        piece, where = -(-away // processes), f"of those of the blocks a piece of {processes}"
+    add(phase, "weights", size - away + piece, evidence + where)
+    held = SLOTS if choice.offload in STREAMED else group_blocks(choice, *group)
     fetched = away / spec.num_layers * min(held, spec.num_layers)
     add(phase, "fetched weights", fetched, f"{held:g} blocks at once; {words[choice.precision]}")
 

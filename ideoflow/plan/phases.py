@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TransformerSpec, VaeSpec
-from ideoflow.plan.sizes import ADAPTER_BYTES, Choice, streamed_bytes, targets_by_block
+from ideoflow.plan.sizes import ADAPTER_BYTES, Choice, fetched_share, streamed_bytes, targets_by_block
 from ideoflow.plan.timing import DISK, Speed, linear_parameters, pointwise_bytes
 
 # torch.compile on a repeated block, both passes, on a usual processor; and the fused engine's kernels
@@ -31,14 +31,16 @@ def sampling_seconds(
     steps: int,
     choice: Choice,
     speed: Speed,
+    processes: int = 1,
 ) -> float:
     """One validation picture: two forward passes a step, with text and without it.
 
     Weights that are not on the device are fetched meanwhile, in every pass.
     """
     blocks, seconds = targets_by_block(targets), 0.0
-    away, link = choice.offload != "none", speed.host if choice.offload != "disk" else min(speed.host, DISK)
-    second = away if choice.unconditional == "proxy" else choice.unconditional == "streamed"
+    away, link = fetched_share(choice, processes), speed.host
+    link = min(link, DISK) if choice.offload == "disk" else link
+    second = away if choice.unconditional == "proxy" else float(choice.unconditional == "streamed")
     for length, fetched in ((tokens + text, away), (tokens, second)):
         moved = sum(
             pointwise_bytes(

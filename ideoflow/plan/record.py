@@ -51,7 +51,8 @@ def planned_choice(plan: Plan) -> Choice:
 
 def predict(plan: Plan, calibration: Calibration) -> Evaluation:
     """Memory and time of what a plan decided for, as some calibration has it."""
-    problem = Problem(plan.tables, plan.base, plan.data, plan.hardware, calibration, 0)
+    facts = plan.tables, plan.base, plan.data, plan.hardware
+    problem = Problem(*facts, calibration, 0, plan.processes)
     if any(line.phase == "sample" for line in plan.ledger.lines):
         problem = replace(problem, prompts=1)
     return evaluate(problem, planned_choice(plan))

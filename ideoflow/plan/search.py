@@ -20,7 +20,7 @@ from ideoflow.model.spec import PIXELS_PER_TOKEN, target_modules
 from ideoflow.plan.adapters import AdaptedModule, AdapterSize, adapted_modules, adapter_size
 from ideoflow.plan.calibration import Calibration, Factors
 from ideoflow.plan.choices import combinations, exact_block_counts, fixed_decisions
-from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, LedgerLine, TimeEstimate
+from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, LedgerLine, Phase, TimeEstimate
 from ideoflow.plan.fused import away_bytes
 from ideoflow.plan.memory import build_ledger
 from ideoflow.plan.phases import SAMPLING_STEPS, encoding_seconds, sampling_seconds, starting_seconds
@@ -42,6 +42,16 @@ _PRECISION_BITS = {"nf4": 4, "fp8": 8, "int8": 8, "float16": 16, "bf16": 16, "fl
 
 # What several processes need besides: NCCL's channels, and a bucket of gradients on its way.
 NCCL = LedgerLine("train", "NCCL", 450 << 20, False, "usual size; depends on the links between the cards")
+
+
+def with_nccl(ledger: Ledger, offload: str) -> Ledger:
+    """A ledger with what NCCL takes; as much again, and while sampling too, where weights go through it."""
+    lines = [line for line in ledger.lines if line.name != NCCL.name]
+    if offload != "shard":
+        return Ledger((*lines, NCCL))
+    both = replace(NCCL, bytes=2 * NCCL.bytes, evidence=f"for gradients and for weights; {NCCL.evidence}")
+    phases: list[Phase] = ["train", *(["sample"] if ledger.of("sample") else [])]  # type: ignore[list-item]
+    return Ledger((*lines, *(replace(both, phase=phase) for phase in phases)))
 
 
 @dataclass(frozen=True)
@@ -149,16 +159,19 @@ class Problem:
     def host_bytes(self, choice: Choice) -> int:
         """What a GPU run needs of host memory: what samples are made with waits there, and what is offloaded.
 
-        The other weights go from their files to the device tensor by tensor.
+        The other weights go from their files to the device tensor by tensor; but those that are cut up among
+        processes pass through the host of each as a whole, before the rest is there.
         """
         spec, second = self.base.transformer, choice.unconditional != "proxy"
         waiting = weight_bytes(spec, choice.precision) if second else 0
-        if choice.offload not in ("none", "disk"):
+        if choice.offload not in ("none", "disk", "shard"):
             waiting += streamed_bytes(spec, choice.precision)
         waiting += 4 * host_arrays(choice) * self.adapter.parameters
         tokens = self.tables.train.batch * self.shapes.tokens
         waiting += tokens * away_bytes(spec, choice.element, choice.activation_offload) * spec.num_layers
-        return self.base.vae.parameters() * choice.element + waiting
+        waiting += self.base.vae.parameters() * choice.element
+        passing = streamed_bytes(spec, choice.precision) if choice.offload == "shard" else 0
+        return max(waiting, passing)
 
     def factors(self, choice: Choice) -> Factors:
         """Corrections by the runs made here, looked through once for all combinations that they are for."""
@@ -261,9 +274,10 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
         calibrated_by=factors.source,
         adapter=problem.adapter,
         group=_group(problem),
+        processes=problem.processes,
     )
     if problem.processes > 1 and choice.device == "cuda":
-        ledger = Ledger((*ledger.lines, NCCL))
+        ledger = with_nccl(ledger, choice.offload)
     speed = _speed(problem, choice)
     parts = step_parts(
         problem.base.transformer,
@@ -274,6 +288,7 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
         speed,
         problem.adapter,
         _group(problem),
+        problem.processes,
     )
     step_ms = sum(part.ms for part in parts) * factors.time
     compiling = starting_seconds(choice, _shapes(problem))
@@ -442,7 +457,15 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     eager = _speed(problem, plain)
     base, targets, size = problem.base, problem.targets, problem.adapter
     parts = step_parts(
-        base.transformer, targets, problem.rank, problem.load, choice, speed, size, _group(problem)
+        base.transformer,
+        targets,
+        problem.rank,
+        problem.load,
+        choice,
+        speed,
+        size,
+        _group(problem),
+        problem.processes,
     )
     captions, pixels = _to_encode(problem, choice)
     prompts = problem.prompts
@@ -455,6 +478,7 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
         tables.validate.steps or SAMPLING_STEPS[tables.validate.preset],
         plain,
         eager,
+        problem.processes,
     )
     rates = problem.hardware.rates
     shares = problem.calibration.shares[choice.engine]

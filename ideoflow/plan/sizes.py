@@ -26,8 +26,9 @@ class Choice:
             and calls them checkpointing.
         optimizer_state: where and how AdamW's moments are: ``float32``, ``cpu``, ``8bit`` or ``paged``; or
             ``offload``: on the host with the adapter and its gradients.
-        offload: how the blocks' weights come to the device: ``none`` (they are there), ``stream``, or by
-            diffusers' group offloading ``block``, ``leaf``, ``disk``.
+        offload: how the blocks' weights come to the device: ``none`` (they are there), ``stream`` from the
+            host, ``shard`` from all processes, or by diffusers' group offloading ``block``, ``leaf`` or
+            ``disk``.
         unconditional: where the second transformer comes from while samples are made: ``loaded`` to the
             device, ``streamed`` block by block, or ``proxy``, the trained one without text in its place.
         activation_offload: what of the blocks waits on the host for the backward pass: ``none``, the
@@ -162,6 +163,7 @@ def streamed_bytes(spec: TransformerSpec, precision: str) -> int:
 
 _DENSE = {"bf16": 2, "float32": 4}
 SLOTS = 3  # blocks on the device while weights are streamed (ideoflow.engine.offload)
+STREAMED = ("stream", "shard")  # values of offload that this is done for
 # Numbers of a bucket while AdamW's moments wait on the host (engine.optimizer), and while the adapter and its
 # gradients do as well (engine.masters): two buckets are on the device at once, of each array one.
 BUCKET, OFFLOAD_BUCKET = 8 << 20, 1 << 20
@@ -184,6 +186,13 @@ def state_bytes(choice: Choice, numbers: int, largest: int = 0) -> int:
     if choice.optimizer_state == "cpu":
         return 4 * 4 * min(numbers, BUCKET)
     return 0 if choice.optimizer_state == "paged" else 2 * 4 * numbers
+
+
+def fetched_share(choice: Choice, processes: int) -> float:
+    """Of a block's large weights, what has to be fetched: what the device does not keep."""
+    if choice.offload == "shard":
+        return (processes - 1) / processes
+    return 0.0 if choice.offload == "none" else 1.0
 
 
 def group_blocks(choice: Choice, blocks: int, streams: bool) -> float:

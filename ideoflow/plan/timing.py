@@ -33,9 +33,11 @@ from ideoflow.plan.sizes import (
     ADAPTER_BYTES,
     QUANTISED,
     SLOTS,
+    STREAMED,
     Choice,
     adapter_parameters,
     block_weights,
+    fetched_share,
     host_arrays,
     streamed_bytes,
     targets_by_block,
@@ -203,17 +205,20 @@ def step_parts(
     speed: Speed,
     adapter: AdapterSize | None = None,
     group: tuple[int, bool] = (1, True),
+    processes: int = 1,
 ) -> tuple[TimePart, ...]:
     """Milliseconds of one optimiser step by kind of work; ``adapter`` is by default a LoRA of this rank.
 
-    ``group`` is as in the ledger.
+    ``group`` and ``processes`` are as in the ledger.
     """
     size = adapter or AdapterSize("lora", adapter_parameters(spec, targets, rank))
     engine = _fused_parts if choice.engine == "fused" else _reference_parts
     parts = engine(spec, targets, rank, size, load, choice, speed)
     if not choice.lean:
         return parts
-    return (*parts, *_waiting_parts(spec, targets, size.parameters, load, choice, speed, group, parts))
+    numbers = size.parameters
+    waiting = _waiting_parts(spec, targets, numbers, load, choice, speed, group, processes, parts)
+    return (*parts, *waiting)
 
 
 def _waiting_parts(
@@ -224,11 +229,13 @@ def _waiting_parts(
     choice: Choice,
     speed: Speed,
     group: tuple[int, bool],
+    processes: int,
     parts: tuple[TimePart, ...],
 ) -> Iterator[TimePart]:
     """What computing waits for: weights, inputs and moments on their way from the host and back.
 
-    Both passes overlap with their transfers, so only what is longer than they are counts.
+    Both passes overlap with their transfers, so only what is longer than they are counts. What comes from
+    other GPUs is taken to come at the rate of the link to the host: nothing is known of one between them.
     """
     e = choice.element
     # The reference engine passes over the weights for each sample by itself.
@@ -240,7 +247,9 @@ def _waiting_parts(
     forward = sum(part.ms for part in parts) / passes / (3e3 + 1e3 * again)
     backward = forward * (2 + again)
     away = streamed_bytes(spec, choice.precision)
-    fetched = {"none": 0.0, "stream": away * (1 - SLOTS / spec.num_layers)}.get(choice.offload, float(away))
+    fetched = fetched_share(choice, processes) * away
+    if choice.offload in STREAMED:  # but for what is in the slots at each turn
+        fetched *= 1 - SLOTS / spec.num_layers
     link = speed.host if choice.offload != "disk" else min(speed.host, DISK)
     weights = fetched / link
     if choice.offload in ("block", "leaf", "disk") and not group[1]:

@@ -395,11 +395,12 @@ class MemorySettings:
         "eagerly.",
         elsewhere=COMPILE_ELSEWHERE,
     )
-    offload: Literal["auto", "none", "stream", "block", "leaf", "disk"] = setting(
+    offload: Literal["auto", "none", "stream", "shard", "block", "leaf", "disk"] = setting(
         "auto",
         doc="Where the blocks' frozen weights wait. none: on the device. stream: in pinned host memory, "
-        "fetched block by block ahead of the forward and the backward pass. block, leaf, disk: diffusers' "
-        "group offloading, in the reference engine: blocks or Linears in host memory, blocks on disk.",
+        "fetched block by block ahead of the forward and the backward pass. shard: cut up among the GPUs of "
+        "several processes, gathered likewise. block, leaf, disk: diffusers' group offloading, in the "
+        "reference engine: blocks or Linears in host memory, blocks on disk.",
     )
     offload_blocks: int = setting(1, doc="Blocks of a group, for offload = 'block' and 'disk'.", minimum=1)
     offload_streams: bool = setting(

@@ -44,6 +44,7 @@ seed = 3
 folder = "{folder}"
 """
 )
+CUT = '[memory]\noffload = "shard"\n'
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
 
@@ -76,9 +77,9 @@ def metrics(folder: str, kind: str) -> list[dict[str, Any]]:
 def test_two_processes_learn_what_one_with_twice_the_batch_does(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On both engines; and after a third run is interrupted, both stop after the same step."""
+    """On both engines; and when a third run, with weights cut up, is interrupted, both stop together."""
     validate = '[validate]\nprompts = ["pictures/*.icap"]\nevery = 100\npreset = "turbo"\nsteps = 1\n'
-    process = start("none", write("reference", validate), write("fused"), write("long", steps=5000))
+    process = start("none", write("reference", validate), write("fused"), write("long", CUT, steps=5000))
     end = time.monotonic() + 200
     while not (Path("long/metrics.jsonl").exists() and metrics("long", "step")):
         assert process.poll() is None and time.monotonic() < end, process.communicate()

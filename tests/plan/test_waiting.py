@@ -235,3 +235,61 @@ def test_several_processes_keep_the_adapter_on_their_devices(full_base, write_re
     (problem,) = caught.value.diagnostics
     assert problem.code.id == "IP016" and problem.cure == "plan again, with --processes 2"
     assert for_processes(alone, 1) == alone
+
+
+def test_weights_cut_up_among_processes(plan_for):
+    """Each of them has a piece of the large weights and three blocks that are gathered, and pins nothing."""
+    asked = memory('engine = "fused"\nprecision = "fp8"\noffload = "{}"')
+    large = 34 * (4 * 4608**2 + 3 * 4608 * 12288)
+    streamed = plan_for("fp8", "h100", asked.format("stream"), processes=2)
+    for processes in (2, 3, 8):
+        plan = plan_for("fp8", "h100", asked.format("shard"), processes=processes)
+        assert plan.processes == processes and plan.decision("offload").reason_code == "recipe"
+        here, there = ({x.name: x.bytes for x in p.ledger.of("train")} for p in (streamed, plan))
+        assert there["weights"] - here["weights"] == -(-large // processes)
+        assert there["fetched weights"] == here["fetched weights"]
+        assert there["NCCL"] == 2 * here["NCCL"], "one group for gradients, one for weights"
+        # While they load, all of them are on the host, and before they came nothing was.
+        assert plan.host_bytes == large and plan.value("graphs") == "off"
+    alone = plan_for("fp8", "h100", asked.format("none"), processes=2)
+    found = {r.value: r.reason_code for r in alone.decision("offload").rejected}
+    assert found["shard"] == "only-on-request"
+
+
+def test_gathering_takes_the_links_time_where_computing_does_not_hide_it(plan_for):
+    """Small pictures: of two processes each fetches half of what it would from the host, of four more."""
+    asked = memory('engine = "fused"\nprecision = "bf16"\nactivation_offload = "none"\noffload = "{}"')
+    asked += '[validate]\nprompts = ["a.icap"]\n'
+
+    def waits(offload, processes):
+        plan = plan_for("full", "rtx-3060", asked.format(offload), 256, processes=processes)
+        return sum(p.ms for p in plan.time.parts if p.name == "fetching"), plan.time.sample_seconds
+
+    two, four, streamed = waits("shard", 2), waits("shard", 4), waits("stream", 2)
+    for one, other, all_of_it in zip(two, four, streamed, strict=True):
+        assert one < other < all_of_it
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "words"),
+    [
+        ("", 1, "torchrun --nproc-per-node"),
+        ('graphs = "on"\n', 2, "graphs"),
+        ('engine = "reference"\ncheckpointing = "off"\n', 2, "checkpointing"),
+    ],
+)
+def test_where_weights_cannot_be_cut_up(asked, processes, words, plan_for):
+    with pytest.raises(IdeoflowError) as caught:
+        plan_for("fp8", "h100", memory(f'{asked}offload = "shard"'), processes=processes)
+    (problem,) = caught.value.diagnostics
+    assert problem.code.id == "IP016" and words in problem.cure
+
+
+def test_a_plan_with_weights_cut_up_is_for_its_number_of_processes(plan_for):
+    two = plan_for("fp8", "h100", memory('offload = "shard"'), processes=2)
+    assert for_processes(two, 2) == two
+    for processes, cure in ((1, "torchrun --nproc-per-node 2"), (4, "plan again, with --processes 4")):
+        with pytest.raises(IdeoflowError) as caught:
+            for_processes(two, processes)
+        (problem,) = caught.value.diagnostics
+        assert problem.code.id == "IP016" and cure in problem.cure

@@ -117,6 +117,8 @@ CANNOT_BE_DONE = define(
       graphs;
     - `compile = "regional"` belongs to the reference engine, on NVIDIA GPUs with Triton, and so do
       `offload = "block"`, `"leaf"` and `"disk"`, on any;
+    - `offload = "shard"` cuts the weights up among the processes that torchrun starts, so there must be two
+      or more (`ideoflow plan --processes N` plans for them); a plan.json is for as many as it was made for;
     - `activation_budget` and `checkpointing` say the same thing: set one.
 
     Nothing is replaced in silence. Leave a key at "auto" and the planner takes what the machine can do.

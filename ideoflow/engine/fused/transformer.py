@@ -29,7 +29,7 @@ from ideoflow.engine.fused.linear import lay_together
 from ideoflow.engine.fused.offload import HostStore
 from ideoflow.engine.fused.weights import Scratch
 from ideoflow.engine.masters import HostMasters, write_copies
-from ideoflow.engine.offload import WeightStream
+from ideoflow.engine.offload import HostMemory, Shards, WeightStream
 from ideoflow.engine.packed import PackedLayout
 from ideoflow.kernels.budget import HOST_GROUPS, choose_kept, group_bytes
 from ideoflow.kernels.float8 import Float8Linear
@@ -226,10 +226,10 @@ class FusedTransformer:
             for i, kept in enumerate(choose_kept(self.budget, on_device))
         ]
 
-    def stream(self, slots: int = 3) -> WeightStream:
-        """Lets the blocks' weights wait on the host; they come to the device a few blocks at a time."""
-        cells = [[cell for linear in block.linears for cell in linear.weight.cells] for block in self.blocks]
-        stream = WeightStream(cells, self.device, slots)
+    def stream(self, slots: int = 3, source: HostMemory | Shards | None = None) -> WeightStream:
+        """Lets the blocks' weights wait elsewhere, by default on the host; a few are here at a time."""
+        cells = ([cell for linear in block.linears for cell in linear.weight.cells] for block in self.blocks)
+        stream = WeightStream(cells, self.device, slots, source)
         for index, block in enumerate(self.blocks):
             block.enter = partial(stream.use, index)
         self._weights = stream
