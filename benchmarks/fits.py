@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases at once, each on a GPU of its own")
     parser.add_argument("--seconds", type=float, default=240, help="end a process after this time")
     parser.add_argument("--list", action="store_true", help="run nothing")
+    parser.add_argument("--side", choices=["both", "fits", "not"], default="both", help="of the line")
     parser.add_argument(
         "--needed", action="store_true", help="find the least cap under which each one trains"
     )
@@ -313,7 +314,8 @@ def main() -> None:
     if args.carry_out:
         return print(json.dumps(carry_out(args)), flush=True)
     chosen = [card for card in CARDS if card.name in args.cards.split(",")]
-    cases = [case for card in chosen for case in sides(card, args.size)[: 1 if args.needed else 2]]
+    which = {"both": slice(2), "fits": slice(1), "not": slice(1, 2)}["fits" if args.needed else args.side]
+    cases = [case for card in chosen for case in sides(card, args.size)[which]]
     if args.list:
         for case in cases:
             show(case, {"outcome": "not run"})

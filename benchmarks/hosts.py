@@ -1,79 +1,98 @@
-"""How fast each machine's host launches kernels: one number a machine, from the rows that are not held out.
+"""How fast a host launches kernels, and what that makes of a step that waits for it.
 
 A step takes as long as the device works, or as the host needs to launch that work, whichever is longer. The
 second differs from one machine to another, and on a shared one from minute to minute: a loop of ten million
-additions took 0.33 s and 0.67 s within five minutes. `ideoflow plan --calibrate` corrects the launching of
-the machine at hand; here it is found for each machine that rows come from.
+additions took 0.33 s and 0.67 s within five minutes. So between the steps that might wait for the host a
+:class:`Probe` says how fast the host is: the engine's own code on a model so small that nothing but launching
+is left of it. What others do on a shared host only ever adds to a time, so of steps and of probes the fastest
+are compared. How many milliseconds of a probe the shipped launching times stand for is one number for all
+machines (:data:`SHIPPED_PROBE_MS`), found from rows that are not held out.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from dataclasses import dataclass, replace
-from functools import cache
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
+from common import add_adapters, make_layout, random_inputs, random_transformer
+from torch.nn import functional
+
+from ideoflow.engine.fused import FusedTransformer
 from ideoflow.plan import Plan
-from ideoflow.plan.calibration import Calibration, shipped
+from ideoflow.plan.calibration import Calibration, Measured, shipped
 
-# Factors of the shipped launching times that are tried.
-_FACTORS = [1.04**n for n in range(-30, 31)]
-# Where launching takes less than this share of the device's work, a step cannot be waiting for the host.
-_SURELY_DEVICE = 0.5
-MANY = 64.0
-_NOT_OVERLAPPED = ("optimizer", "moments", "fetching", "launch")
+# A probe on a host that launches as fast as the shipped calibration says; `plan_accuracy.py --fit-probe`.
+SHIPPED_PROBE_MS = 80.0
+_TRIED = [1.02**n for n in range(-25, 26)]
+_STEPS, _TIMES = 3, 4
 
 
-@cache
-def launching_times(factor: float) -> Calibration:
-    """What ships, with a host that takes ``factor`` times as long to launch."""
-    known = shipped()
-    slower = {
-        engine: replace(s, block_ms={kind: factor * ms for kind, ms in s.block_ms.items()})
-        for engine, s in known.shares.items()
-    }
-    return replace(known, shares=slower)
+class Probe:
+    """Milliseconds that the host takes for three steps of a small model, the fastest of four times."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        before = self._allocated()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = random_transformer("nano", device, dtype)
+        self._adapters = add_adapters(model, 8, torch.float32)
+        self._fused = FusedTransformer(model, linear="bf16", attention="sdpa", dtype=dtype)
+        self._layout = make_layout(1, 64, 32, mixed=False, multiple=64)
+        self._data = random_inputs(model, self._layout)
+        self()  # compiles
+        self.held_bytes = self._allocated() - before
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def __call__(self) -> float:
+        return min(self._once() for _ in range(_TIMES))
+
+    def _once(self) -> float:
+        self._synchronize()
+        started = time.perf_counter()
+        for _ in range(_STEPS):
+            velocity = self._fused(
+                self._data["latents"], self._data["timestep"], self._data["text"], self._layout
+            )
+            functional.mse_loss(velocity.float(), self._data["target"]).backward()
+        self._synchronize()
+        seconds = time.perf_counter() - started
+        for parameter in self._adapters:
+            parameter.grad = None
+        return 1e3 * seconds
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-@dataclass(frozen=True)
-class Halves:
-    """Milliseconds of a step: the device's work that launching overlaps with, launching, and the rest."""
-
-    device: float
-    launching: float
-    rest: float
-
-    @classmethod
-    def of(cls, as_shipped: Plan, slow_host: Plan) -> Halves:
-        """From the plans with :func:`launching_times` of 1 and of :data:`MANY`; the second surely waits."""
-        assert as_shipped.time is not None and slow_host.time is not None
-        parts = as_shipped.time.parts
-        device = sum(p.ms for p in parts if p.name not in _NOT_OVERLAPPED)
-        rest = sum(p.ms for p in parts if p.name in _NOT_OVERLAPPED and p.name != "launch")
-        waiting = sum(p.ms for p in slow_host.time.parts if p.name == "launch")
-        return cls(device, (waiting + device) / MANY, rest)
-
-    def step(self, factor: float) -> float:
-        return max(self.device, factor * self.launching) + self.rest
-
-    def waits(self, factor: float) -> bool:
-        """Whether the step's time hangs on the host's speed."""
-        return factor * self.launching > self.device
+def launching_times(factor: float, device: str) -> Calibration:
+    """What ships, corrected as after a run on a host that takes ``factor`` times as long to launch."""
+    run = Measured(device, "probe", "", {}, False, 1, 1, 1.0, factor, waits_for_host=True)
+    return replace(shipped(), runs=(run,))
 
 
-def host_factors(rows: list[dict[str, Any]], halves: dict[int, Halves]) -> dict[str, float]:
-    """For each machine the factor that its rows agree with best: least mean error of log(step time).
+def waits(plan: Plan) -> bool:
+    """Whether the device waits for the host in a step, by the plan."""
+    return plan.time is not None and any(part.name == "launch" for part in plan.time.parts)
 
-    Only rows that are not held out, and whose launching might matter, are looked at.
+
+def best_probe(rows: list[dict[str, Any]], step_ms: Callable[[dict[str, Any], float], float]) -> float:
+    """The :data:`SHIPPED_PROBE_MS` that rows agree with best: least mean error of log(step time).
+
+    Only of rows that are not held out and wait for the host. ``step_ms`` says what is predicted of a row's
+    step with so many times the shipped launching.
     """
-    machines = defaultdict(list)
-    for row in rows:
-        h = halves.get(row["index"])
-        if "ms" in row and h and not row["held_out"] and h.launching > _SURELY_DEVICE * h.device:
-            machines[row["machine"]].append((h, row["ms"]))
+    found = [row for row in rows if "probe_ms" in row and row["waits"] and not row["held_out"]]
 
-    def error(found: list[tuple[Halves, float]], factor: float) -> float:
-        return sum(abs(math.log(h.step(factor) / ms)) for h, ms in found)
+    def error(probe_ms: float) -> float:
+        return sum(
+            abs(math.log(step_ms(row, row["probe_ms"] / probe_ms) / row["fastest_ms"])) for row in found
+        )
 
-    return {name: min(_FACTORS, key=lambda f: error(found, f)) for name, found in machines.items()}
+    return min((SHIPPED_PROBE_MS * times for times in _TRIED), key=error)

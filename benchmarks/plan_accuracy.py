@@ -37,15 +37,16 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import environment, held, write_json
 from configurations import Configuration, covering, drawn, launch_bound, pairs
-from hosts import MANY, Halves, host_factors, launching_times
+from hosts import SHIPPED_PROBE_MS, Probe, best_probe, launching_times, waits
 from torch import nn
 
 from ideoflow.artifacts import Checkpoints
@@ -73,6 +74,10 @@ TEXT_TOKENS = 320
 ATTENTION = {"flash4": (), "cudnn_varlen": ("flash-attn-4",), "sdpa": ("flash-attn-4", "cudnn")}
 # Seconds: making the weights of a precision, setting up a configuration, and compiling one.
 MAKING, SETTING_UP, STREAMING, COMPILING = 6.0, 5.0, 4.0, 25.0
+
+
+# Steps from one look at the host's speed to the next.
+_PROBED = 5
 
 
 def base_facts(size: str) -> BaseFacts:
@@ -123,9 +128,14 @@ def on_processor(plan: Plan) -> Plan:
 
 
 def steps_of(plan: Plan, c: Configuration, steps: int) -> tuple[int, int]:
-    """(steps before, steps measured): graphs are recorded in the third; slow ones are done less often."""
-    slow = plan.time is not None and plan.time.step_ms > 1500
-    return 4 if c.graphs == "on" else 2, min(steps, 2) if slow else steps
+    """(steps before, steps measured): graphs are recorded in the third; slow ones are done less often.
+
+    A host's speed varies from step to step as well, so those that might wait for it are done more often.
+    """
+    step_ms = plan.time.step_ms if plan.time else 100.0
+    if might_wait(plan, c):
+        steps = max(steps, min(12, int(4000 / step_ms)), _PROBED + 1)
+    return 4 if c.graphs == "on" else 2, min(steps, 2) if step_ms > 1500 else steps
 
 
 def predicted_seconds(plan: Plan, c: Configuration, steps: int) -> float:
@@ -211,10 +221,12 @@ def run(
     steps: int,
     scratch: Path,
     tell: Callable[[str], None] = lambda stage: None,
+    probe: Probe | None = None,
 ) -> dict[str, Any]:
     """Median milliseconds of a step and, on a GPU, the training's peak in bytes, the first steps included.
 
-    ``tell`` is called with what comes next: setting up, and each step.
+    ``tell`` is called with what comes next: setting up, and each step. ``probe`` says after some steps how
+    fast the host is then; their time is not counted.
     """
     device = torch.device(str(plan.value("device")))
     before, measured = steps_of(plan, c, steps)
@@ -230,19 +242,44 @@ def run(
         set_up_seconds = time.perf_counter() - begun
         trainer = Trainer(plan, trainable, data, [Share("random", 0, len(data))], samples.cache, checkpoints,
                           events.append, Stop())  # fmt: skip
-        trainer.around = lambda step: nullcontext(tell(f"step {step}"))
+        probed: dict[int, float] = {}
+        trainer.around = partial(around, tell, probe, probed)
         # One more, since the last interval ends with its gradients and not with its update.
         trainer.train(before + measured + 1)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             reserved = torch.cuda.memory_reserved(device)
     times = [e.seconds for e in events if type(e).__name__ == "StepDone"][:-1]
-    found: dict[str, Any] = {"ms": 1e3 * statistics.median(times[before:]), "set_up_seconds": set_up_seconds,
-                             "step_seconds": times}  # fmt: skip
+    # A probe lets the device run dry: in the interval that it is in, and the one after that, steps overlap
+    # otherwise than they usually do.
+    kept = [n for n in range(before, len(times)) if not {n - 1, n, n + 1} & probed.keys()]
+    measured_ms = [1e3 * times[n] for n in kept]
+    found: dict[str, Any] = {
+        "ms": statistics.median(measured_ms),
+        "fastest_ms": min(measured_ms),
+        "set_up_seconds": set_up_seconds,
+        "step_seconds": times,
+    }
+    if probe:
+        found |= {"probe_ms": min(probed.values()), "probes": probed}
     if device.type == "cuda":
-        found |= {"allocated": peaks["train"], "reserved": torch.cuda.max_memory_reserved(device),
-                  "context": total - free - reserved}  # fmt: skip
+        found |= {
+            "allocated": peaks["train"] - (probe.held_bytes if probe else 0),
+            "reserved": torch.cuda.max_memory_reserved(device),
+            "context": total - free - reserved,
+        }
     return found
+
+
+@contextmanager
+def around(
+    tell: Callable[[str], None], probe: Probe | None, probed: dict[int, float], step: int
+) -> Iterator[None]:
+    """What a step runs in; after every fifth one it is asked how fast the host is."""
+    tell(f"step {step}")
+    yield
+    if probe and step % _PROBED == 0:
+        probed[step] = probe()
 
 
 def predictions(plan: Plan) -> dict[str, float]:
@@ -252,21 +289,18 @@ def predictions(plan: Plan) -> dict[str, float]:
 
 
 def might_wait(plan: Plan, c: Configuration) -> bool:
-    """Whether the device might wait for the host, were that five times as slow as the time model has it."""
-    return c.graphs == "off" and halves_of(c, plan).waits(5.0)
-
-
-def halves_of(c: Configuration, plan: Plan) -> Halves:
-    return Halves.of(plan, plan_of(c, plan.base, plan.hardware, launching_times(MANY)))
+    """Whether the device might wait for the host, were launching half as slow again as the model has it."""
+    slow = launching_times(1.5, plan.hardware.name)
+    return c.graphs == "off" and waits(plan_of(c, plan.base, plan.hardware, slow))
 
 
 def errors(row: dict[str, Any]) -> dict[str, float]:
     """Relative errors: predicted / measured - 1.
 
-    Of a step that waits for the host it is a ``launch_error``: an error about the host rather than the GPU.
+    Of a step that waits for the host it is a ``launch_error``, of the fastest step (:mod:`hosts`).
     """
-    time = "launch_error" if row.get("waits") else "time_error"
-    pairs = {"memory_error": ("predicted_allocated", "allocated"), time: ("predicted_ms", "ms")}
+    time, ms = ("launch_error", "fastest_ms") if row.get("waits") else ("time_error", "ms")
+    pairs = {"memory_error": ("predicted_allocated", "allocated"), time: ("predicted_ms", ms)}
     return {name: row[a] / row[b] - 1 for name, (a, b) in pairs.items() if a in row and b in row}
 
 
@@ -286,24 +320,22 @@ def summary(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]
 
 
 def planned_again(rows: list[dict[str, Any]], size: str = "full") -> list[dict[str, Any]]:
-    """What was measured, with what the code at hand predicts of it, each machine's host taken as it is.
-
-    One number a machine says how fast its host launches (:mod:`hosts`); nothing else is fitted.
-    """
-    plans: dict[int, tuple[Plan, Halves]] = {}
-    for row in rows:
-        c = configuration_of(row)
-        plan = plan_of(c, base_facts(size), named_hardware(row["card"]))
-        plans[row["index"]] = plan, halves_of(c, plan)
-    halves = {index: h for index, (_, h) in plans.items()}
-    factors, again = host_factors(rows, halves), []
+    """What was measured, with what the code at hand predicts of it, the host's speed taken as it was."""
+    again = []
     for row in rows:
         kept = {name: value for name, value in row.items() if not name.endswith("_error")}
-        factor = kept["host_factor"] = factors.get(row["machine"], 1.0)
-        plan, h = plans[row["index"]]
-        kept |= predictions(plan) | {"predicted_ms": h.step(factor), "waits": h.waits(factor)}
+        kept["host_factor"] = row["probe_ms"] / SHIPPED_PROBE_MS if "probe_ms" in row else 1.0
+        plan = plan_again(row, kept["host_factor"], size)
+        kept |= predictions(plan) | {"waits": waits(plan)}
         again.append(kept | errors(kept))
     return again
+
+
+def plan_again(row: dict[str, Any], host_factor: float, size: str = "full") -> Plan:
+    """A row's plan by the code at hand, with so many times the shipped launching."""
+    hardware = named_hardware(row["card"])
+    known = launching_times(host_factor, hardware.name)
+    return plan_of(configuration_of(row), base_facts(size), hardware, known)
 
 
 def configuration_of(row: dict[str, Any]) -> Configuration:
@@ -361,12 +393,17 @@ def main() -> None:
     parser.add_argument(
         "--merge", nargs="+", metavar="FILE", help="join results (the last of each counts), plan them again"
     )
+    parser.add_argument("--fit-probe", action="store_true", help="with --merge: what a probe takes on a host "
+                        "as fast as the shipped calibration says")  # fmt: skip
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.merge:
         parts = [json.loads(Path(f).read_text()) for f in args.merge]
-        latest = {r["index"]: r for p in parts for r in p["rows"]}
+        latest = {r["index"]: r for p in parts for r in p["rows"] if "outcome" in r}
         rows = planned_again([latest[index] for index in sorted(latest)], args.size)
+        if args.fit_probe:
+            best = best_probe(rows, lambda r, host: plan_again(r, host, args.size).time.step_ms)
+            print(f"a probe of {best:.1f} ms, of rows not held out (now {SHIPPED_PROBE_MS:.1f})")
         conclude({**parts[0], "rows": rows}, args.json)
         return
     # A run's hundreds of steps earn cuDNN's exact plans; these few get them from the first.
@@ -401,7 +438,7 @@ def main() -> None:
         "arguments": {k: v for k, v in vars(args).items() if k not in ("json", "merge", "skip")},
         "rows": rows,
     }
-    weights = Weights(args.size, device)
+    weights, probe = Weights(args.size, device), None
     with tempfile.TemporaryDirectory() as folder:
         spec = base.transformer
         samples = Samples(Path(folder) / "cache", spec.hidden, spec.in_channels)
@@ -409,7 +446,7 @@ def main() -> None:
             seconds = predicted_seconds(plan, c, args.steps)
             row = {"index": index, "held_out": index % 3 == 2 and not args.launching, "card": card,
                    "machine": args.machine, "shared_host": args.shared_host,
-                   "waits": halves_of(c, plan).waits(1.0), **asdict(c), **predictions(plan)}  # fmt: skip
+                   "waits": waits(plan), **asdict(c), **predictions(plan)}  # fmt: skip
             rows.append(row)
             begun = time.perf_counter()
             if args.list:
@@ -424,7 +461,10 @@ def main() -> None:
             else:
                 carried_out = plan if real else on_processor(plan)
                 model = weights.of(c.precision, c.offload == "stream")
-                row |= outcome(carried_out, model, samples, c, args.steps, Path(folder))
+                if asked := might_wait(plan, c):
+                    probe = probe or Probe(device)
+                row |= outcome(carried_out, model, samples, c, args.steps, Path(folder),
+                               probe=probe if asked else None)  # fmt: skip
                 row |= errors(row) if real else {}
             row["seconds"], row["expected_seconds"] = time.perf_counter() - begun, seconds
             print(f"{len(rows):3} {show(row)} [{row['seconds']:.1f} s]", flush=True)
@@ -442,11 +482,12 @@ def outcome(
     steps: int,
     scratch: Path,
     tell: Callable[[str], None] = lambda stage: None,
+    probe: Probe | None = None,
 ) -> dict[str, Any]:
     """What came of one configuration; running out of memory, or a refusal, is an outcome."""
     try:
         with model as frozen:
-            return {"outcome": "measured", **run(plan, frozen, samples, c, steps, scratch, tell)}
+            return {"outcome": "measured", **run(plan, frozen, samples, c, steps, scratch, tell, probe)}
     except IdeoflowError as error:
         told = error.diagnostics[0]
         return {"outcome": told.message, "notes": list(told.notes)}

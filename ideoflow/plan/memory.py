@@ -37,11 +37,11 @@ _CONTEXT = {"cuda": 550 << 20, "cpu": 640 << 20}
 # What libraries allocate besides: cuBLAS takes 32 MiB for each thread and stream that multiplies. Measured on
 # an H200 for both engines at every size, like what recorded graphs and bitsandbytes' weights add.
 _WORKSPACES, _GRAPH_WORKSPACES, _NF4_WORKSPACES = 128 << 20, 224 << 20, 80 << 20
-# What the caching allocator cannot use of what it holds, at the least that a run needs: tensors that live
-# long leave gaps, fewer where weights are fetched into a few slots, or are in 4 bits and never laid together;
-# and of what comes and goes a share.
-_GAPS = {True: 600 << 20, False: 250 << 20}  # weights resident, not in 4 bits: bytes
-_FRAGMENTATION = 0.04
+# What the caching allocator cannot use of what it holds, at the least that a run needs: a share of what comes
+# and goes, and gaps between tensors that live long. In the fused engine weights are laid together while they
+# load; runs under a cap held 0.02 to 0.03 of what comes and goes, and 0.1 GiB, beyond what they allocated.
+_FRAGMENTATION = {"fused": 0.03, "reference": 0.04}
+_FUSED_GAPS, _RESIDENT_GAPS, _GAPS = 100 << 20, 600 << 20, 250 << 20  # bytes
 # glibc's malloc keeps freed blocks below 32 MiB (mallopt(3), M_MMAP_THRESHOLD): seen as 1.4 times what came
 # and went in a run on the nano base; larger tensors are given back.
 _HOST_KEEPS, _HOST_KEEPS_OF = 1.4, 300 << 20
@@ -86,10 +86,10 @@ def build_ledger(
         moving = sum(line.bytes for line in lines if line.phase == phase and line.name in TRANSIENT)
         kind = "CUDA context" if choice.device == "cuda" else "Python and torch"
         add(phase, kind, _CONTEXT[choice.device], "usual size; depends on driver and card")
-        share, evidence = _FRAGMENTATION * moving, f"{_FRAGMENTATION:.0%} of what comes and goes"
+        part = _FRAGMENTATION[choice.engine]
+        share, evidence = part * moving, f"{part:.0%} of what comes and goes"
         if choice.device == "cuda":
-            resident = phase in ("train", "sample") and choice.offload == "none"
-            share += _GAPS[resident and choice.precision != "nf4"]
+            share += _gaps(phase, choice)
             evidence = f"gaps between what stays, and {evidence}"
         if choice.device == "cpu":
             share += _HOST_KEEPS * min(moving, _HOST_KEEPS_OF)
@@ -145,6 +145,15 @@ TRANSIENT = frozenset(
         "optimizer step",
     }
 )
+
+
+def _gaps(phase: Phase, choice: Choice) -> int:
+    """Bytes of gaps between what stays: few in the fused engine, and where weights come to a few slots."""
+    if phase not in ("train", "sample"):
+        return _GAPS
+    if choice.engine == "fused":
+        return _FUSED_GAPS
+    return _RESIDENT_GAPS if choice.offload == "none" and choice.precision != "nf4" else _GAPS
 
 
 def _text(add: _Add, base: BaseFacts, shapes: Shapes, choice: Choice) -> None:

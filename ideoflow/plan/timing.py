@@ -49,13 +49,17 @@ _UNKNOWN = {"cuda": Rates(70, 35, 900, 20, 140), "cpu": Rates(0.4, 0.4, 40, 40)}
 # for 34 blocks, whatever the number of tokens.
 _BLOCK_GAPS_MS = 0.35
 # What a host launches more, as shares of a block's usual launches: to compute all of it again, by the fused
-# engine; for offloaded values; to dequantise 4-bit weights, in each of two passes; and in the reference
-# engine for any quantised ones.
-_AGAIN, _AWAY, _4BIT, _DEQUANTISING = 0.2, 0.15, 0.15, 0.45
+# engine; to dequantise 4-bit weights, in each of two passes; in the reference engine for any quantised ones.
+_AGAIN, _4BIT, _DEQUANTISING = 0.05, 0.15, 0.45
+# For values that go to the host and come back, some of them rounded: 4, 12 and 16 launches beside some 85.
+_AWAY = {"none": 0.0, "inputs": 0.05, "outputs": 0.14, "gate_up": 0.19}
+# The forward pass that torch's checkpointing computes again takes the host longer than the first: it saves
+# and restores the state of random numbers around every block.
+_CHECKPOINTING = 1.25
 # Bytes moved to make a number of a stored weight dense, by one kernel; and eagerly, by way of float32.
 _DENSE_BYTES, _EAGER_DENSE_BYTES = {"fp8": 3, "int8": 3, "nf4": 2.5}, {"fp8": 19, "int8": 19, "nf4": 2.5}
-# bitsandbytes' 8-bit AdamW waits for every tensor: 31 ms for 476 of them.
-_8BIT_TENSOR_MS = 0.065
+# bitsandbytes' 8-bit AdamW waits for every tensor: with the shipped launching, 28 ms for 476 of them.
+_8BIT_TENSOR_MS = 0.058
 # Moments on the host come in by buckets while others go out: an H200 waited 26 ms for 95 M, 64 for 380 M.
 _BUCKETS_MS = 10.0
 # Bytes a second from a disk: a usual NVMe drive's, well below its data sheet's.
@@ -112,6 +116,7 @@ class Speed:
     memory: float
     host: float
     block_seconds: float
+    launching: float  # times the usual
     matmul_bf16: float = math.inf
 
     @classmethod
@@ -143,6 +148,7 @@ class Speed:
             1e9 * rates.memory_gbps * share["elementwise_compiled"],
             1e9 * rates.host_gbps,
             1e-3 * shares.block_ms[mode] * host,
+            host,
         )
 
     @classmethod
@@ -164,6 +170,7 @@ class Speed:
             1e9 * rates.memory_gbps * share["weights"],
             1e9 * rates.host_gbps,
             1e-3 * shares.block_ms[kernel] * host,
+            host,
             bf16 * share["matmul_bf16"],
         )
 
@@ -276,7 +283,8 @@ def _waiting_parts(
         yield TimePart("moments", round(1e3 * seconds, 3), f"{4 * arrays * numbers / 1e9:.1f} GB in and out")
     if choice.optimizer_state == "8bit":
         tensors = 2 * len(targets)
-        yield TimePart("moments", round(_8BIT_TENSOR_MS * tensors, 3), f"{tensors} tensors, one by one")
+        ms = _8BIT_TENSOR_MS * speed.launching * tensors
+        yield TimePart("moments", round(ms, 3), f"{tensors} tensors, one by one")
 
 
 def _reference_parts(
@@ -318,7 +326,8 @@ def _reference_parts(
         each = (_DENSE_BYTES if choice.compiled else _EAGER_DENSE_BYTES)[choice.precision]
         seconds["dequantise"] = each * block_weights(spec) * (forwards + backwards) / speed.pointwise
     # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
-    launching = speed.block_seconds * spec.num_layers * (forwards + backwards) / 3 / load.together
+    launching = speed.block_seconds * spec.num_layers * (1 + backwards + _CHECKPOINTING * again) / 3
+    launching /= load.together
     launching *= 1 + _DEQUANTISING * (choice.precision in QUANTISED and not choice.compiled)
     seconds["launch"] = max(0.0, launching - sum(seconds.values()))
     evidence = {
@@ -461,7 +470,7 @@ def _fused_parts(
             "between the kernels of each block",
         ),
     )
-    launches = (1 + live) / 2 + _AGAIN * share_again + _AWAY * (away != "none")
+    launches = (1 + live) / 2 + _AGAIN * share_again + _AWAY[away]
     launches += _4BIT * (1 + live + share_again) * (choice.precision == "nf4")
     launching = load.passes * layers * speed.block_seconds * launches
     waiting = max(0.0, launching - sum(seconds for _, seconds, _ in rows)) if choice.graphs == "off" else 0.0

@@ -41,10 +41,10 @@ def test_a_step_that_the_gpu_is_busy_with_is_within_10_percent(rows, chosen, mos
     assert statistics.mean(found) <= 0.04
 
 
-# A shared host's speed doubles and halves within minutes, and one number stands for it on each machine.
-@pytest.mark.parametrize(("chosen", "most", "mean"), [("all", 0.55, 0.15), ("held out", 0.2, 0.1)])
-def test_a_step_that_waits_for_the_host_is_told_roughly(rows, chosen, most, mean):
+# Launching: the host's speed is probed between the steps, and the fastest of both are compared.
+@pytest.mark.parametrize(("chosen", "most", "mean"), [("all", 0.2, 0.06), ("held out", 0.12, 0.065)])
+def test_a_step_that_waits_for_the_host_is_within_12_percent(rows, chosen, most, mean):
     rows = [r for r in rows if (chosen == "all" or r["held_out"]) and "launch_error" in r]
     found = [abs(r["launch_error"]) for r in rows]
-    assert len(found) >= 9 and max(found) <= most, worst(rows, "launch_error")
+    assert len(found) >= 6 and max(found) <= most, worst(rows, "launch_error")
     assert statistics.mean(found) <= mean

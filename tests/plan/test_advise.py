@@ -24,7 +24,7 @@ def test_a_batch_can_be_split_into_passes(plan_for):
 
 
 def test_changes_are_ranked_cheapest_first_and_do_what_they_say(plan_for):
-    plan = plan_for("full", "rtx-4060", "[adapter]\nrank = 512\n")
+    plan = plan_for("full", "6gb", "[adapter]\nrank = 512\n")
     assert not plan.fits
     here = [c for c in plan.changes if c.setting != "another card"]
     assert [not c.fits for c in here] == sorted(not c.fits for c in here)
@@ -33,8 +33,8 @@ def test_changes_are_ranked_cheapest_first_and_do_what_they_say(plan_for):
     assert all(c.peak_bytes < plan.ledger.peak_bytes for c in here)
     rank = next(c for c in fitting if c.setting == "adapter.rank")
     # The mildest rank that fits: it does, and the next larger one of the series does not.
-    assert plan_for("full", "rtx-4060", f"[adapter]\nrank = {rank.value}\n").fits
-    assert not plan_for("full", "rtx-4060", f"[adapter]\nrank = {rank.value * 2}\n").fits
+    assert plan_for("full", "6gb", f"[adapter]\nrank = {rank.value}\n").fits
+    assert not plan_for("full", "6gb", f"[adapter]\nrank = {rank.value * 2}\n").fits
     card = next(c for c in plan.changes if c.setting == "another card")
     assert plan_for("full", str(card.value), "[adapter]\nrank = 512\n").fits
 
@@ -51,14 +51,14 @@ def test_where_no_single_change_is_enough_it_says_so_and_names_a_card(plan_for):
 
 
 def test_changes_that_fit_only_together_are_found_and_none_of_them_is_idle(plan_for):
-    plan = plan_for("fp8", "4gb, free 3.15", SAMPLES)
+    plan = plan_for("fp8", "4gb, free 3.2", SAMPLES + "[adapter]\nrank = 64\n")
     together, *others = plan.changes
     assert together.fits and together.quality < min(c.quality for c in others if c.setting != "another card")
-    assert together.value == "validate.width, height = 512, adapter.rank = 16"
+    assert together.value == "validate.width, height = 512, adapter.rank = 32"
     smaller = SAMPLES + "width = 512\nheight = 512\n"
-    assert plan_for("fp8", "4gb, free 3.15", smaller + "[adapter]\nrank = 16\n").fits
-    for alone in (smaller, SAMPLES + "[adapter]\nrank = 16\n"):
-        assert not plan_for("fp8", "4gb, free 3.15", alone).fits
+    assert plan_for("fp8", "4gb, free 3.2", smaller + "[adapter]\nrank = 32\n").fits
+    for alone in (smaller + "[adapter]\nrank = 64\n", SAMPLES + "[adapter]\nrank = 32\n"):
+        assert not plan_for("fp8", "4gb, free 3.2", alone).fits
 
 
 def test_on_a_shared_card_the_first_advice_is_to_free_it(full_base, write_recipe, summarize):

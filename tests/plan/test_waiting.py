@@ -56,8 +56,7 @@ def test_each_way_to_save_memory_does(precision, plan_for):
     here, ms = peak()
     weights = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "nf4": 4.0}[precision]
     streamed, slower = peak('offload = "stream"')
-    gaps = 0 if precision == "nf4" else 350 / 1024  # fewer where weights are fetched into slots
-    assert here - streamed == pytest.approx(weights * 31 / 34 + gaps, rel=0.02) and ms <= slower < 1.6 * ms
+    assert here - streamed == pytest.approx(weights * 31 / 34, rel=0.02) and ms <= slower < 1.6 * ms
     moments, more = peak('optimizer_state = "cpu"')
     assert 0.4 < here - moments < 0.7 and ms < more < ms + 40
     assert 0.3 < here - peak('optimizer_state = "8bit"')[0] < 0.7
@@ -258,16 +257,16 @@ def test_weights_cut_up_among_processes(plan_for):
 
 def test_gathering_takes_the_links_time_where_computing_does_not_hide_it(plan_for):
     """Small pictures: of two processes each fetches half of what it would from the host, of four more."""
-    asked = memory('engine = "fused"\nprecision = "bf16"\nactivation_offload = "none"\noffload = "{}"')
+    asked = 'engine = "fused"\nprecision = "bf16"\nactivation_offload = "none"\nactivation_budget = 1\n'
+    asked = memory(asked + 'optimizer_state = "float32"\noffload = "{}"')
     asked += '[validate]\nprompts = ["a.icap"]\n'
 
     def waits(offload, processes):
-        plan = plan_for("full", "rtx-3060", asked.format(offload), 256, processes=processes)
+        plan = plan_for("full", "a100-40gb", asked.format(offload), 256, processes=processes)
         return sum(p.ms for p in plan.time.parts if p.name == "fetching"), plan.time.sample_seconds
 
     two, four, streamed = waits("shard", 2), waits("shard", 4), waits("stream", 2)
-    for one, other, all_of_it in zip(two, four, streamed, strict=True):
-        assert one < other < all_of_it
+    assert two[0] < four[0] < streamed[0] and two[1] < four[1] < streamed[1]
 
 
 @pytest.mark.parametrize(
