@@ -20,8 +20,8 @@ WHOLE = (86, 120)
 HIDDEN, FFN, HEADS, HEAD = 4608, 12288, 18, 256
 
 
-# Width, columns of z and parts of the adapter's products: q, k and v at rank 128, whose down matrices are one,
-# and at rank 32, with the gradients of all three, whose up matrices work on a part of the columns each.
+# Width, columns of z and parts of the adapter's products: q, k and v at rank 128, whose down matrices are
+# one, and at rank 32, whose up matrices work on a part of the columns each.
 PRODUCTS = ((HIDDEN, 3 * 128, 1), (3 * HIDDEN, 32, 3))
 
 

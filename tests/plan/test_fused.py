@@ -87,7 +87,7 @@ def layout_of(tokens):
 
 
 def warmed_up(model, layout):
-    """What lasts is there from now on: the layout's rotary tables, and the scratch, which no length changes."""
+    """Inputs, once all that lasts is there: rotary tables, and the scratch, which no length changes."""
     model(*inputs(layout_of(16), model.dtype)).float().square().mean().backward()
     model.rotary(layout)
     for parameter in model.model.parameters():
