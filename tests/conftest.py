@@ -23,6 +23,8 @@ os.environ.setdefault("IDEOFLOW_CACHE", _cache.name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Long tests first: one that starts last would leave the other workers waiting.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted:
         return

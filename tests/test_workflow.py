@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,12 +42,17 @@ steps = 2
 )
 
 
+def made_in(folder: Path) -> Path:
+    """A recipe and three of the shipped photographs."""
+    three_photographs(folder)
+    (folder / "try.toml").write_text(RECIPE)
+    return folder
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a recipe and three of the shipped photographs, and the current one."""
-    three_photographs(tmp_path)
-    (tmp_path / "try.toml").write_text(RECIPE)
-    monkeypatch.chdir(tmp_path)
+    """A folder to train in, and the current one."""
+    monkeypatch.chdir(made_in(tmp_path))
     return tmp_path
 
 
@@ -59,6 +63,17 @@ def train(events: list[Any] | None = None, **options: Any) -> Result:
 
 def losses(events: list[Any]) -> list[float]:
     return [e.loss for e in events if isinstance(e, StepDone)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and adapter of the recipe's run, in a folder of its own."""
+    events: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made_in(tmp_path_factory.mktemp("plain")))
+        train(events)
+        assert not Path("outputs/try/profile").exists()
+        return losses(events), load_file("outputs/try/try.safetensors")
 
 
 def test_it_trains_and_leaves_everything(project: Path) -> None:
@@ -79,45 +94,37 @@ def test_it_trains_and_leaves_everything(project: Path) -> None:
     assert len(pipe.get_active_adapters()) == 1
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(project: Path) -> None:
-    first: list[Any] = []
+def test_the_same_seed_gives_the_same_run_and_another_does_not(project: Path, plain: Any) -> None:
+    first, weights = plain
     second: list[Any] = []
     third: list[Any] = []
-    train(first)
-    weights = load_file("outputs/try/try.safetensors")
-    train(second, fresh=True)
-    assert Path("outputs/try.old-1/try.safetensors").exists()
-    assert losses(first) == losses(second)
+    train(second)
+    assert first == losses(second)
     again = load_file("outputs/try/try.safetensors")
     assert all(torch.equal(weights[k], again[k]) for k in weights)
     (project / "try.toml").write_text(RECIPE.replace("seed = 3", "seed = 4"))
     train(third, fresh=True)
-    assert losses(third) != losses(first)
+    assert losses(third) != first
+    old = load_file("outputs/try.old-1/try.safetensors")
+    assert all(torch.equal(weights[k], old[k]) for k in weights)
 
 
 def test_a_profile_is_told_everywhere_and_changes_nothing(
-    project: Path, capsys: pytest.CaptureFixture
+    project: Path, plain: Any, capsys: pytest.CaptureFixture
 ) -> None:
-    plain: list[Any] = []
-    train(plain)
-    assert not Path("outputs/try/profile").exists()
-    assert main(["run", "try.toml", "--fresh", "--profile"]) == 0
+    assert main(["run", "try.toml", "--profile"]) == 0
     shown = " ".join(capsys.readouterr().err.split())
     assert "steps 2 to 4 on CPU" in shown and "products with frozen weights" in shown
     recorded = [json.loads(line) for line in Path("outputs/try/metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in recorded if line["kind"] == "step"] == losses(plain)
+    assert [line["loss"] for line in recorded if line["kind"] == "step"] == plain[0]
     found = json.loads(Path("outputs/try/profile/profile.json").read_text())
     assert found["numbers"] == [2, 3, 4] and Path("outputs/try/profile", found["trace"]).exists()
     page = Path("outputs/try/report.html").read_text(encoding="utf-8")
     assert 'href="#profile"' in page and "attention, backward" in page
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(project: Path) -> None:
-    whole: list[Any] = []
-    train(whole)
-    weights = load_file("outputs/try/try.safetensors")
-    shutil.rmtree("outputs")
-
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(project: Path, plain: Any) -> None:
+    whole, weights = plain
     stop, first, second = Stop(), [], []
 
     def on_event(event: Any) -> None:
@@ -129,7 +136,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(project: Path) ->
     assert [e.step for e in first if isinstance(e, CheckpointSaved)] == [2, 3]
     resumed = train(second)
     assert resumed.finished
-    assert losses(first) + losses(second) == losses(whole)
+    assert losses(first) + losses(second) == whole
     again = load_file("outputs/try/try.safetensors")
     assert all(torch.equal(weights[k], again[k]) for k in weights)
 

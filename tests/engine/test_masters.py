@@ -29,7 +29,7 @@ RECIPE = (
 rank = 4
 alpha = 6.0
 [train]
-steps = 4
+steps = {steps}
 learning_rate = 1e-2
 checkpoint_every = 2
 accumulation = {accumulation}
@@ -46,12 +46,13 @@ every = 3
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: Any) -> Any:
-    """prepared(accumulation, limit) -> what a run on the nano base starts from."""
+    """prepared(accumulation, limit, steps) -> what a run on the nano base starts from."""
     folder = tmp_path_factory.mktemp("masters")
     one_photograph(folder)
 
-    def make(accumulation: int = 1, limit: float = 0.0) -> Prepared:
-        (folder / "recipe.toml").write_text(RECIPE.format(accumulation=accumulation, limit=limit))
+    def make(accumulation: int = 1, limit: float = 0.0, steps: int = 4) -> Prepared:
+        text = RECIPE.format(accumulation=accumulation, limit=limit, steps=steps)
+        (folder / "recipe.toml").write_text(text)
         return prepare(folder / "recipe.toml")
 
     return make
@@ -81,8 +82,10 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize(("limit", "budget"), [(0.0, 0.0), (0.0, 1.0), (1e-3, 1.0)])
+# Every pair of values of two settings.
+@pytest.mark.parametrize(
+    ("accumulation", "limit", "budget"), [(1, 0.0, 0.0), (1, 1e-3, 1.0), (3, 0.0, 1.0), (3, 1e-3, 0.0)]
+)
 def test_a_run_is_the_same_to_the_bit(
     prepared: Any, accumulation: int, limit: float, budget: float, tmp_path: Path
 ) -> None:
@@ -100,25 +103,32 @@ def test_a_run_is_the_same_to_the_bit(
 
 
 def test_fp8_products_read_what_was_learnt(prepared: Any, tmp_path: Path) -> None:
-    """Their e4m3 pieces are of the working copies, which the update writes."""
-    start, found = prepared(), []
+    """Their e4m3 pieces are of the working copies, which the update writes: the second step reads them."""
+    start, found = prepared(steps=2), []
     for kind in ("cpu", "offload"):
         carried_out(start, tmp_path / kind, kind, precision="fp8", matmul="fp8", exact_blocks=2)
         found.append(learnt(tmp_path / kind))
     assert same(*found)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(prepared: Any, tmp_path_factory: Any) -> tuple[Prepared, dict[str, torch.Tensor]]:
+    """What a run starts from, and what it learns on the device without a break."""
+    start, folder = prepared(2, 1e-2), tmp_path_factory.mktemp("uninterrupted")
+    carried_out(start, folder, "float32")
+    return start, learnt(folder)
+
+
 @pytest.mark.parametrize(
     ("first", "then"), [("float32", "offload"), ("offload", "float32"), ("offload", "offload")]
 )
-def test_a_run_goes_on_with_either(prepared: Any, first: str, then: str, tmp_path: Path) -> None:
-    start = prepared(2, 1e-2)
-    carried_out(start, tmp_path / "whole", "float32")
-    carried_out(start, tmp_path / "parts", first, steps=2)
-    assert not list((tmp_path / "parts").glob("*.safetensors"))
-    told = carried_out(start, tmp_path / "parts", then)
+def test_a_run_goes_on_with_either(uninterrupted: Any, first: str, then: str, tmp_path: Path) -> None:
+    start, whole = uninterrupted
+    carried_out(start, tmp_path, first, steps=2)
+    assert not list(tmp_path.glob("*.safetensors"))
+    told = carried_out(start, tmp_path, then)
     assert [e.step for e in told if isinstance(e, StepDone)] == [3, 4]
-    assert same(learnt(tmp_path / "parts"), learnt(tmp_path / "whole"))
+    assert same(learnt(tmp_path), whole)
 
 
 def test_a_step_that_is_not_a_number_is_told(prepared: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -208,11 +208,14 @@ def test_qk_norm_rope(tokens, heads, size, fp8):
         same(FUSED.qk_norm_rope_backward(*rest), EAGER.qk_norm_rope_backward(*rest))
 
 
+# Less than a block, several blocks, a rank of several tiles; then sums that two programs share: over the
+# width, and over the tokens.
+PRODUCTS = [(*shape, parts) for shape in ((5, 48, 3), (70, 160, 32), (20, 100, 300)) for parts in (1, 3)]
+PRODUCTS += [(20, 2100, 24, 3), (1030, 40, 3, 1)]
+
+
 @PRECISION
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize(
-    ("tokens", "width", "rank"), [(5, 48, 3), (70, 160, 32), (260, 1100, 24), (20, 100, 300)]
-)
+@pytest.mark.parametrize(("tokens", "width", "rank", "parts"), PRODUCTS)
 def test_adapter_products(tokens, width, rank, parts, fp8):
     x = EAGER.quantize(normal(tokens, parts * width), fp8)
     matrix, z = normal(rank, parts * width).t(), normal(tokens, parts * rank)

@@ -86,6 +86,15 @@ def layout_of(tokens):
     return PackedLayout((tokens // 4,), ((tokens // 4, 3),))
 
 
+def warmed_up(model, layout):
+    """Inputs, once all that lasts is there: rotary tables, and the scratch, which no length changes."""
+    model(*inputs(layout_of(16), model.dtype)).float().square().mean().backward()
+    model.rotary(layout)
+    for parameter in model.model.parameters():
+        parameter.grad = None
+    return inputs(layout, model.dtype)
+
+
 def test_values_of_groups_are_the_engines():
     from ideoflow.engine.fused.block import _GROUPS
 
@@ -190,10 +199,7 @@ class Alive:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_peak_of_a_pass_is_what_is_alive_in_the_engine(mode, budget):
     model, layout = engine(mode, "all", budget), layout_of(512)
-    given = inputs(layout, model.dtype)
-    model(*given).float().square().mean().backward()  # rotary tables and scratch are there from now on
-    for parameter in model.model.parameters():
-        parameter.grad = None
+    given = warmed_up(model, layout)
     alive = Alive(model)
     with alive.mode:
         velocity = model(*given)
@@ -294,10 +300,7 @@ def test_adapters_that_peft_computes_fit_into_what_is_planned_for_them(mode, kin
             parameter.data = parameter.data.float()
     options = {"linear": "fp8" if matmul else "bf16", "attention": "sdpa", "dtype": getattr(torch, dtype)}
     model = FusedTransformer(plain, exact_blocks=exact, **options)
-    given = inputs(layout_of(tokens), model.dtype)
-    model(*given).float().square().mean().backward()
-    for parameter in plain.parameters():
-        parameter.grad = None
+    given = warmed_up(model, layout_of(tokens))
     alive = Alive(model)
     with alive.mode:
         model(*given).float().square().mean().backward()

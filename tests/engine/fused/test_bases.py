@@ -20,7 +20,7 @@ CONFIG = {
 }  # fmt: skip
 MIXED = PackedLayout((5, 0, 3), ((4, 6), (3, 3), (1, 7)), multiple=16)
 HARD = {
-    "one token, 256 x 2048 pixels": PackedLayout((1, 1), ((16, 128), (128, 16)), multiple=64),
+    "one token, 64 x 2048 pixels": PackedLayout((1, 1), ((4, 128), (128, 4)), multiple=64),
     "2048 tokens for a picture of one, and none": PackedLayout((2048, 0), ((1, 1), (5, 1)), multiple=64),
 }
 ADAPTERS = {
