@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
     parser.add_argument("--shard", action="store_true", help="cut the weights up among several processes")
     parser.add_argument("--budget", type=float, default=1.0, help="activation budget")
-    parser.add_argument("--seconds", type=float, default=48.0, help="limit for each number of processes")
+    parser.add_argument("--seconds", type=float, default=120.0, help="limit for each number of processes")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)  # where a child puts its rows
     args = parser.parse_args()
@@ -99,7 +99,10 @@ def work(args: argparse.Namespace, processes: Processes) -> None:
     dtype = torch.bfloat16 if gpu else torch.float32
     shards = args.shard and processes.ranks > 1
     precision = "fp8" if linear == "fp8" else "bf16" if gpu else "float32"
+    tell = Telling(processes)
+    tell("joined")
     model = held(args.size, device, precision, streamed=shards)
+    tell("model made")
     parameters = add_adapters(model, args.rank, torch.float32)
     fused = FusedTransformer(model, linear=linear, attention=attention if gpu else "sdpa", dtype=dtype,
                              activation_budget=args.budget)  # fmt: skip
@@ -137,9 +140,13 @@ def work(args: argparse.Namespace, processes: Processes) -> None:
         return time.perf_counter()
 
     rows = []
+    tell("set up")
     for kind in ["trained"] + ["alone"] * (processes.ranks > 1):
         for _ in range(args.warmup):
             loss = step(kind == "trained")
+            if gpu:
+                torch.cuda.synchronize()
+            tell(f"{kind}: a step")
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         started = synchronise()
@@ -162,6 +169,17 @@ def work(args: argparse.Namespace, processes: Processes) -> None:
             write_json(args.worker, rows)  # type: ignore[arg-type]
         if kind == "trained" and graphs:
             graphs.release()
+
+
+class Telling:
+    """Where the first process is, and when, on standard error: what is known of one that does not end."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.first, self.started = processes.first, time.perf_counter()
+
+    def __call__(self, words: str) -> None:
+        if self.first:
+            print(f"  {time.perf_counter() - self.started:6.1f} s  {words}", file=sys.stderr, flush=True)
 
 
 def held_bytes(model: torch.nn.Module, source: Shards, parameters: list[torch.nn.Parameter]) -> int:

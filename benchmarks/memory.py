@@ -3,16 +3,22 @@
 For every precision of the frozen weights: resident; with the blocks' inputs on the host, or more of their
 values; with AdamW's moments there too, or with all of the adapter but its working copies, or moments in 8
 bits; and with the weights streamed from pinned host memory.
-Plain diffusers + PEFT (bf16, with gradient checkpointing) runs in the same process for comparison.
+Plain diffusers + PEFT with gradient checkpointing runs in the same process for comparison: bf16 resident,
+with its weights streamed by our own streamer, and offloaded in groups by diffusers' hooks (a block, a Linear,
+and a block on disk), whose figures are also those of the reference engine.
 
     python benchmarks/memory.py --out memory.json
     python benchmarks/memory.py --size nano --pixels 128      # a try without a GPU
+    python benchmarks/memory.py --precisions fp8 --modes 0,9 --plain bf16:none,fp8:block --out some.json
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from ideoflow.engine.fused import FusedTransformer
-from ideoflow.engine.offload import stream_blocks
+from ideoflow.engine.offload import offload_groups, stream_blocks
 from ideoflow.engine.optimizer import Optimizer
 from ideoflow.engine.setup import UnpaddedAttention
 from ideoflow.kernels.budget import AWAY, ROUNDING
@@ -41,6 +47,9 @@ MODES = {
     "outputs on the host, adapter and moments there": ("outputs", "offload", False),
     "streamed, outputs, adapter and moments": ("outputs", "offload", True),
 }
+
+
+PLAIN = "bf16:none,bf16:stream,bf16:block,bf16:leaf,bf16:disk"
 
 
 def fused_step(args: argparse.Namespace, device: torch.device, precision: str, mode: str) -> dict[str, float]:
@@ -82,19 +91,25 @@ def run_steps(
     return measure(step, device, warmup=2, repeat=args.repeat)
 
 
-def plain_step(args: argparse.Namespace, device: torch.device, streamed: bool) -> dict[str, float]:
-    """diffusers + PEFT in bf16, checkpointed; or with its blocks streamed."""
-    model = held(args.size, device, "bf16", streamed)
+def plain_step(
+    args: argparse.Namespace, device: torch.device, precision: str, offload: str
+) -> dict[str, float]:
+    """diffusers + PEFT, checkpointed; its blocks resident, streamed, or offloaded in groups."""
+    model = held(args.size, device, precision, offload != "none")
     model.set_attn_processor(UnpaddedAttention())
     model.t_embedding.mlp_in.register_forward_pre_hook(lambda layer, x: (x[0].to(layer.weight.dtype),))
     parameters = add_adapters(model, args.rank, torch.float32, TARGETS)
     for parameter in parameters:
         parameter.data = parameter.data.to(device)
-    if streamed:
-        stream_blocks(model, device)
-    model.enable_gradient_checkpointing()
-    model.train()
-    return run_steps(args, device, model, parameters, "float32", None)
+    with TemporaryDirectory(dir=args.folder) as folder:
+        if offload == "stream":
+            stream_blocks(model, device)
+        elif offload != "none":
+            level = "leaf" if offload == "leaf" else "block"
+            offload_groups(model, device, level, folder=Path(folder) if offload == "disk" else None)
+        model.enable_gradient_checkpointing()
+        model.train()
+        return run_steps(args, device, model, parameters, "float32", None)
 
 
 def main() -> None:
@@ -106,12 +121,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--precisions", default="fp8,nf4,int8,bf16")
     parser.add_argument("--modes", default=",".join(map(str, range(len(MODES)))), help="numbers of modes")
-    parser.add_argument("--no-plain", action="store_true", help="leave plain diffusers out")
+    parser.add_argument("--plain", default=PLAIN, help="precision:offload of plain diffusers, or none of it")
+    parser.add_argument("--folder", help="where weights that wait on disk are; default: the temporary one")
     parser.add_argument("--attention", help="default: flash4 on a GPU, else sdpa")
     parser.add_argument("--out")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.attention = args.attention or ("flash4" if device.type == "cuda" else "sdpa")
+    asked = {name: value for name, value in vars(args).items() if name not in ("out", "folder")}
     rows: dict[str, dict[str, Any]] = {}
 
     def record(name: str, run: Any) -> None:
@@ -126,15 +143,22 @@ def main() -> None:
         else:
             gib = f"{rows[name]['allocated_gib']:6.2f} GiB" if "allocated_gib" in rows[name] else ""
             print(f"{name:50s} {rows[name]['ms']:8.0f} ms {gib}", flush=True)
-        write_json(args.out, {"environment": environment(device), "arguments": vars(args), "rows": rows})
+        write_json(args.out, {"environment": environment(device), "arguments": asked, "rows": rows})
 
-    if not args.no_plain:
-        record("diffusers + PEFT, bf16", lambda: plain_step(args, device, False))
-    for precision in args.precisions.split(","):
+    plain = [tuple(each.split(":")) for each in args.plain.split(",") if each]
+
+    def record_plain(chosen: list[tuple[str, ...]]) -> None:
+        for precision, offload in chosen:
+            where = "" if offload == "none" else f", {offload}"
+            record(
+                f"diffusers + PEFT, {precision}{where}", partial(plain_step, args, device, precision, offload)
+            )
+
+    record_plain([each for each in plain if each[1] == "none"])
+    for precision in filter(None, args.precisions.split(",")):
         for mode in (list(MODES)[int(number)] for number in args.modes.split(",")):
             record(f"{precision}, {mode}", lambda p=precision, m=mode: fused_step(args, device, p, m))
-    if not args.no_plain:  # last: 17 GB of pinned memory take long
-        record("diffusers + PEFT, bf16, streamed", lambda: plain_step(args, device, True))
+    record_plain([each for each in plain if each[1] != "none"])  # last: 17 GB of pinned memory take long
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ideoflow.model.quiet import hush_libraries
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.plan import check_digests, detect_hardware, make_plan
 from ideoflow.plan.calibration import append_runs, load_calibration
-from ideoflow.plan.check import changed_values
+from ideoflow.plan.check import changed_since, changed_values
 from ideoflow.plan.codec import encode
 from ideoflow.plan.decide import for_processes
 from ideoflow.plan.document import DataSummary, Hardware, Plan, load_plan
@@ -329,6 +329,8 @@ class _Run:
         changes = version_changes(earlier, lock) if earlier else []
         if fresh:
             set_aside(self.folder)
+        elif any((self.folder / "checkpoints").glob("step-*")):
+            changes += changed_since(self.folder / "plan.json", plan)
         recipe = self.prepared.recipe.text
         prepare_output(
             self.folder, {"plan.json": plan.to_json(), "recipe.toml": recipe, LOCK: lock.to_json()}

@@ -137,6 +137,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(project: Path, pl
     resumed = train(second)
     assert resumed.finished
     assert losses(first) + losses(second) == whole
+    assert not any("changed" in e.text for e in second if isinstance(e, Note))
     again = load_file("outputs/try/try.safetensors")
     assert all(torch.equal(weights[k], again[k]) for k in weights)
 
@@ -190,6 +191,8 @@ def test_killed_in_the_middle_it_resumes_from_the_last_good_checkpoint(project: 
     result = train(events)
     assert result.finished
     assert [e.step for e in events if isinstance(e, StepDone)] == [last + 1, last + 2]
+    changed = f"the recipe has changed since this run began: train.steps: 5000 -> {last + 2}"
+    assert [e.text for e in events if isinstance(e, Note) and "changed" in e.text] == [changed]
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ideoflow.diagnostics import Diagnostic, Span
@@ -42,6 +44,23 @@ def check_digests(plan: Plan, recipe: Recipe, base: BaseFacts, data: DataSummary
         message = f"the weights of '{base.name}' are not those that were planned"
         problems.append(_problem(BASE_CHANGED, message, str(recipe.path), again, notes))
     return problems
+
+
+def changed_since(file: Path, plan: Plan) -> list[str]:
+    """Sentences on what an earlier run's plan.json has otherwise in recipe and data; none without it."""
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        before, captions = earlier["tables"], earlier["digests"]["captions"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return [f"{file} cannot be read, so recipes are not compared: {error}"]
+    found = changed_values(before, encode(plan.tables))
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    sentences = [f"the recipe has changed since this run began: {'; '.join(found[:_SHOWN] + more)}"]
+    if captions != plan.digests.captions:
+        sentences.append("the pictures or captions have changed since this run began")
+    return sentences if found else sentences[1:]
 
 
 def plan_changes(old: Plan, new: Plan) -> list[str]:

@@ -1,6 +1,7 @@
 """Several processes train as one: the numbers of one with a larger batch, one output, one word on errors."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from ideoflow.engine import processes as joining
 from ideoflow.engine.batches import Batches
 from ideoflow.engine.events import StepDone
 from ideoflow.engine.setup import plan_device
+from ideoflow.model.base import NANO_TRANSFORMER
+from ideoflow.plan.document import load_plan
 from ideoflow.processes import Process, this_process
 from ideoflow.recipe import parse_recipe
 from ideoflow.workflow import prepare, run
@@ -45,6 +48,25 @@ folder = "{folder}"
 """
 )
 CUT = '[memory]\noffload = "shard"\n'
+# Weights whole and cut up: engine and precision; the second makes samples.
+CUT_UP = (("reference", "bf16"), ("fused", "fp8"))
+SHORT = (
+    HEAD.replace("pictures", "short")
+    + """[adapter]
+rank = 4
+[train]
+steps = 2
+learning_rate = 1e-2
+max_grad_norm = 0.005
+[memory]
+precision = "{precision}"
+offload = "{offload}"
+[output]
+dtype = "float32"
+folder = "{name}"
+"""
+)
+SAMPLES = '[validate]\nprompts = ["short/*.icap"]\npreset = "turbo"\nsteps = 1\n'
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
 
@@ -73,13 +95,58 @@ def metrics(folder: str, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def write_short() -> list[str]:
+    """Recipes of short captions, with the weights whole and cut up."""
+    Path("short").mkdir()
+    for name in ("cat", "coffee", "rocket"):
+        shutil.copy(f"pictures/{name}.jpg", "short")
+        Path(f"short/{name}.icap").write_text(f"A {name}.\n")
+    names = []
+    for engine, precision in CUT_UP:
+        for offload in ("none", "shard"):
+            names.append(f"{engine}-{precision}-{offload}.toml")
+            text = SHORT.format(precision=precision, offload=offload, name=names[-1].removesuffix(".toml"))
+            Path(names[-1]).write_text(text + SAMPLES * (engine == "fused"))
+    return names
+
+
+def check_cut_up(engine: str, precision: str) -> None:
+    """Losses, adapters and pictures are, to the bit, those of processes that have all weights each."""
+    whole, cut = (f"{engine}-{precision}-{offload}" for offload in ("none", "shard"))
+    assert load_plan(f"{cut}/plan.json").value("offload") == "shard"
+    losses = [[step["loss"] for step in metrics(name, "step")] for name in (whole, cut)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    one, other = (load_file(f"{name}/{name}.safetensors") for name in (whole, cut))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    pictures = [sorted(Path(name).rglob("samples/*/*.png")) for name in (whole, cut)]
+    count = 6 * (engine == "fused")  # three prompts, before and after
+    assert len(pictures[0]) == len(pictures[1]) == count
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*pictures, strict=True))
+    # Each process has half of the large weights, and of those of other kinds all.
+    spec = NANO_TRANSFORMER
+    large = (4 * spec.hidden**2 + 3 * spec.hidden * spec.intermediate_size) * (2 - (precision == "fp8"))
+    ranks = [json.loads(Path(f"ran-{rank}.json").read_text()) for rank in range(2)]
+    for ran in ranks:
+        pieces = ran[cut]["pieces"]
+        assert len(pieces) == spec.num_layers and all(large / 2 <= p < large / 2 + 256 for p in pieces)
+        rest = ran[whole]["rest"] - spec.num_layers * large
+        assert rest <= ran[cut]["rest"] < rest + 1024 and not ran[whole]["pieces"]
+        assert ran[cut]["order"] == ranks[0][cut]["order"], "all launch the same in the same order"
+    order = ranks[0][cut]["order"]
+    buckets = [n for n, what in enumerate(order) if what.startswith("bucket")]
+    assert len(buckets) >= 2 * 10
+    if engine == "fused":
+        assert any(what.startswith("block") for what in order[buckets[0] : buckets[9]]), "meanwhile"
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_with_twice_the_batch_does(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On both engines; and when a third run, with weights cut up, is interrupted, both stop together."""
+    """On both engines, with weights whole or cut up; and where one of the latter is interrupted, both stop."""
     validate = '[validate]\nprompts = ["pictures/*.icap"]\nevery = 100\npreset = "turbo"\nsteps = 1\n'
-    process = start("none", write("reference", validate), write("fused"), write("long", CUT, steps=5000))
+    names = write("reference", validate), write("fused"), *write_short(), write("long", CUT, steps=5000)
+    process = start("none", *names)
     end = time.monotonic() + 200
     while not (Path("long/metrics.jsonl").exists() and metrics("long", "step")):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
@@ -92,9 +159,11 @@ def test_two_processes_learn_what_one_with_twice_the_batch_does(
     assert (
         f"stopped after step {last['step']}; go on with: torchrun --nproc-per-node 2 -m ideoflow run" in out
     ), err
-    assert out.count("adapter  ") == 2 and err.count("training: 3 of 3") == 2
+    assert out.count("adapter  ") == 6 and err.count("training: 3 of 3") == 2
     assert "2 processes, global batch 4 = 2 x batch 1 x accumulation 2" in " ".join(err.split())
     assert len(list(Path("reference/samples").rglob("*.png"))) == 6
+    for engine, precision in CUT_UP:
+        check_cut_up(engine, precision)
     monkeypatch.setattr("ideoflow.workflow.make_plan", planned)
     for name in ("reference", "fused"):
         assert len(metrics(name, "run")) == len(metrics(name, "end")) == 1

@@ -2,7 +2,8 @@
 
 Triton's compiler needs no GPU: a process of its own, without the interpreter, compiles what the operations
 would launch there, down to the machine code. The oldest and the newest card get every kernel. Between them,
-what depends on the card is how much shared memory the adapter's products take: these and no others.
+what depends on the card is how much shared memory the adapter's products take: these and no others, and where
+the limit is the newest card's, in e4m3 only.
 """
 
 import importlib.util
@@ -95,8 +96,9 @@ def compile_all() -> dict[int, dict[str, int]]:
             everything_else()
         for width, columns, parts in PRODUCTS:
             matrix, z = zeros(columns, width).t(), zeros(tokens, parts * columns)
-            ops.adapter_up(zeros(tokens, width), z, matrix, parts)
-            for fp8 in (False, True)[: 1 + (arch >= 89)]:
+            if arch != 89:
+                ops.adapter_up(zeros(tokens, width), z, matrix, parts)
+            for fp8 in (False, True)[arch == 89 : 1 + (arch >= 89)]:
                 ops.adapter_down(operands[width, fp8], matrix, parts, zeros(width))
                 ops.adapter_gradient(operands[width, fp8], z, parts, zeros(width))
     return shared
@@ -111,8 +113,8 @@ def test_kernels_fit_the_cards(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     shared = {int(arch): found for arch, found in json.loads(done.stdout.splitlines()[-1]).items()}
     for arch, limit in LIMITS.items():
-        assert len(shared[arch]) >= (13 if arch in WHOLE else 3), arch
-        assert {"_down", "_up", "_gradient"} <= set(shared[arch]), arch
+        assert len(shared[arch]) >= (13 if arch in WHOLE else 2), arch
+        assert {"_down", "_gradient", *(["_up"] if arch != 89 else [])} <= set(shared[arch]), arch
         assert {name: size for name, size in shared[arch].items() if size > limit} == {}, arch
     assert all("_swiglu_backward" in shared[arch] for arch in WHOLE)
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from ideoflow.plan import check_digests, make_plan, named_hardware
-from ideoflow.plan.check import changed_values, plan_changes
+from ideoflow.plan.check import changed_since, changed_values, plan_changes
 from ideoflow.plan.document import Cached
 
 
@@ -74,3 +74,21 @@ def test_the_difference_of_two_plans(full_base, write_recipe, summarize):
     assert "machine: RTX 4090 -> H200" in lines
     assert "decision.checkpointing: on -> off" in lines
     assert any(line.startswith("peak GiB.train: ") for line in lines)
+
+
+def test_what_a_run_goes_on_with_that_it_was_not_begun_with(full_base, write_recipe, summarize, tmp_path):
+    plan, file = planned(full_base, write_recipe(), summarize()), tmp_path / "plan.json"
+    assert changed_since(file, plan) == []
+    file.write_text(plan.to_json())
+    assert changed_since(file, plan) == []
+    more = dataclasses.replace(summarize(), digest="e" * 64)
+    (data,) = changed_since(file, planned(full_base, write_recipe(), more))
+    assert data == "the pictures or captions have changed since this run began"
+    recipe, data = changed_since(
+        file, planned(full_base, write_recipe("[train]\nlearning_rate = 1e-5\n"), more)
+    )
+    assert recipe == "the recipe has changed since this run began: train.learning_rate: 0.0001 -> 1e-05"
+    for damaged in ("{", "[]", '{"tables": {}}'):
+        file.write_text(damaged)
+        (told,) = changed_since(file, plan)
+        assert "plan.json cannot be read" in told
