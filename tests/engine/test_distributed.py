@@ -143,7 +143,7 @@ def check_cut_up(engine: str, precision: str) -> None:
 def test_two_processes_learn_what_one_with_twice_the_batch_does(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On both engines, with weights whole or cut up; and where one of the latter is interrupted, both stop."""
+    """On both engines, with weights whole or cut up; when one of the latter is interrupted, both stop."""
     validate = '[validate]\nprompts = ["pictures/*.icap"]\nevery = 100\npreset = "turbo"\nsteps = 1\n'
     names = write("reference", validate), write("fused"), *write_short(), write("long", CUT, steps=5000)
     process = start("none", *names)
