@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,7 +182,14 @@ class Ledger:
 
     def peak(self, phase: Phase) -> int:
         """Bytes at the peak of ``phase``; 0 for a phase that does not happen."""
-        return sum(line.bytes for line in self.of(phase))
+        return self._peaks[phase]
+
+    @cached_property
+    def _peaks(self) -> dict[Phase, int]:
+        peaks = dict.fromkeys(PHASES, 0)
+        for line in self.lines:
+            peaks[line.phase] += line.bytes
+        return peaks
 
     @property
     def peak_phase(self) -> Phase:

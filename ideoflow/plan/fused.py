@@ -82,6 +82,7 @@ def group_bytes(
     return {group: size for group, size in sizes.items() if group not in away}
 
 
+@lru_cache(maxsize=2048)  # the search asks for the same under many other decisions
 def kept_groups(
     spec: TransformerSpec,
     tokens: int,
@@ -91,11 +92,11 @@ def kept_groups(
     fp8: bool,
     offload: str = "none",
     exact_blocks: int = 0,
-) -> list[frozenset[Group]]:
+) -> tuple[frozenset[Group], ...]:
     """What the engine keeps on the device of each block for its backward pass, by activation budget."""
     sizes = {of: group_bytes(spec, tokens, element, of, offload) for of in (False, fp8)}
     of_blocks = [sizes[fp8 and i >= exact_blocks] for i in range(spec.num_layers)]
-    return choose_kept(budget, of_blocks)
+    return tuple(choose_kept(budget, of_blocks))
 
 
 def _rounded_bytes(spec: TransformerSpec) -> dict[str, int]:
@@ -283,6 +284,7 @@ class Peak:
         return self.saved + self.work + self.gradients
 
 
+@lru_cache(maxsize=2048)
 def peak(
     spec: TransformerSpec,
     targets: tuple[str, ...],
@@ -305,8 +307,7 @@ def peak(
     the first so many have dense forward operands.
     """
     blocks = targets_by_block(targets)
-    options = {"offload": offload, "exact_blocks": exact_blocks}
-    kept = kept_groups(spec, tokens, budget, element, fp8=fp8, **options)  # type: ignore[arg-type]
+    kept = kept_groups(spec, tokens, budget, element, fp8=fp8, offload=offload, exact_blocks=exact_blocks)
     elsewhere, rounded = frozenset(AWAY[offload]) - {"input"}, offload in ROUNDING
     first = min(blocks, default=spec.num_layers)
     held = [
@@ -328,7 +329,7 @@ def peak(
     held = [lighter[block] for block in held]
     staying = (0,) * len(own) if leaving else own
     moments = _moments(held, staying, tokens, first_pass, 2 * away)
-    most = max(moments, key=lambda p: p.total, default=Peak(0, 0, 0))
+    most = Peak(*max(moments, key=sum, default=(0, 0, 0)))
     return replace(most, gradients=min(sum(own), 2 * max(own, default=0))) if leaving else most
 
 
@@ -344,17 +345,20 @@ def _gradient_bytes(spec: TransformerSpec, targets: tuple[str, ...], rank: int) 
 
 def _moments(
     held: list[BlockBytes], own: tuple[int, ...], tokens: int, first_pass: bool, moving: int
-) -> Iterator[Peak]:
-    """Each block's forward pass, then each one's backward pass; ``moving`` bytes a token are on their way."""
+) -> Iterator[tuple[int, int, int]]:
+    """What makes a :class:`Peak`: of each block's forward pass, then of each one's backward pass.
+
+    ``moving`` bytes a token are on their way.
+    """
     saved, before = moving, 0 if first_pass else sum(own)
     for block in held:
-        yield Peak(tokens * saved, tokens * block.forward, before)
+        yield tokens * saved, tokens * block.forward, before
         saved += block.kept
     come = 0
     for block, gradient in zip(reversed(held), reversed(own), strict=True):
         saved -= block.kept
         come += gradient
-        yield Peak(tokens * saved, tokens * block.backward, before + gradient if before else come)
+        yield tokens * saved, tokens * block.backward, before + gradient if before else come
 
 
 def foreign_bytes(spec: TransformerSpec, size: AdapterSize, tokens: int, element: int, fp8: bool) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from operator import attrgetter, ne
 
@@ -20,7 +20,16 @@ from ideoflow.model.spec import PIXELS_PER_TOKEN, target_modules
 from ideoflow.plan.adapters import AdaptedModule, AdapterSize, adapted_modules, adapter_size
 from ideoflow.plan.calibration import Calibration, Factors
 from ideoflow.plan.choices import combinations, exact_block_counts, fixed_decisions
-from ideoflow.plan.document import Bucket, DataSummary, Hardware, Ledger, LedgerLine, Phase, TimeEstimate
+from ideoflow.plan.document import (
+    Bucket,
+    DataSummary,
+    Hardware,
+    Ledger,
+    LedgerLine,
+    Phase,
+    TimeEstimate,
+    TimePart,
+)
 from ideoflow.plan.fused import away_bytes
 from ideoflow.plan.memory import build_ledger
 from ideoflow.plan.phases import SAMPLING_STEPS, encoding_seconds, sampling_seconds, starting_seconds
@@ -207,21 +216,42 @@ def _combinations(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One combination, evaluated. ``step_ms`` and ``run_seconds`` only rank where speeds are unknown.
+    """One combination, evaluated; its times when they are asked for, which of most they never are.
 
-    ``trainable``: training would have room, whatever the other phases need. ``waits_for_host``: launching a
-    step's kernels takes the host longer than the device needs for them.
+    ``step_ms`` and ``run_seconds`` only rank where speeds are unknown. ``trainable``: training would have
+    room, whatever the other phases need. ``waits_for_host``: launching a step's kernels takes the host longer
+    than the device needs for them.
     """
 
+    problem: Problem = field(repr=False, compare=False)
     choice: Choice
     ledger: Ledger
-    step_ms: float
-    compile_seconds: float
-    run_seconds: float
     fits: bool
     tight: bool
     trainable: bool
-    waits_for_host: bool
+
+    @cached_property
+    def parts(self) -> tuple[TimePart, ...]:
+        """A step's time by kind of work, without what runs made here correct of the device's."""
+        p, speed = self.problem, _speed(self.problem, self.choice)
+        facts = p.base.transformer, p.targets, p.rank, p.load, self.choice, speed, p.adapter
+        return step_parts(*facts, _group(p), p.processes)
+
+    @cached_property
+    def step_ms(self) -> float:
+        return sum(part.ms for part in self.parts) * self.problem.factors(self.choice).time
+
+    @property
+    def compile_seconds(self) -> float:
+        return starting_seconds(self.choice, _shapes(self.problem))
+
+    @cached_property
+    def run_seconds(self) -> float:
+        return self.compile_seconds + self.step_ms / 1e3 * self.problem.tables.train.steps
+
+    @property
+    def waits_for_host(self) -> bool:
+        return any(part.name == "launch" for part in self.parts)
 
 
 def candidates(problem: Problem, released: str = "") -> list[Choice]:
@@ -278,27 +308,10 @@ def evaluate(problem: Problem, choice: Choice) -> Evaluation:
     )
     if problem.processes > 1 and choice.device == "cuda":
         ledger = with_nccl(ledger, choice.offload)
-    speed = _speed(problem, choice)
-    parts = step_parts(
-        problem.base.transformer,
-        problem.targets,
-        problem.rank,
-        problem.load,
-        choice,
-        speed,
-        problem.adapter,
-        _group(problem),
-        problem.processes,
-    )
-    step_ms = sum(part.ms for part in parts) * factors.time
-    compiling = starting_seconds(choice, _shapes(problem))
-    run = compiling + step_ms / 1e3 * problem.tables.train.steps
     peak, free = ledger.peak_bytes, problem.hardware.free_bytes
     fits = peak <= free and _host_fits(problem, choice)
     limit = TIGHT_SHARE * free
-    trainable = ledger.peak("train") <= limit
-    waits = any(part.name == "launch" for part in parts)
-    return Evaluation(choice, ledger, step_ms, compiling, run, fits, peak > limit, trainable, waits)
+    return Evaluation(problem, choice, ledger, fits, peak > limit, ledger.peak("train") <= limit)
 
 
 def _host_fits(problem: Problem, choice: Choice) -> bool:
@@ -451,22 +464,10 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     choice, tables = best.choice, problem.tables
     if not times_known(problem, choice):
         return None
-    factors, speed = problem.factors(choice), _speed(problem, choice)
+    base, factors = problem.base, problem.factors(choice)
     # Captions are encoded and samples made by plain modules, whichever engine trains.
     plain = replace(choice, engine="reference", matmul="float32" if choice.precision == "float32" else "bf16")
     eager = _speed(problem, plain)
-    base, targets, size = problem.base, problem.targets, problem.adapter
-    parts = step_parts(
-        base.transformer,
-        targets,
-        problem.rank,
-        problem.load,
-        choice,
-        speed,
-        size,
-        _group(problem),
-        problem.processes,
-    )
     captions, pixels = _to_encode(problem, choice)
     prompts = problem.prompts
     samplings = 2 + (tables.train.steps - 1) // tables.validate.every if prompts else 0
@@ -484,7 +485,7 @@ def estimate_time(problem: Problem, best: Evaluation) -> TimeEstimate | None:
     shares = problem.calibration.shares[choice.engine]
     source = f"{rates.source}, shares of peak from {shares.source}" if rates else "a guess"
     return TimeEstimate(
-        tuple(replace(p, ms=round(p.ms * factors.time, 3)) for p in parts),
+        tuple(replace(p, ms=round(p.ms * factors.time, 3)) for p in best.parts),
         best.compile_seconds,
         round(encoding_seconds(base, captions, problem.text_tokens[1], pixels, eager), 3),
         round(best.step_ms * tables.train.steps / 1e3, 3),

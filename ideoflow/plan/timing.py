@@ -18,6 +18,7 @@ engine adds the forward work of what its activation budget does not keep (:mod:`
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -398,10 +399,11 @@ def _fused_parts(
         exact_blocks=choice.exact_blocks,
     )
     kept = [g | frozenset(AWAY[away]) for g in groups_of[first:]]
+    alike = Counter(kept)
 
     def again(group: str) -> float:
         """Share of all blocks that compute a group a second time."""
-        return sum(group not in groups for groups in kept) / layers
+        return sum(count for groups, count in alike.items() if group not in groups) / layers
 
     sizes = fused.products(spec, frozenset(), rank, fp8)
     widths = {name: p.inputs * p.outputs for name, p in sizes.items()}
