@@ -47,8 +47,7 @@ MODES = {
     "outputs on the host, adapter and moments there": ("outputs", "offload", False),
     "streamed, outputs, adapter and moments": ("outputs", "offload", True),
 }
-
-
+# Of plain diffusers: precision and offload.
 PLAIN = "bf16:none,bf16:stream,bf16:block,bf16:leaf,bf16:disk"
 
 

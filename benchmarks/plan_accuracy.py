@@ -74,8 +74,6 @@ TEXT_TOKENS = 320
 ATTENTION = {"flash4": (), "cudnn_varlen": ("flash-attn-4",), "sdpa": ("flash-attn-4", "cudnn")}
 # Seconds: making the weights of a precision, setting up a configuration, and compiling one.
 MAKING, SETTING_UP, STREAMING, COMPILING = 6.0, 5.0, 4.0, 25.0
-
-
 # Steps from one look at the host's speed to the next.
 _PROBED = 5
 
@@ -127,22 +125,22 @@ def on_processor(plan: Plan) -> Plan:
     return replace(plan, decisions=(*kept, *made))
 
 
-def steps_of(plan: Plan, c: Configuration, steps: int) -> tuple[int, int]:
+def steps_of(plan: Plan, c: Configuration, steps: int, probed: bool) -> tuple[int, int]:
     """(steps before, steps measured): graphs are recorded in the third; slow ones are done less often.
 
-    A host's speed varies from step to step as well, so those that might wait for it are done more often.
+    A host's speed varies from step to step as well, so those between which it is probed are done more often.
     """
     step_ms = plan.time.step_ms if plan.time else 100.0
-    if might_wait(plan, c):
+    if probed:
         steps = max(steps, min(12, int(4000 / step_ms)), _PROBED + 1)
     return 4 if c.graphs == "on" else 2, min(steps, 2) if step_ms > 1500 else steps
 
 
-def predicted_seconds(plan: Plan, c: Configuration, steps: int) -> float:
+def predicted_seconds(plan: Plan, c: Configuration, steps: int, probed: bool) -> float:
     """What measuring a configuration should take here."""
     seconds = SETTING_UP + (STREAMING if c.offload == "stream" else 0)
     seconds += COMPILING if c.compile == "regional" else 0
-    return seconds + sum(steps_of(plan, c, steps)) * (plan.time.step_ms / 1e3 if plan.time else 0.1)
+    return seconds + sum(steps_of(plan, c, steps, probed)) * (plan.time.step_ms / 1e3 if plan.time else 0.1)
 
 
 class Weights:
@@ -229,7 +227,7 @@ def run(
     fast the host is then; their time is not counted.
     """
     device = torch.device(str(plan.value("device")))
-    before, measured = steps_of(plan, c, steps)
+    before, measured = steps_of(plan, c, steps, probe is not None)
     events: list[Any] = []
     peaks: dict[str, int] = {}
     meter = Meter(device, lambda stage, seconds, peak: peaks.update({stage: peak}))
@@ -260,7 +258,7 @@ def run(
         "set_up_seconds": set_up_seconds,
         "step_seconds": times,
     }
-    if probe:
+    if probed:
         found |= {"probe_ms": min(probed.values()), "probes": probed}
     if device.type == "cuda":
         found |= {
@@ -421,15 +419,16 @@ def main() -> None:
     for index, c in enumerate(chosen):
         if index % shards == shard - 1 and index not in done:
             plan = plan_of(c, base, hardware)
-            if args.bound is None or might_wait(plan, c) == (args.bound == "host"):
-                wanted.append((index, c, plan))
+            probed = might_wait(plan, c)
+            if args.bound is None or probed == (args.bound == "host"):
+                wanted.append((index, c, plan, probed))
     # One precision after the other, and within it what is streamed last: weights are made and moved once.
     wanted.sort(key=lambda w: (w[1].precision, w[1].offload == "stream", w[1].engine, w[0]))
-    expected = sum(predicted_seconds(plan, c, args.steps) for _, c, plan in wanted)
-    expected += MAKING * len({c.precision for _, c, _ in wanted})
+    expected = sum(predicted_seconds(plan, c, args.steps, probed) for _, c, plan, probed in wanted)
+    expected += MAKING * len({c.precision for _, c, *_ in wanted})
     print(f"{len(wanted)} configurations, about {expected:.0f} s expected", flush=True)
     if args.list:
-        met = {p for _, c, _ in wanted for p in pairs(c)}
+        met = {p for _, c, *_ in wanted for p in pairs(c)}
         possible = {p for _, c in zip(range(20_000), drawn(random.Random(0)), strict=False) for p in pairs(c)}
         print(f"of {len(possible)} pairs of values {len(possible - met)} do not meet")
     rows: list[dict[str, Any]] = []
@@ -442,8 +441,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         spec = base.transformer
         samples = Samples(Path(folder) / "cache", spec.hidden, spec.in_channels)
-        for index, c, plan in wanted:
-            seconds = predicted_seconds(plan, c, args.steps)
+        for index, c, plan, probed in wanted:
+            seconds = predicted_seconds(plan, c, args.steps, probed)
             row = {"index": index, "held_out": index % 3 == 2 and not args.launching, "card": card,
                    "machine": args.machine, "shared_host": args.shared_host,
                    "waits": waits(plan), **asdict(c), **predictions(plan)}  # fmt: skip
@@ -461,10 +460,10 @@ def main() -> None:
             else:
                 carried_out = plan if real else on_processor(plan)
                 model = weights.of(c.precision, c.offload == "stream")
-                if asked := might_wait(plan, c):
+                if probed:
                     probe = probe or Probe(device)
                 row |= outcome(carried_out, model, samples, c, args.steps, Path(folder),
-                               probe=probe if asked else None)  # fmt: skip
+                               probe=probe if probed else None)  # fmt: skip
                 row |= errors(row) if real else {}
             row["seconds"], row["expected_seconds"] = time.perf_counter() - begun, seconds
             print(f"{len(rows):3} {show(row)} [{row['seconds']:.1f} s]", flush=True)

@@ -140,6 +140,7 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel, processes: Proc
         source = HostMemory(device)
     elif offload == "shard":
         source = _shards(device, processes)
+    shards = source.buffers if isinstance(source, Shards) else ()
     transformer.set_attn_processor(UnpaddedAttention())
     parameters = add_adapter(transformer, plan)
     if plan.value("engine") == "fused":
@@ -166,7 +167,7 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel, processes: Proc
             partial(accumulate_packed, fused, graphs=graphs),
             graphs.release if graphs else lambda: None,
             offload != "none",
-            source.buffers if isinstance(source, Shards) else (),
+            shards,
             overlaps=graphs is None and masters is None,
             masters=masters,
         )
@@ -184,7 +185,7 @@ def set_up(plan: Plan, transformer: Ideogram4Transformer2DModel, processes: Proc
         partial(predict_velocity, transformer),
         partial(accumulate, transformer),
         streamed=offload != "none",
-        shards=source.buffers if isinstance(source, Shards) else (),
+        shards=shards,
     )
 
 

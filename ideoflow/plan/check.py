@@ -55,12 +55,12 @@ def changed_since(file: Path, plan: Plan) -> list[str]:
         return []
     except (OSError, ValueError, LookupError, TypeError) as error:
         return [f"{file} cannot be read, so recipes are not compared: {error}"]
-    found = changed_values(before, encode(plan.tables))
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    sentences = [f"the recipe has changed since this run began: {'; '.join(found[:_SHOWN] + more)}"]
+    sentences = []
+    if found := changed_values(before, encode(plan.tables)):
+        sentences.append(f"the recipe has changed since this run began: {'; '.join(_shortened(found))}")
     if captions != plan.digests.captions:
         sentences.append("the pictures or captions have changed since this run began")
-    return sentences if found else sentences[1:]
+    return sentences
 
 
 def plan_changes(old: Plan, new: Plan) -> list[str]:
@@ -88,8 +88,13 @@ def _outline(plan: Plan) -> dict[str, Any]:
 
 
 def _problem(code: Any, message: str, path: str, cure: str, notes: list[str]) -> Diagnostic:
-    more = [f"and {len(notes) - _SHOWN} more"] if len(notes) > _SHOWN else []
-    return Diagnostic(code, message, Span(path), cure, notes=(*notes[:_SHOWN], *more))
+    return Diagnostic(code, message, Span(path), cure, notes=tuple(_shortened(notes)))
+
+
+def _shortened(changes: list[str]) -> list[str]:
+    """The first of them, and how many there are besides."""
+    more = [f"and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
+    return changes[:_SHOWN] + more
 
 
 def changed_values(old: Any, new: Any) -> list[str]:

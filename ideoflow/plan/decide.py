@@ -113,7 +113,7 @@ def for_processes(plan: Plan, processes: int) -> Plan:
         IdeoflowError: if it decides for something that so many processes cannot carry out.
     """
     if plan.processes == processes:
-        return _with_processes(plan, processes)
+        return plan
     state, offload = (plan.value(name) for name in ("optimizer_state", "offload"))
     again = f"plan again, with --processes {processes}"
     if state == "offload" and processes > 1:
@@ -128,15 +128,15 @@ def for_processes(plan: Plan, processes: int) -> Plan:
 
 def _with_processes(plan: Plan, processes: int) -> Plan:
     others = tuple(d for d in plan.decisions if d.id != "processes")
-    ledger = Ledger(tuple(line for line in plan.ledger.lines if line.name != NCCL.name))
     if processes == 1:
-        return replace(plan, decisions=others, ledger=ledger)
+        lines = tuple(line for line in plan.ledger.lines if line.name != NCCL.name)
+        return replace(plan, decisions=others, ledger=Ledger(lines))
     train, gpus = plan.tables.train, plan.value("device") == "cuda"
     what = "GPUs" if gpus else "processes"
     product = f"{processes} x batch {train.batch} x accumulation {train.accumulation}"
     reason = f"{processes} {what}, global batch {processes * train.batch * train.accumulation} = {product}"
     decided = Decision("processes", processes, "auto", "launched", reason)
-    ledger = with_nccl(ledger, str(plan.value("offload"))) if gpus else ledger
+    ledger = with_nccl(plan.ledger, str(plan.value("offload"))) if gpus else plan.ledger
     return replace(plan, decisions=(*others, decided), ledger=ledger)
 
 
