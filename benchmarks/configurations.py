@@ -1,4 +1,4 @@
-"""The configurations that the planner is held to: a covering, and launch-bound steps."""
+"""The configurations that the planner is held to: a covering with grouped weights, and launch-bound steps."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ class Configuration:
         work = self.batch * area * (1 + 0.15 * area) * (1.5 if self.precision != "fp8" else 1)
         return 1 + work + (40 if self.compile == "regional" else 0) + (1 if self.offload == "stream" else 0)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the large weights wait in host memory."""
+        return self.offload != "none"
+
 
 DOMAINS: dict[str, tuple[Any, ...]] = {
     "engine": ("fused", "fused", "reference"),
@@ -103,6 +108,19 @@ def covering(count: int, scale: int = 1, seed: int = 7) -> list[Configuration]:
         met.update(pairs(best))
         chosen.append(best)
     return [replace(c, pixels=c.pixels // scale) for c in chosen]
+
+
+def grouped(scale: int = 1) -> list[Configuration]:
+    """Weights offloaded by diffusers' hooks, which only the reference engine does."""
+    usual = Configuration("reference", "fp8", "bf16", "sdpa", 0.0, "none", "block", "float32", "off", "off",
+                          1, 1024 // scale, 32)  # fmt: skip
+    small = replace(usual, batch=2, pixels=512 // scale)
+    return [usual, replace(usual, precision="nf4", offload="leaf"), replace(small, offload="leaf")]
+
+
+def held_to(count: int, scale: int = 1) -> list[Configuration]:
+    """``count`` configurations of the covering, and the grouped ones."""
+    return [*covering(count, scale), *grouped(scale)]
 
 
 def launch_bound(scale: int = 1) -> list[Configuration]:

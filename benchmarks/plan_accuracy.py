@@ -1,6 +1,6 @@
 """How right is the plan? Predicted against measured peak memory and step time, over what a plan may decide.
 
-    python benchmarks/plan_accuracy.py --json out.json               # 63 configurations of the full model
+    python benchmarks/plan_accuracy.py --json out.json               # 66 configurations of the full model
     python benchmarks/plan_accuracy.py --list                        # those, with what each should take
     python benchmarks/plan_accuracy.py --shard 1/2 --seconds 400 --json a.json   # half of them, within a time
     python benchmarks/plan_accuracy.py --skip a.json --json b.json               # what a run left over
@@ -8,13 +8,14 @@
     python benchmarks/plan_accuracy.py --launching --json launching.json         # what the host is waited for
     python benchmarks/plan_accuracy.py --size nano --device cpu --configurations 12   # a try without a GPU
 
-The configurations are a covering: values of every two decisions meet, where both are possible together, and
-mostly several times (`--list` counts those that do not). Each is a recipe that sets everything, planned for
-this machine, set up by the engine's own `set_up` and trained by its own `Trainer` on cached random numbers:
-all that differs from a run is that the frozen weights are random, and one copy of them serves all
-configurations of a precision. Predicted is what the formulas and the shares of peak that ship say, without
-any correction. Every third configuration is *held out*: whoever fits shares may fit them to the rest only.
-A configuration that ran out of memory, or that the planner says does not fit, is a row too.
+The first 63 are a covering: values of every two decisions meet, where both are possible together, and mostly
+several times (`--list` counts those that do not). The others offload weights in groups. Each is a recipe that
+sets everything, planned for this machine, set up by the engine's own `set_up` and trained by its own
+`Trainer` on cached random numbers: all that differs from a run is that the frozen weights are random, and one
+copy of them serves all configurations of a precision. Predicted is what the formulas and the shares of peak
+that ship say, without any correction. Every third configuration is *held out*: whoever fits shares may fit
+them to the rest only. A configuration that ran out of memory, or that the planner says does not fit, is a row
+too.
 
 ``--launching`` measures other configurations: pictures so small that a step takes as long as the host needs
 to launch it. What the time model says of launching is fitted to those, none of which is among the above.
@@ -45,7 +46,7 @@ from typing import Any
 
 import torch
 from common import environment, held, write_json
-from configurations import Configuration, covering, drawn, launch_bound, pairs
+from configurations import Configuration, drawn, held_to, launch_bound, pairs
 from hosts import SHIPPED_PROBE_MS, Probe, best_probe, launching_times, waits
 from torch import nn
 
@@ -138,7 +139,7 @@ def steps_of(plan: Plan, c: Configuration, steps: int, probed: bool) -> tuple[in
 
 def predicted_seconds(plan: Plan, c: Configuration, steps: int, probed: bool) -> float:
     """What measuring a configuration should take here."""
-    seconds = SETTING_UP + (STREAMING if c.offload == "stream" else 0)
+    seconds = SETTING_UP + (STREAMING if c.on_host else 0)
     seconds += COMPILING if c.compile == "regional" else 0
     return seconds + sum(steps_of(plan, c, steps, probed)) * (plan.time.step_ms / 1e3 if plan.time else 0.1)
 
@@ -357,7 +358,7 @@ def show(row: dict[str, Any]) -> str:
     c = configuration_of(row)
     ways = [c.engine, c.precision, f"x {c.matmul}", c.attention, f"budget {c.budget:g}", c.optimizer_state]
     ways += [f"{w} away" for w in [c.activation_offload] if w != "none"]
-    ways += [w for w, on in (("stream", c.offload), ("graphs", c.graphs), ("compiled", c.compile))
+    ways += [w for w, on in ((c.offload, c.offload), ("graphs", c.graphs), ("compiled", c.compile))
              if on not in ("none", "off")]  # fmt: skip
     text = f"{c.batch} x {c.pixels} r{c.rank} {' '.join(ways)}: "
     if "ms" not in row:
@@ -415,7 +416,7 @@ def main() -> None:
     wanted, there = [], [r for f in args.skip for r in json.loads(Path(f).read_text())["rows"]]
     done = {r["index"] for r in there if "ms" in r}
     scale = 1 if args.size == "full" else 8
-    chosen = launch_bound(scale) if args.launching else covering(args.configurations, scale)
+    chosen = launch_bound(scale) if args.launching else held_to(args.configurations, scale)
     for index, c in enumerate(chosen):
         if index % shards == shard - 1 and index not in done:
             plan = plan_of(c, base, hardware)
@@ -423,7 +424,7 @@ def main() -> None:
             if args.bound is None or probed == (args.bound == "host"):
                 wanted.append((index, c, plan, probed))
     # One precision after the other, and within it what is streamed last: weights are made and moved once.
-    wanted.sort(key=lambda w: (w[1].precision, w[1].offload == "stream", w[1].engine, w[0]))
+    wanted.sort(key=lambda w: (w[1].precision, w[1].on_host, w[1].engine, w[0]))
     expected = sum(predicted_seconds(plan, c, args.steps, probed) for _, c, plan, probed in wanted)
     expected += MAKING * len({c.precision for _, c, *_ in wanted})
     print(f"{len(wanted)} configurations, about {expected:.0f} s expected", flush=True)
@@ -459,7 +460,7 @@ def main() -> None:
                 row["outcome"] = "does not fit, by the plan"
             else:
                 carried_out = plan if real else on_processor(plan)
-                model = weights.of(c.precision, c.offload == "stream")
+                model = weights.of(c.precision, c.on_host)
                 if probed:
                     probe = probe or Probe(device)
                 row |= outcome(carried_out, model, samples, c, args.steps, Path(folder),

@@ -13,6 +13,7 @@ from ideoflow.engine.offload import WeightStream, offload_groups, stream_blocks
 from ideoflow.engine.setup import compile_blocks
 from ideoflow.engine.step import accumulate, accumulate_packed, predict_velocity, prepare
 from ideoflow.model.load import load_transformer
+from ideoflow.model.random import random_transformer
 from ideoflow.recipe import ScheduleSettings
 
 CPU = torch.device("cpu")
@@ -107,6 +108,29 @@ def test_groups_hold_no_part_of_the_adapter(nano, level, tmp_path):
     before = {n: p.clone() for n, p in model.named_parameters() if "lora_" in n}
     offload_groups(model, CPU, level, folder=tmp_path)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", ["block", "leaf"])
+def test_no_more_groups_are_fetched_than_the_plan_counts(level):
+    """However slow the GPU: a host that launched on would fetch them into new memory."""
+    device, wide = torch.device("cuda"), {"num_attention_heads": 8, "attention_head_dim": 64}
+    config = {"num_layers": 12, "intermediate_size": 2048, "adaln_dim": 64, "llm_features_dim": 192,
+              "mrope_section": (12, 10, 10), **wide}  # fmt: skip
+    model = random_transformer(config, precision="float32", device=device)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "w2"]))
+    block = 4 * (4 * 512 * 512 + 3 * 512 * 2048)
+    offload_groups(model, device, level)
+    for layer in model.layers:
+        layer.attention_norm1.register_forward_pre_hook(lambda *_: torch.cuda._sleep(30_000_000))  # 15 ms
+    step, [sample] = reference_step(model), samples(1)
+    step([sample])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step([sample])
+    # By the plan 2 blocks and 1.4; activations are small beside them.
+    assert torch.cuda.max_memory_allocated() - before < {"block": 2.3, "leaf": 1.7}[level] * block
 
 
 @pytest.mark.parametrize("precision", ["float32", "fp8", "int8", "nf4", "bf16"])
