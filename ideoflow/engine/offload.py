@@ -317,8 +317,8 @@ class _Pace:
     """Keeps the host from launching groups far ahead of the device.
 
     What a group held can be used again when the device is done with it (``record_stream``), and the host is
-    held up by no more than copies, which take a third of a block's backward pass. Without this it fetched
-    group after group into new memory: at 1024 x 1024 two thirds of the model were on the GPU at once.
+    held up by no more than copies, which take a third of a block's backward pass: launching on regardless,
+    it would fetch group after group into new memory.
 
     Args:
         ahead: groups whose work may still go on when the next but one is fetched.
@@ -338,11 +338,14 @@ class _Pace:
 class _TrainingHook(GroupOffloadingHook):
     """diffusers' hook, but for the direction that training goes: what comes first, and which group is next.
 
-    Going backward, the blocks of a group are computed again from the last to the first.
+    Going backward, the blocks of a group are computed again from the last to the first. Checkpointing breaks
+    that off as soon as it has what the backward pass needs, before the block returns, so its group is sent
+    away when the next one's turn comes: ``behind`` it.
     """
 
     ends: tuple[nn.Module, nn.Module]
     pace: _Pace | None = None
+    behind: ModuleGroup | None = None
     before: ModuleGroup | None = None
     after: ModuleGroup | None = None
 
@@ -353,8 +356,11 @@ class _TrainingHook(GroupOffloadingHook):
         following = self.before if backward else self.after
         # One that is on the device already must not be fetched into new memory.
         self.next_group = None if following is None or _is_there(following) else following
-        if self.pace and module is first:
-            self.pace()
+        if module is first:
+            if self.pace:
+                self.pace()
+            if backward and self.behind:
+                self.behind.offload_()
         return super().pre_forward(module, *args, **kwargs)
 
 
@@ -401,6 +407,8 @@ def offload_groups(
     for run, following in pairwise(hooks):
         run[-1].after = following[0].group
         following[-1].before = run[0].group
+        if level == "block":
+            run[0].behind = following[0].group
     if stream is not None:
         # A block's launches are few beside its work. A Linear's work is as short as a launch, and small.
         pace = _Pace(device, 1 if level == "leaf" else 0)

@@ -20,7 +20,8 @@ class _DequantisedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)
+        # An alias, since an offloaded parameter's own memory is elsewhere by the time of the backward pass.
+        ctx.save_for_backward(weight.detach(), scale)
         return functional.linear(x, _dense(weight, scale, x.dtype), bias)
 
     @staticmethod

@@ -8,9 +8,11 @@ module is imported where it is used.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+from bitsandbytes import matmul_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
@@ -50,10 +52,39 @@ def stored_state(sides: Mapping[str, Tensor], dtype: torch.dtype, device: torch.
     return state
 
 
-def linear_4bit(empty: nn.Linear, packed: Tensor, state: QuantState) -> Linear4bit:
+class _Product(torch.autograd.Function):
+    """bitsandbytes' product, with its codes among what autograd saves.
+
+    bitsandbytes keeps them as an attribute, where checkpointing does not find them: of blocks whose weights
+    are offloaded, the forward pass's copies would all stay on the device until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+        # An alias, since an offloaded parameter's own memory is elsewhere by the time of the backward pass.
+        ctx.save_for_backward(codes.detach())
+        ctx.state = state
+        product: Tensor = matmul_4bit(x, codes, quant_state=state, bias=bias)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (codes,) = ctx.saved_tensors
+        return grad @ dequantize_4bit(codes, ctx.state).to(grad.dtype), None, None, None
+
+
+class FrozenLinear4bit(Linear4bit):
+    """A frozen ``nn.Linear`` [K -> N] of NF4 codes [N K / 2, 1], computed in the type of its state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.quant_state
+        return _Product.apply(x.to(state.dtype), self.weight, state, self.bias).to(x.dtype)  # type: ignore[no-any-return]
+
+
+def linear_4bit(empty: nn.Linear, packed: Tensor, state: QuantState) -> FrozenLinear4bit:
     """A frozen layer of these codes, with the bias of ``empty``."""
     bias = empty.bias is not None
-    layer = Linear4bit(
+    layer = FrozenLinear4bit(
         empty.in_features, empty.out_features, bias, compute_dtype=state.dtype, quant_type="nf4",
         device="meta",
     )  # fmt: skip

@@ -19,11 +19,12 @@ from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.step import accumulate, accumulate_packed, predict_velocity, prepare
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear, quantize_int8, quantize_weight
 from ideoflow.model.checkpoint import Checkpoint
-from ideoflow.model.four_bit import stored_state
+from ideoflow.model.four_bit import FrozenLinear4bit, linear_4bit, stored_state
 from ideoflow.model.load import load_transformer
 
 CPU = torch.device("cpu")
-HELD = {"fp8": Float8Linear, "int8": Int8Linear, "nf4": Linear4bit, "bf16": nn.Linear, "float32": nn.Linear}
+HELD = {"fp8": Float8Linear, "int8": Int8Linear, "nf4": FrozenLinear4bit, "bf16": nn.Linear,
+        "float32": nn.Linear}  # fmt: skip
 # Relative error of a velocity against float32 weights.
 CLOSE = {"fp8": 0.08, "int8": 0.03, "nf4": 0.2, "bf16": 0.02, "float32": 1e-6}
 
@@ -94,6 +95,25 @@ def test_four_bits_are_kept_as_stored(nano_folder: Path, stored: Any, dense: Any
             assert torch.equal(module.weight.data, expected[f"{name}.weight"])
             assert torch.equal(module.weight.quant_state.absmax, expected[f"{name}.weight.absmax"])
             assert module.weight.quant_state.nested == nested
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bit_products_are_those_of_bitsandbytes(bias: bool, nested: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(128, 96, bias=bias).bfloat16().requires_grad_(False)
+    codes, state = bnb.quantize_4bit(dense.weight, quant_type="nf4", compress_statistics=nested)
+    ours = linear_4bit(dense, codes, state)
+    theirs = Linear4bit(128, 96, bias, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+    theirs.weight, theirs.bias = ours.weight, ours.bias
+    results = []
+    for layer in (ours, theirs):
+        x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+        results.append((y, x.grad))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][0].dtype == torch.float32
+    assert torch.equal(results[0][1], results[1][1])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("columns", "nested"), [(256, True), (256, False), (64, False)])

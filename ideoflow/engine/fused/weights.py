@@ -175,7 +175,7 @@ def _kind(layer: nn.Module) -> str:
         if layer.bias is not None:
             fail(UNFUSED_BASE, "a block's linear layer has a bias", cure="use the reference engine")
         return "dense"
-    if type(layer).__name__ == "Linear4bit":
+    if any(kind.__name__ == "Linear4bit" for kind in type(layer).__mro__):  # bitsandbytes is not imported
         return "nf4"
     fail(UNFUSED_BASE, f"a block's linear layer is a {type(layer).__name__} of {layer.weight.dtype}",
          cure="use a bf16, FP8, int8 or NF4 base, or the reference engine")  # fmt: skip
