@@ -133,7 +133,7 @@ def steps_of(plan: Plan, c: Configuration, steps: int, probed: bool) -> tuple[in
     """
     step_ms = plan.time.step_ms if plan.time else 100.0
     if probed:
-        steps = max(steps, min(12, int(4000 / step_ms)), _PROBED + 1)
+        steps = max(steps, min(24, int(8000 / step_ms)), _PROBED + 1)
     return 4 if c.graphs == "on" else 2, min(steps, 2) if step_ms > 1500 else steps
 
 
@@ -158,11 +158,8 @@ class Weights:
         if precision != self.precision:
             self.model = None
             clean(self.device)
-            self.model, self.precision, self.streamed = (
-                held(self.size, self.device, precision),
-                precision,
-                False,
-            )
+            self.model = held(self.size, self.device, precision)
+            self.precision, self.streamed = precision, False
         assert self.model is not None
         if streamed != self.streamed:
             for name, layer in self.model.named_modules():
@@ -296,9 +293,10 @@ def might_wait(plan: Plan, c: Configuration) -> bool:
 def errors(row: dict[str, Any]) -> dict[str, float]:
     """Relative errors: predicted / measured - 1.
 
-    Of a step that waits for the host it is a ``launch_error``, of the fastest step (:mod:`hosts`).
+    A step that waits for the host has a ``launch_error``; of it, or if it might wait, the fastest counts.
     """
-    time, ms = ("launch_error", "fastest_ms") if row.get("waits") else ("time_error", "ms")
+    time = "launch_error" if row.get("waits") else "time_error"
+    ms = "fastest_ms" if "probe_ms" in row or row.get("waits") else "ms"
     pairs = {"memory_error": ("predicted_allocated", "allocated"), time: ("predicted_ms", ms)}
     return {name: row[a] / row[b] - 1 for name, (a, b) in pairs.items() if a in row and b in row}
 

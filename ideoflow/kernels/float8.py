@@ -16,7 +16,12 @@ from ideoflow.kernels.reference import FP8, FP8_MAX
 
 
 class _DequantisedLinear(torch.autograd.Function):
-    """x @ (weight * scale)^T whose backward dequantises again instead of keeping the dense weight."""
+    """x @ (weight * scale)^T whose backward pass keeps no dense weight.
+
+    Going backward the scales belong to the gradient's columns, and 8-bit values are exact in the type of the
+    gradient: a cast, where dequantising would go by way of float32. Nor is it then the same as what the
+    forward pass computed, which the compiler would keep, two bytes for every number.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,7 +32,8 @@ class _DequantisedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
-        return grad @ _dense(weight, scale, grad.dtype), None, None, None
+        scaled = torch.mul(grad, scale, out=torch.empty_like(grad))  # computed in float32
+        return scaled @ weight.to(grad.dtype), None, None, None
 
 
 def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

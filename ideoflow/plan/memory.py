@@ -15,7 +15,7 @@ from ideoflow.model.spec import TAPPED_LAYERS, TransformerSpec, VaeSpec
 from ideoflow.plan import fused
 from ideoflow.plan.adapters import AdapterSize
 from ideoflow.plan.document import Ledger, LedgerLine, Phase
-from ideoflow.plan.reference import activations, dense_weights_bytes, dequantised_bytes
+from ideoflow.plan.reference import activations, dequantised_bytes
 from ideoflow.plan.sizes import (
     ADAPTER_BYTES,
     SLOTS,
@@ -135,7 +135,6 @@ TRANSIENT = frozenset(
         "recomputed block",
         "block at work",
         "dequantised weight",
-        "dense weights",
         "saved activations",
         "adapter's own",
         "adapter workspace",
@@ -227,9 +226,6 @@ def _train_reference(
     add(
         "train", "dequantised weight", dense, "the largest one, in float32 on its way to bf16", transient=True
     )
-    whole = dense_weights_bytes(spec, choice, 1 if on else blocks)
-    words = f"in bf16, kept by {'the compiled block' if on else 'compiled blocks'} for the backward pass"
-    add("train", "dense weights", whole, words, transient=True)
     # Weights with scales are made dense, by way of float32, for products; gradients are most between them.
     apart = dense if choice.precision in ("fp8", "int8") else 0
     a = replace(a, backward=max(0, a.backward - apart))
@@ -241,7 +237,7 @@ def _train_reference(
     add("train", "backward workspace", a.backward, words, transient=True)
     add("train", "attention mask", a.mask, "kept by the checkpoints", transient=True)
     add("train", "inputs and loss", a.ends, "last hidden state, rotary tables, velocity", transient=True)
-    _optimizer_step(add, choice, gradients, held + a.total + dense + whole + own + size.workspace)
+    _optimizer_step(add, choice, gradients, held + a.total + dense + own + size.workspace)
 
 
 def _train_fused(

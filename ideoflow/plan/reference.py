@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ideoflow.model.spec import TransformerSpec
-from ideoflow.plan.sizes import ADAPTER_BYTES, Choice, streamed_bytes, targets_by_block
+from ideoflow.plan.sizes import ADAPTER_BYTES, Choice, targets_by_block
 
 
 @cache
@@ -145,10 +145,3 @@ def dequantised_bytes(spec: TransformerSpec, choice: Choice) -> int:
     for those with scales, one in bf16 with the scales' own for 4-bit ones."""
     largest = spec.hidden * spec.intermediate_size
     return largest * {"fp8": 8, "int8": 8, "nf4": 3}.get(choice.precision, 0)
-
-
-def dense_weights_bytes(spec: TransformerSpec, choice: Choice, blocks: int) -> int:
-    """What so many compiled blocks keep of weights that are stored with scales."""
-    if not choice.compiled or choice.precision not in ("fp8", "int8"):
-        return 0
-    return streamed_bytes(spec, "bf16") // spec.num_layers * blocks

@@ -50,15 +50,17 @@ _UNKNOWN = {"cuda": Rates(70, 35, 900, 20, 140), "cpu": Rates(0.4, 0.4, 40, 40)}
 # for 34 blocks, whatever the number of tokens.
 _BLOCK_GAPS_MS = 0.35
 # What a host launches more, as shares of a block's usual launches: to compute all of it again, by the fused
-# engine; to dequantise 4-bit weights, in each of two passes; in the reference engine for any quantised ones.
+# engine; to dequantise 4-bit weights, in each of two passes; in the reference engine for any quantised ones,
+# or where blocks are compiled for 4-bit ones only: bitsandbytes' kernels are called one by one.
 _AGAIN, _4BIT, _DEQUANTISING = 0.05, 0.15, 0.45
 # For values that go to the host and come back, some of them rounded: 4, 12 and 16 launches beside some 85.
 _AWAY = {"none": 0.0, "inputs": 0.05, "outputs": 0.14, "gate_up": 0.19}
 # The forward pass that torch's checkpointing computes again takes the host longer than the first: it saves
 # and restores the state of random numbers around every block.
 _CHECKPOINTING = 1.25
-# Bytes moved to make a number of a stored weight dense, by one kernel; and eagerly, by way of float32.
-_DENSE_BYTES, _EAGER_DENSE_BYTES = {"fp8": 3, "int8": 3, "nf4": 2.5}, {"fp8": 19, "int8": 19, "nf4": 2.5}
+# Bytes moved to make a number of a stored weight dense by one kernel. Eagerly, weights with scales become so
+# by way of float32 in a forward pass; going backward the gradient takes the scales, read and written.
+_DENSE_BYTES, _EAGER_FORWARD_BYTES, _SCALED_BYTES = {"fp8": 3, "int8": 3, "nf4": 2.5}, 19, 4
 # bitsandbytes' 8-bit AdamW waits for every tensor: with the shipped launching, 28 ms for 476 of them.
 _8BIT_TENSOR_MS = 0.058
 # Moments on the host come in by buckets while others go out: an H200 waited 26 ms for 95 M, 64 for 380 M.
@@ -324,12 +326,17 @@ def _reference_parts(
         "transfer": sent / speed.host,
     }
     if choice.precision in QUANTISED:  # each weight for each product
-        each = (_DENSE_BYTES if choice.compiled else _EAGER_DENSE_BYTES)[choice.precision]
-        seconds["dequantise"] = each * block_weights(spec) * (forwards + backwards) / speed.pointwise
+        each = _DENSE_BYTES[choice.precision]
+        scales = choice.precision != "nf4" and not choice.compiled
+        first = _EAGER_FORWARD_BYTES if scales else each
+        moved_of_weights = block_weights(spec) * (first * forwards + each * backwards)
+        gradient = _SCALED_BYTES * tokens * (5 * spec.hidden + 2 * spec.intermediate_size) * spec.num_layers
+        seconds["dequantise"] = (moved_of_weights + gradient * backwards * scales) / speed.pointwise
     # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
     launching = speed.block_seconds * spec.num_layers * (1 + backwards + _CHECKPOINTING * again) / 3
     launching /= load.together
-    launching *= 1 + _DEQUANTISING * (choice.precision in QUANTISED and not choice.compiled)
+    called = ("nf4",) if choice.compiled else QUANTISED
+    launching *= 1 + _DEQUANTISING * (choice.precision in called)
     seconds["launch"] = max(0.0, launching - sum(seconds.values()))
     evidence = {
         "matmul": f"{dense * (forwards + backwards) / 1e12:.0f} TFLOP a sample",

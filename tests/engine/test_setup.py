@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 from nano_runs import HEAD, one_photograph
 from safetensors.torch import load_file
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.engine.setup import build
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear
+from ideoflow.model.four_bit import FrozenLinear4bit
 from ideoflow.workflow import prepare, run
 
 BASE = (
@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_another_kind_of_moments(project, plain):
 
 
 @pytest.mark.parametrize(
-    ("precision", "kind"), [("fp8", Float8Linear), ("int8", Int8Linear), ("nf4", Linear4bit)]
+    ("precision", "kind"), [("fp8", Float8Linear), ("int8", Int8Linear), ("nf4", FrozenLinear4bit)]
 )
 def test_the_precision_is_that_of_the_plan(plan_of, precision, kind):
     model = build(plan_of(**{"memory.precision": precision, "memory.quantize_via": "cpu"})).transformer

@@ -23,8 +23,8 @@ BOUNDS = (
     ("time_error", "all", 40, 0.18, 0.1, 0.04),
     ("time_error", "held out", 12, 0.1, 0.1, 0.04),
     # Launching: the host's speed is probed between the steps, and the fastest of both are compared.
-    ("launch_error", "all", 12, 0.2, 0.2, 0.06),
-    ("launch_error", "held out", 6, 0.12, 0.12, 0.065),
+    ("launch_error", "all", 12, 0.12, 0.18, 0.07),
+    ("launch_error", "held out", 5, 0.12, 0.18, 0.075),
 )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.packed import PackedLayout
+from ideoflow.model.four_bit import FrozenLinear4bit
 from ideoflow.model.random import random_transformer
 
 CONFIG = {
@@ -76,8 +77,8 @@ def widen(model):
         if tensor.dtype == torch.bfloat16:
             tensor.data = tensor.data.float()
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+        if isinstance(module, FrozenLinear4bit):
+            module.quant_state.dtype = torch.float32
     return model
 
 
