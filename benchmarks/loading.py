@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["full", "nano"], default="full")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--precisions", help="only these, of those that a form is loaded in")
     parser.add_argument("--out")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after this time")
     parser.add_argument("--load", help=argparse.SUPPRESS)
@@ -179,6 +180,8 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         for precision in FORMS[form]:
+            if args.precisions and precision not in args.precisions.split(","):
+                continue
             name = f"{form} -> {precision}"
             if (left := started + args.seconds - time.perf_counter()) < 0:
                 print(f"{name:24s} no time left", flush=True)

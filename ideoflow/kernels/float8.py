@@ -18,9 +18,9 @@ from ideoflow.kernels.reference import FP8, FP8_MAX
 class _DequantisedLinear(torch.autograd.Function):
     """x @ (weight * scale)^T whose backward pass keeps no dense weight.
 
-    Going backward the scales belong to the gradient's columns, and 8-bit values are exact in the type of the
-    gradient: a cast, where dequantising would go by way of float32. Nor is it then the same as what the
-    forward pass computed, which the compiler would keep, two bytes for every number.
+    Going backward the gradient's columns are scaled and the weight is only cast, since 8-bit values are exact
+    in the gradient's type. It is then not what the forward pass made, which the compiler would keep, two
+    bytes for every number.
     """
 
     @staticmethod
@@ -37,7 +37,8 @@ class _DequantisedLinear(torch.autograd.Function):
 
 
 def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight.float() * scale[:, None]).to(dtype)
+    """weight * scale, multiplied in float32 and rounded once: 8-bit values are exact in ``dtype``."""
+    return weight.to(dtype).mul_(scale[:, None])
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

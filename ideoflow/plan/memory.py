@@ -223,10 +223,8 @@ def _train_reference(
     else:
         add("train", "saved activations", kept, f"{spec.num_layers} blocks; {where}", transient=True)
     dense = dequantised_bytes(spec, choice)
-    add(
-        "train", "dequantised weight", dense, "the largest one, in float32 on its way to bf16", transient=True
-    )
-    # Weights with scales are made dense, by way of float32, for products; gradients are most between them.
+    add("train", "dequantised weight", dense, "the largest one, in the type of the products", transient=True)
+    # Weights with scales are made dense for products; gradients are most between them.
     apart = dense if choice.precision in ("fp8", "int8") else 0
     a = replace(a, backward=max(0, a.backward - apart))
     own = size.kept(shapes.tokens, e, block=on)

@@ -24,8 +24,9 @@ STAGE_OF: Mapping[Phase, str] = {
     "train": "train",
     "sample": "samples",
 }
-# A peak is worth a word when it is this much above the prediction, or comes this near to what was free.
-_ABOVE, _NEAR = 0.05, 0.03
+# A peak is worth a word when it is this much above the prediction, as a share and in bytes (what libraries
+# allocate is more than all of a tiny base), or comes this near to what was free.
+_ABOVE, _ABOVE_BYTES, _NEAR = 0.05, 128 << 20, 0.03
 
 
 def allocated(ledger: Ledger, phase: Phase = "train") -> list[LedgerLine]:
@@ -97,7 +98,7 @@ def measured_run(
 
 
 def wrong_lines(plan: Plan, peaks: Mapping[str, int], lines: Mapping[str, int]) -> list[str]:
-    """A sentence for each phase whose peak was over 5 % above the prediction, or within 3 % of what was free.
+    """A sentence for each phase whose peak was over 5 % and 128 MiB too high, or within 3 % of what was free.
 
     It names the line of the ledger, or those that were measured together, that was too small by most. What
     was not measured line by line is what is left of the peak.
@@ -113,8 +114,8 @@ def wrong_lines(plan: Plan, peaks: Mapping[str, int], lines: Mapping[str, int]) 
         ledger, peak = plan.ledger.of(phase), peaks.get(STAGE_OF[phase], 0)
         outside = 0 if cpu else sum(x.bytes for x in ledger if x.name in NOT_ALLOCATED)
         predicted = plan.ledger.peak(phase) - outside
-        above, room = peak > (1 + _ABOVE) * predicted and not cpu, free - peak - outside
-        if not ledger or not peak or not (above or room < _NEAR * free):
+        above, room = peak - predicted > max(_ABOVE * predicted, _ABOVE_BYTES), free - peak - outside
+        if not ledger or not peak or not ((above and not cpu) or room < _NEAR * free):
             continue
         counted = {x.name: x.bytes for x in ledger if cpu or x.name not in NOT_ALLOCATED}
         parts, left = [], peak

@@ -141,7 +141,7 @@ def activations(
 
 
 def dequantised_bytes(spec: TransformerSpec, choice: Choice) -> int:
-    """What the reference engine's quantised Linears need at once, of the largest weight: two float32 copies
-    for those with scales, one in bf16 with the scales' own for 4-bit ones."""
+    """What the reference engine's quantised Linears need at once: a copy of the largest weight in the type of
+    the products, for 4-bit ones with the scales' own."""
     largest = spec.hidden * spec.intermediate_size
-    return largest * {"fp8": 8, "int8": 8, "nf4": 3}.get(choice.precision, 0)
+    return largest * {"fp8": 2, "int8": 2, "nf4": 3}.get(choice.precision, 0)

@@ -58,9 +58,9 @@ _AWAY = {"none": 0.0, "inputs": 0.05, "outputs": 0.14, "gate_up": 0.19}
 # The forward pass that torch's checkpointing computes again takes the host longer than the first: it saves
 # and restores the state of random numbers around every block.
 _CHECKPOINTING = 1.25
-# Bytes moved to make a number of a stored weight dense by one kernel. Eagerly, weights with scales become so
-# by way of float32 in a forward pass; going backward the gradient takes the scales, read and written.
-_DENSE_BYTES, _EAGER_FORWARD_BYTES, _SCALED_BYTES = {"fp8": 3, "int8": 3, "nf4": 2.5}, 19, 4
+# Bytes moved to make a number of a stored weight dense by one kernel. Eagerly, weights with scales are cast
+# and then scaled in a forward pass; going backward the gradient takes the scales, read and written.
+_DENSE_BYTES, _EAGER_FORWARD_BYTES, _SCALED_BYTES = {"fp8": 3, "int8": 3, "nf4": 2.5}, 7, 4
 # bitsandbytes' 8-bit AdamW waits for every tensor: with the shipped launching, 28 ms for 476 of them.
 _8BIT_TENSOR_MS = 0.058
 # Moments on the host come in by buckets while others go out: an H200 waited 26 ms for 95 M, 64 for 380 M.

@@ -175,6 +175,13 @@ def test_a_run_as_predicted_says_nothing(plan_for):
     assert wrong_lines(plan, {}, {}) == []
 
 
+def test_of_a_tiny_base_what_libraries_hold_says_nothing(nano_base, write_recipe, summarize):
+    plan = make_plan(write_recipe("", "nano", 256), nano_base, summarize(size=256), named_hardware("h200"))
+    peaks = {stage: peak + (100 << 20) for stage, peak in peaks_of(plan, text=1.0, train=1.0).items()}
+    assert wrong_lines(plan, peaks, {}) == []
+    assert len(wrong_lines(plan, {stage: peak + (100 << 20) for stage, peak in peaks.items()}, {})) == 2
+
+
 @pytest.mark.parametrize("name", ["weights", "adapter", "optimizer state"])
 def test_a_measured_line_that_was_wrong_is_named_with_what_it_took(plan_for, name):
     plan = plan_for("full", "h200")
