@@ -57,6 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
     parser.add_argument("--shard", action="store_true", help="cut the weights up among several processes")
     parser.add_argument("--budget", type=float, default=1.0, help="activation budget")
+    parser.add_argument(
+        "--bucket-mib", type=float, help="gradients sent at once; default: as the engine does"
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="limit for each number of processes")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)  # where a child puts its rows
@@ -114,7 +117,10 @@ def work(args: argparse.Namespace, processes: Processes) -> None:
     exchange = None
     if processes.ranks > 1:
         processes.copy_from_first(parameters)
-        exchange = GradientExchange(parameters, overlaps=graphs is None, group=processes.group(device))
+        bucket = int(args.bucket_mib * 2**20) if args.bucket_mib else None
+        exchange = GradientExchange(
+            parameters, overlaps=graphs is None, group=processes.group(device), bucket_bytes=bucket
+        )
     layout = make_layout(args.batch, args.pixels, args.text, mixed=False, multiple=64)
     data = random_inputs(model, layout, seed=2 + processes.rank)
     inputs = [data[name] for name in ("latents", "target", "timestep", "text")]
