@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.engine import ATTENTION_MISSING
-from ideoflow.engine.packed import PackedLayout
+from ideoflow.engine.packed import PackedLayout, sent
 from ideoflow.resources import user_cache
 
 Kernel = Literal["flash4", "cudnn_varlen", "sdpa"]
@@ -284,7 +284,7 @@ class CudnnVarlenAttention:
             starts = torch.tensor(layout.starts, dtype=torch.int64) * qkv.shape[2] * qkv.shape[3]
             lengths = torch.tensor(layout.lengths, dtype=torch.int32)
             data = {"lengths": lengths, "qkv_offset": 3 * starts, "out_offset": starts}
-            self._lengths[layout] = {name: value.to(qkv.device) for name, value in data.items()}
+            self._lengths[layout] = {name: sent(value, qkv.device) for name, value in data.items()}
         return self._lengths[layout]
 
     def _plan(self, *key: Any) -> _Plan:

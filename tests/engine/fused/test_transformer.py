@@ -5,10 +5,13 @@ import torch
 from tiny_models import ALL, DEVICE, inputs, tiny
 from torch import nn
 
+from ideoflow.data.order import Draw
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.packed import PackedLayout
+from ideoflow.engine.step import accumulate_packed, prepare
 from ideoflow.kernels.float8 import Float8Linear
+from ideoflow.recipe import ScheduleSettings
 
 MIXED = PackedLayout((5, 0, 3), ((4, 6), (3, 3), (1, 7)), multiple=16)
 
@@ -309,3 +312,35 @@ def test_float8_linear_is_a_linear():
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)))
     assert set(layer.state_dict()) == {"weight", "weight_scale", "bias"}
+
+
+def steps_of_new_layouts(lengths):
+    """Through the engine's own step, from pinned memory where there is a GPU, as the loader has batches."""
+    fused = FusedTransformer(tiny(), linear="bf16", attention="sdpa", dtype=torch.float32)
+    for length in lengths:
+        batch = []
+        for text, grid in ((length, (4, 6)), (7, (3, 3))):
+            noise = torch.randn(grid[0] * grid[1], 16)
+            sample = prepare(torch.randn_like(noise), torch.randn(text, 96), grid, Draw(0.4, noise, False),
+                             ScheduleSettings())  # fmt: skip
+            batch.append(sample.pinned() if torch.cuda.is_available() else sample)
+        yield fused
+        accumulate_packed(fused, batch, 1)
+
+
+def test_few_tables_are_kept_of_many_layouts():
+    """Captions differ in length, so nearly every batch of a large data set has a layout of its own."""
+    *_, fused = steps_of_new_layouts(range(1, 12))
+    assert len(fused._tables) <= 4
+
+
+@pytest.mark.gpu
+def test_a_new_layout_does_not_make_the_host_wait_for_the_gpu():
+    steps = steps_of_new_layouts(range(20, 25))
+    next(steps), next(steps)  # the first one compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in steps:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
