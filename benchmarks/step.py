@@ -20,8 +20,11 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import count
+from itertools import repeat as endless
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ from ideoflow.engine.fused.attention import make_attention
 from ideoflow.engine.fused.graphs import GraphedSteps
 from ideoflow.engine.packed import PackedLayout
 from ideoflow.engine.profile import Capture
+from ideoflow.kernels.budget import PACKED_MULTIPLE
 from ideoflow.report.profile import terminal_table
 
 
@@ -80,18 +84,27 @@ def diffusers_step(model: Any, parameters: list, layout: PackedLayout, data: dic
 
 
 def fused_step(
-    fused: FusedTransformer, parameters: list, layout: PackedLayout, data: dict, graphs: GraphedSteps | None
-) -> Callable[[], Any]:
+    fused: FusedTransformer, parameters: list, layouts: Iterator[PackedLayout], data: dict,
+    graphs: GraphedSteps | None,
+) -> Callable[[], Any]:  # fmt: skip
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=data["latents"].is_cuda)
-    inputs = [data[name] for name in ("latents", "target", "timestep", "text")]
+    inputs = [data[name] for name in ("latents", "target", "timestep")]
 
     def run() -> torch.Tensor:
+        layout = next(layouts)
         optimizer.zero_grad(set_to_none=True)
-        loss = (graphs or fused.add_gradients)(*inputs, layout, 1)
+        loss = (graphs or fused.add_gradients)(*inputs, data["text"][: layout.text_total], layout, 1)
         optimizer.step()
         return loss
 
     return run
+
+
+def shorter_captions(layout: PackedLayout) -> Iterator[PackedLayout]:
+    """The layout, and then again and again with captions a token shorter than before."""
+    for less in count():
+        texts = tuple(max(1, length - less) for length in layout.text_lengths)
+        yield replace(layout, text_lengths=texts, multiple=PACKED_MULTIPLE)
 
 
 def unit_rates(config: Any, device: torch.device, fp8: bool) -> dict[str, float]:
@@ -162,6 +175,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mixed", choices=["no", "yes", "both"], default="no", help="mixed captions and aspects"
     )
+    parser.add_argument("--fresh", action="store_true", help="fused steps have captions of lengths that "
+                        "none had before, as in a large data set")  # fmt: skip
     parser.add_argument("--paths", nargs="+", choices=["diffusers", "fused"], default=["diffusers", "fused"])
     parser.add_argument("--linear", choices=["fp8", "bf16"], help="default: fp8 on a GPU, bf16 elsewhere")
     parser.add_argument(
@@ -270,12 +285,14 @@ def main() -> None:
         graphs = GraphedSteps(fused, parameters) if args.graphs else None
         settings = {"linear": "fp8" if fp8 else "bf16", "attention": attention, "offload": args.offload,
                     "rounded": args.rounded, "keep_transposed": args.keep_transposed,
-                    "graphs": args.graphs, "exact_blocks": args.exact_blocks}  # fmt: skip
+                    "graphs": args.graphs, "exact_blocks": args.exact_blocks,
+                    "fresh": args.fresh}  # fmt: skip
 
         def fused_run(layout: PackedLayout) -> Callable[[], Any]:
             if graphs:
                 graphs.release()
-            return fused_step(fused, parameters, layout, random_inputs(model, layout), graphs)
+            layouts = shorter_captions(layout) if args.fresh else endless(layout)
+            return fused_step(fused, parameters, layouts, random_inputs(model, layout), graphs)
 
         deadline = until(1)
         for label, layout in configurations:
