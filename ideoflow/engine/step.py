@@ -80,7 +80,8 @@ def predict_velocity(
 def velocity_loss(transformer: Ideogram4Transformer2DModel, sample: TrainingSample) -> Tensor:
     """Mean squared error of the predicted velocity over the sample's image tokens, float32 scalar."""
     velocity = predict_velocity(transformer, sample.noisy, sample.time, sample.text, sample.grid)
-    return torch.nn.functional.mse_loss(velocity.float(), sample.target.to(velocity.device))
+    target = sample.target.to(velocity.device, non_blocking=True)
+    return torch.nn.functional.mse_loss(velocity.float(), target)
 
 
 def accumulate(transformer: Ideogram4Transformer2DModel, batch: list[TrainingSample], parts: float) -> Tensor:
