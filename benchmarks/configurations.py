@@ -50,7 +50,7 @@ class Configuration:
         """Roughly its work: pixels in millions, more for attention's square and for what is recomputed."""
         area = (self.pixels / 1024) ** 2
         work = self.batch * area * (1 + 0.15 * area) * (1.5 if self.precision != "fp8" else 1)
-        return 1 + work + (40 if self.compile == "regional" else 0) + (1 if self.offload == "stream" else 0)
+        return 1 + work + (40 if self.compile == "regional" else 0) + (1 if self.on_host else 0)
 
     @property
     def on_host(self) -> bool:

@@ -339,13 +339,12 @@ class _TrainingHook(GroupOffloadingHook):
     """diffusers' hook, but for the direction that training goes: what comes first, and which group is next.
 
     Going backward, the blocks of a group are computed again from the last to the first. Checkpointing breaks
-    that off as soon as it has what the backward pass needs, before the block returns, so its group is sent
-    away when the next one's turn comes: ``behind`` it.
+    that off as soon as it has what the backward pass needs, before the block returns, so its group, the one
+    ``after`` this, is sent away when this one's turn comes.
     """
 
     ends: tuple[nn.Module, nn.Module]
     pace: _Pace | None = None
-    behind: ModuleGroup | None = None
     before: ModuleGroup | None = None
     after: ModuleGroup | None = None
 
@@ -359,8 +358,9 @@ class _TrainingHook(GroupOffloadingHook):
         if module is first:
             if self.pace:
                 self.pace()
-            if backward and self.behind:
-                self.behind.offload_()
+            # Within a block Linears run forward both ways: what comes after one is the next, not the last.
+            if backward and self.after is not None and self.after is not following:
+                self.after.offload_()
         return super().pre_forward(module, *args, **kwargs)
 
 
@@ -407,8 +407,6 @@ def offload_groups(
     for run, following in pairwise(hooks):
         run[-1].after = following[0].group
         following[-1].before = run[0].group
-        if level == "block":
-            run[0].behind = following[0].group
     if stream is not None:
         # A block's launches are few beside its work. A Linear's work is as short as a launch, and small.
         pace = _Pace(device, 1 if level == "leaf" else 0)

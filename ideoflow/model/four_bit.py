@@ -77,7 +77,7 @@ class FrozenLinear4bit(Linear4bit):
     """A frozen ``nn.Linear`` [K -> N] of NF4 codes [N K / 2, 1], computed in the type of its state."""
 
     def forward(self, x: Tensor) -> Tensor:
-        state = self.quant_state
+        state = self.weight.quant_state
         return _Product.apply(x.to(state.dtype), self.weight, state, self.bias).to(x.dtype)  # type: ignore[no-any-return]
 
 

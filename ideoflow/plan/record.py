@@ -114,8 +114,9 @@ def wrong_lines(plan: Plan, peaks: Mapping[str, int], lines: Mapping[str, int]) 
         ledger, peak = plan.ledger.of(phase), peaks.get(STAGE_OF[phase], 0)
         outside = 0 if cpu else sum(x.bytes for x in ledger if x.name in NOT_ALLOCATED)
         predicted = plan.ledger.peak(phase) - outside
-        above, room = peak - predicted > max(_ABOVE * predicted, _ABOVE_BYTES), free - peak - outside
-        if not ledger or not peak or not ((above and not cpu) or room < _NEAR * free):
+        room = free - peak - outside
+        above = not cpu and peak - predicted > max(_ABOVE * predicted, _ABOVE_BYTES)
+        if not ledger or not peak or not (above or room < _NEAR * free):
             continue
         counted = {x.name: x.bytes for x in ledger if cpu or x.name not in NOT_ALLOCATED}
         parts, left = [], peak
