@@ -6,6 +6,7 @@ engine reads its two tensors and never calls it.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Self
 
 import torch
@@ -14,14 +15,11 @@ from torch.nn import functional
 
 from ideoflow.kernels.reference import FP8, FP8_MAX
 
+_HAS_TRITON = find_spec("triton") is not None  # there is none for some systems that have CUDA
+
 
 class _DequantisedLinear(torch.autograd.Function):
-    """x @ (weight * scale)^T whose backward pass keeps no dense weight.
-
-    Going backward the gradient's columns are scaled and the weight is only cast, since 8-bit values are exact
-    in the gradient's type. It is then not what the forward pass made, which the compiler would keep, two
-    bytes for every number.
-    """
+    """x @ (weight * scale)^T whose backward pass keeps no dense weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,12 +30,25 @@ class _DequantisedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            return grad @ _dense(weight, scale, grad.dtype), None, None, None
+        # The compiler would keep what the forward pass made, two bytes for every number. So the gradient's
+        # columns take the scales, and the weight is only cast: 8-bit values are exact in the gradient's type.
         scaled = torch.mul(grad, scale, out=torch.empty_like(grad))  # computed in float32
         return scaled @ weight.to(grad.dtype), None, None, None
 
 
 def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight * scale, multiplied in float32 and rounded once: 8-bit values are exact in ``dtype``."""
+    """weight * scale, multiplied in float32 and rounded once: 8-bit values are exact in ``dtype``.
+
+    PyTorch's eager kernels for it, which mix types, reach a quarter of an H200's memory bandwidth and take
+    eight times as long as the one of :mod:`ideoflow.kernels.quantize`. The compiler makes its own.
+    """
+    if weight.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling():
+        from ideoflow.kernels.quantize import dequantize
+
+        with torch.cuda.device_of(weight):  # Triton launches on the current device
+            return dequantize(weight, scale, dtype)
     return weight.to(dtype).mul_(scale[:, None])
 
 

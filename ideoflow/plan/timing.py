@@ -58,9 +58,11 @@ _AWAY = {"none": 0.0, "inputs": 0.05, "outputs": 0.14, "gate_up": 0.19}
 # The forward pass that torch's checkpointing computes again takes the host longer than the first: it saves
 # and restores the state of random numbers around every block.
 _CHECKPOINTING = 1.25
-# Bytes moved to make a number of a stored weight dense by one kernel. Eagerly, weights with scales are cast
-# and then scaled in a forward pass; going backward the gradient takes the scales, read and written.
-_DENSE_BYTES, _EAGER_FORWARD_BYTES, _SCALED_BYTES = {"fp8": 3, "int8": 3, "nf4": 2.5}, 7, 4
+# Where weights are offloaded in groups, host and device wait for each other at every group's turn: shares of
+# a block's launches, for a group of blocks, and for all Linears of a block. Of memory.json's plain rows.
+_TURNS = {"block": 0.085, "disk": 0.085, "leaf": 0.035}
+# Bytes moved to make a number of a stored weight dense by one kernel.
+_DENSE_BYTES = {"fp8": 3, "int8": 3, "nf4": 2.5}
 # bitsandbytes' 8-bit AdamW waits for every tensor: with the shipped launching, 28 ms for 476 of them.
 _8BIT_TENSOR_MS = 0.058
 # Moments on the host come in by buckets while others go out: an H200 waited 26 ms for 95 M, 64 for 380 M.
@@ -255,7 +257,8 @@ def _waiting_parts(
     again = {"on": 1.0, "off": 0.0}[choice.checkpointing]
     again *= 0.5 if choice.activation_offload in ROUNDING else 1.0
     forward = sum(part.ms for part in parts) / passes / (3e3 + 1e3 * again)
-    backward = forward * (2 + again)
+    # One Linear is fetched ahead of the one at work, so while gradients are computed none is.
+    backward = forward * (again if choice.offload == "leaf" else 2 + again)
     away = streamed_bytes(spec, choice.precision)
     fetched = fetched_share(choice, processes) * away
     if choice.offload in STREAMED:  # but for what is in the slots at each turn
@@ -279,6 +282,10 @@ def _waiting_parts(
             yield TimePart(
                 "fetching", round(1e3 * passes * wait, 3), f"{moved / 1e9:.0f} GB a pass, not hidden"
             )
+        if choice.offload in _TURNS:
+            turns = 2 * passes * spec.num_layers / (1 if choice.offload == "leaf" else group[0])
+            ms = 1e3 * turns * _TURNS[choice.offload] * speed.block_seconds
+            yield TimePart("turns", round(ms, 3), "from group to group, at which host and device meet")
     if arrays := host_arrays(choice):
         # Of those that come in, all but the gradients go out again, and meanwhile.
         one_way = 4 * arrays * numbers / speed.host
@@ -326,12 +333,8 @@ def _reference_parts(
         "transfer": sent / speed.host,
     }
     if choice.precision in QUANTISED:  # each weight for each product
-        each = _DENSE_BYTES[choice.precision]
-        scales = choice.precision != "nf4" and not choice.compiled
-        first = _EAGER_FORWARD_BYTES if scales else each
-        moved_of_weights = block_weights(spec) * (first * forwards + each * backwards)
-        gradient = _SCALED_BYTES * tokens * (5 * spec.hidden + 2 * spec.intermediate_size) * spec.num_layers
-        seconds["dequantise"] = (moved_of_weights + gradient * backwards * scales) / speed.pointwise
+        moved_of_weights = block_weights(spec) * _DENSE_BYTES[choice.precision]
+        seconds["dequantise"] = moved_of_weights * (forwards + backwards) / speed.pointwise
     # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
     launching = speed.block_seconds * spec.num_layers * (1 + backwards + _CHECKPOINTING * again) / 3
     launching /= load.together

@@ -162,7 +162,7 @@ def test_no_more_groups_are_fetched_than_the_plan_counts(precision, level):
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "w2"]))
     block = sum(p.nbytes for n, p in model.layers[0].named_parameters()
                 if is_streamed("layers.0." + n) and "lora" not in n and "norm" not in n)  # fmt: skip
-    assert block > 8 << 20
+    assert block >= 8 << 20
     offload_groups(model, device, level)
     for layer in model.layers:
         layer.attention_norm1.register_forward_pre_hook(lambda *_: torch.cuda._sleep(30_000_000))  # 15 ms

@@ -58,3 +58,18 @@ def test_what_is_saved_outlives_the_parameters_memory(kind):
     held.weight.data = torch.zeros_like(held.weight.data)
     y.sum().backward()
     torch.testing.assert_close(x.grad, expected.sum(0).expand(4, 96))
+
+
+@pytest.mark.gpu
+@KINDS
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_gpus_own_kernel_gives_the_same_bits(kind, dtype):
+    results = []
+    for device in ("cpu", "cuda"):
+        held = layer(kind, dtype).to(device)
+        x = torch.eye(96, dtype=dtype, device=device).requires_grad_()
+        y = held(x)
+        y.backward(torch.eye(96, 160, dtype=dtype, device=device))  # a product by it is a part of the weight
+        results.append((y.detach().cpu(), x.grad.cpu(), held.dequantize().cpu()))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
