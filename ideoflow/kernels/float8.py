@@ -32,8 +32,9 @@ class _DequantisedLinear(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             return grad @ _dense(weight, scale, grad.dtype), None, None, None
-        # The compiler would keep what the forward pass made, two bytes for every number. So the gradient's
-        # columns take the scales, and the weight is only cast: 8-bit values are exact in the gradient's type.
+        # The compiler keeps a product's operand that the forward pass has made already, two bytes for every
+        # number. So the gradient's columns take the scales, and the weight is cast, which is exact, to a type
+        # that no forward pass casts it to.
         scaled = torch.mul(grad, scale, out=torch.empty_like(grad))  # computed in float32
         return scaled @ weight.to(grad.dtype), None, None, None
 
@@ -44,7 +45,10 @@ def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     PyTorch's eager kernels for it, which mix types, reach a quarter of an H200's memory bandwidth and take
     eight times as long as the one of :mod:`ideoflow.kernels.quantize`. The compiler makes its own.
     """
-    if weight.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        wide = torch.float16 if dtype == torch.float32 else torch.float32
+        return (weight.to(wide) * scale[:, None]).to(dtype)
+    if weight.is_cuda and _HAS_TRITON:
         from ideoflow.kernels.quantize import dequantize
 
         with torch.cuda.device_of(weight):  # Triton launches on the current device
