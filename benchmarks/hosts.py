@@ -1,20 +1,22 @@
 """How fast a host launches kernels, and what that makes of a step that waits for it.
 
 A step takes as long as the device works, or as the host needs to launch that work, whichever is longer. The
-second differs from one machine to another, and on a shared one from minute to minute: a loop of ten million
-additions took 0.33 s and 0.67 s within five minutes. So between the steps that might wait for the host a
-:class:`Probe` says how fast the host is: the engine's own code on a model so small that nothing but launching
-is left of it. What others do on a shared host only ever adds to a time, so of steps and of probes the fastest
-are compared. How many milliseconds of a probe the shipped launching times stand for is one number for all
-machines (:data:`SHIPPED_PROBE_MS`), found from rows that are not held out.
+second differs from one machine to another, and on a shared one from second to second: one step, done 24
+times, took 147 to 216 ms. So before each step that might wait for the host a :class:`Probe` says how fast the
+host is: the engine's own code on a model so small that nothing but launching is left of it. The means of both
+are compared, over so many that what others do on the host falls on one as on the other. How many milliseconds
+of a probe the shipped launching times stand for is one number for all machines (:data:`SHIPPED_PROBE_MS`),
+found from rows that are not held out.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,11 +30,11 @@ from ideoflow.plan.calibration import Calibration, Measured, shipped
 # A probe on a host that launches as fast as the shipped calibration says; `plan_accuracy.py --fit-probe`.
 SHIPPED_PROBE_MS = 78.5
 _TRIED = [1.02**n for n in range(-25, 26)]
-_STEPS, _TIMES = 3, 4
+_STEPS = 3
 
 
 class Probe:
-    """Milliseconds that the host takes for three steps of a small model, the fastest of four times."""
+    """Milliseconds that the host takes for three steps of a small model."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,25 +50,51 @@ class Probe:
         self()  # compiles
 
     def __call__(self) -> float:
-        return min(self._once() for _ in range(_TIMES))
-
-    def _once(self) -> float:
-        self._synchronize()
+        self.synchronize()
         started = time.perf_counter()
         for _ in range(_STEPS):
             velocity = self._fused(
                 self._data["latents"], self._data["timestep"], self._data["text"], self._layout
             )
             functional.mse_loss(velocity.float(), self._data["target"]).backward()
-        self._synchronize()
+        self.synchronize()
         seconds = time.perf_counter() - started
         for parameter in self._adapters:
             parameter.grad = None
         return 1e3 * seconds
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+@dataclass
+class PairedSteps:
+    """Steps of a trainer from ``first`` on, each by itself and just after a probe.
+
+    ``found`` has of each, in milliseconds: its probe, itself, and what the process's threads worked in it.
+    """
+
+    probe: Probe
+    first: int
+    found: list[tuple[float, float, float]] = field(default_factory=list)
+
+    @contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        if step < self.first:
+            yield
+            return
+        probed = self.probe()
+        started, worked = time.perf_counter(), time.process_time()
+        yield
+        self.probe.synchronize()
+        taken = time.perf_counter() - started, time.process_time() - worked
+        self.found.append((probed, *(1e3 * seconds for seconds in taken)))
+
+    def means(self) -> dict[str, Any]:
+        """What a row of results has of it."""
+        probed, launched, worked = (statistics.mean(values) for values in zip(*self.found, strict=True))
+        return {"probe_ms": probed, "launched_ms": launched, "worked_ms": worked, "paired": self.found}
 
 
 def launching_times(factor: float, device: str) -> Calibration:
@@ -83,14 +111,14 @@ def waits(plan: Plan) -> bool:
 def best_probe(rows: list[dict[str, Any]], step_ms: Callable[[dict[str, Any], float], float]) -> float:
     """The :data:`SHIPPED_PROBE_MS` that rows agree with best: least mean error of log(step time).
 
-    Only of rows that are not held out and wait for the host. ``step_ms`` says what is predicted of a row's
-    step with so many times the shipped launching.
+    Only of rows that are not held out and, by the plan, wait for the host. ``step_ms`` says what is predicted
+    of a row's step with so many times the shipped launching.
     """
     found = [row for row in rows if "probe_ms" in row and row["waits"] and not row["held_out"]]
 
     def error(probe_ms: float) -> float:
         return sum(
-            abs(math.log(step_ms(row, row["probe_ms"] / probe_ms) / row["fastest_ms"])) for row in found
+            abs(math.log(step_ms(row, row["probe_ms"] / probe_ms) / row["launched_ms"])) for row in found
         )
 
     return min((SHIPPED_PROBE_MS * times for times in _TRIED), key=error)

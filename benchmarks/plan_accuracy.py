@@ -38,7 +38,7 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from typing import Any
 import torch
 from common import environment, held, write_json
 from configurations import Configuration, drawn, held_to, launch_bound, pairs
-from hosts import SHIPPED_PROBE_MS, Probe, best_probe, launching_times, waits
+from hosts import SHIPPED_PROBE_MS, PairedSteps, Probe, best_probe, launching_times, waits
 from torch import nn
 
 from ideoflow.artifacts import Checkpoints
@@ -75,8 +75,7 @@ TEXT_TOKENS = 320
 ATTENTION = {"flash4": (), "cudnn_varlen": ("flash-attn-4",), "sdpa": ("flash-attn-4", "cudnn")}
 # Seconds: making the weights of a precision, setting up a configuration, and compiling one.
 MAKING, SETTING_UP, STREAMING, COMPILING = 6.0, 5.0, 4.0, 25.0
-# Steps from one look at the host's speed to the next.
-_PROBED = 5
+PROBING = 0.08
 
 
 def base_facts(size: str) -> BaseFacts:
@@ -126,22 +125,20 @@ def on_processor(plan: Plan) -> Plan:
     return replace(plan, decisions=(*kept, *made))
 
 
-def steps_of(plan: Plan, c: Configuration, steps: int, probed: bool) -> tuple[int, int]:
-    """(steps before, steps measured): graphs are recorded in the third; slow ones are done less often.
-
-    A host's speed varies from step to step as well, so those between which it is probed are done more often.
-    """
+def steps_of(plan: Plan, c: Configuration, steps: int, probed: bool) -> tuple[int, int, int]:
+    """(before, measured, paired with probes): graphs are recorded in the third; fewer of slow ones."""
     step_ms = plan.time.step_ms if plan.time else 100.0
-    if probed:
-        steps = max(steps, min(24, int(8000 / step_ms)), _PROBED + 1)
-    return 4 if c.graphs == "on" else 2, min(steps, 2) if step_ms > 1500 else steps
+    paired = max(4, min(16, int(5000 / step_ms))) if probed else 0
+    return 4 if c.graphs == "on" else 2, min(steps, 2) if step_ms > 1500 else steps, paired
 
 
 def predicted_seconds(plan: Plan, c: Configuration, steps: int, probed: bool) -> float:
     """What measuring a configuration should take here."""
     seconds = SETTING_UP + (STREAMING if c.on_host else 0)
     seconds += COMPILING if c.compile == "regional" else 0
-    return seconds + sum(steps_of(plan, c, steps, probed)) * (plan.time.step_ms / 1e3 if plan.time else 0.1)
+    *plain, paired = steps_of(plan, c, steps, probed)
+    taken = plan.time.step_ms / 1e3 if plan.time else 0.1
+    return seconds + (sum(plain) + 1 + paired) * taken + paired * PROBING
 
 
 class Weights:
@@ -221,11 +218,15 @@ def run(
 ) -> dict[str, Any]:
     """Median milliseconds of a step and, on a GPU, the training's peak in bytes, the first steps included.
 
-    ``tell`` is called with what comes next: setting up, and each step. ``probe`` says after some steps how
-    fast the host is then; their time is not counted.
+    ``tell`` is called with what comes next: setting up, and each step. With a ``probe`` further steps are
+    measured as :class:`PairedSteps`.
     """
     device = torch.device(str(plan.value("device")))
-    before, measured = steps_of(plan, c, steps, probe is not None)
+    before, measured, further = steps_of(plan, c, steps, probe is not None)
+    further = further if device.type == "cuda" else min(further, 2)
+    # One more, since the last interval ends with its gradients and not with its update.
+    plain = before + measured + 1
+    paired = PairedSteps(probe, plain + 1) if probe else None
     events: list[Any] = []
     peaks: dict[str, int] = {}
     meter = Meter(device, lambda stage, seconds, peak: peaks.update({stage: peak}))
@@ -238,26 +239,18 @@ def run(
         set_up_seconds = time.perf_counter() - begun
         trainer = Trainer(plan, trainable, data, [Share("random", 0, len(data))], samples.cache, checkpoints,
                           events.append, Stop())  # fmt: skip
-        probed: dict[int, float] = {}
-        trainer.around = partial(around, tell, probe, probed)
-        # One more, since the last interval ends with its gradients and not with its update.
-        trainer.train(before + measured + 1)
+        trainer.around = partial(around, tell, paired)
+        trainer.train(plain + further)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             reserved = torch.cuda.memory_reserved(device)
-    times = [e.seconds for e in events if type(e).__name__ == "StepDone"][:-1]
-    # A probe lets the device run dry: in the interval that it is in, and the one after that, steps overlap
-    # otherwise than they usually do.
-    kept = [n for n in range(before, len(times)) if not {n - 1, n, n + 1} & probed.keys()]
-    measured_ms = [1e3 * times[n] for n in kept]
+    times = [e.seconds for e in events if type(e).__name__ == "StepDone"][: plain - 1]
     found: dict[str, Any] = {
-        "ms": statistics.median(measured_ms),
-        "fastest_ms": min(measured_ms),
+        "ms": 1e3 * statistics.median(times[before:]),
         "set_up_seconds": set_up_seconds,
         "step_seconds": times,
     }
-    if probed:
-        found |= {"probe_ms": min(probed.values()), "probes": probed}
+    found |= paired.means() if paired else {}
     if device.type == "cuda":
         found |= {
             "allocated": peaks["train"] - (probe.held_bytes if probe else 0),
@@ -268,14 +261,10 @@ def run(
 
 
 @contextmanager
-def around(
-    tell: Callable[[str], None], probe: Probe | None, probed: dict[int, float], step: int
-) -> Iterator[None]:
-    """What a step runs in; after every fifth one it is asked how fast the host is."""
+def around(tell: Callable[[str], None], paired: PairedSteps | None, step: int) -> Iterator[None]:
     tell(f"step {step}")
-    yield
-    if probe and step % _PROBED == 0:
-        probed[step] = probe()
+    with paired.around(step) if paired else nullcontext():
+        yield
 
 
 def predictions(plan: Plan) -> dict[str, float]:
@@ -293,11 +282,13 @@ def might_wait(plan: Plan, c: Configuration) -> bool:
 def errors(row: dict[str, Any]) -> dict[str, float]:
     """Relative errors: predicted / measured - 1.
 
-    A step that waits for the host has a ``launch_error``; of it, or if it might wait, the fastest counts.
+    A step that waits for the host, or might, has a ``launch_error``, if the host was probed.
     """
-    time = "launch_error" if row.get("waits") else "time_error"
-    ms = "fastest_ms" if "probe_ms" in row or row.get("waits") else "ms"
-    pairs = {"memory_error": ("predicted_allocated", "allocated"), time: ("predicted_ms", ms)}
+    pairs = {"memory_error": ("predicted_allocated", "allocated")}
+    if "probe_ms" in row:
+        pairs["launch_error"] = "predicted_ms", "launched_ms"
+    elif not row.get("waits"):
+        pairs["time_error"] = "predicted_ms", "ms"
     return {name: row[a] / row[b] - 1 for name, (a, b) in pairs.items() if a in row and b in row}
 
 

@@ -19,8 +19,7 @@ Frozen Linears keep nothing: the gradient of a frozen weight is not computed. **
 what is not pointwise from something kept: inputs of adapters, q and k before and after their norm, v, the
 results of attention, of its projection and of the feed-forward, and w1's and w3's results: 8 e h + 2 e f, and
 the statistics. Inputs of adapters count once each: in the adapter's type where PEFT casts to it, else in
-``e`` bytes, and then the middle hidden state as well. Of Linears stored in FP8 or int8 the compiler also
-keeps each dense weight in bf16, which the eager block computes again.
+``e`` bytes, and then the middle hidden state as well.
 
 With **checkpointing** each block keeps only its input (and all share diffusers' mask of tokens^2 bytes, which
 the reference engine then ignores), and one block at a time is recomputed in full. While a block goes
@@ -30,7 +29,7 @@ The backward workspace of attention comes later, when the feed-forward's tensors
 
 ``tests/plan/test_memory.py`` holds the table to what autograd really saves for diffusers' block, to the byte,
 the peak to what the allocator saw, and both to what plain diffusers was measured to take on an H200.
-Linears stored in FP8 keep nothing more, but their modules dequantise the weight in float32 each time.
+Linears stored in FP8 or int8 keep nothing more: each weight is made dense for each product.
 """
 
 from __future__ import annotations

@@ -336,7 +336,10 @@ def _reference_parts(
         moved_of_weights = block_weights(spec) * _DENSE_BYTES[choice.precision]
         seconds["dequantise"] = moved_of_weights * (forwards + backwards) / speed.pointwise
     # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
-    launching = speed.block_seconds * spec.num_layers * (1 + backwards + _CHECKPOINTING * again) / 3
+    launches = (1 + backwards + _CHECKPOINTING * again) / 3
+    if choice.offload == "leaf":  # the same fetches as a block's at its turn, but while the device works
+        launches += 2 * _TURNS["block"]
+    launching = speed.block_seconds * spec.num_layers * launches
     launching /= load.together
     called = ("nf4",) if choice.compiled else QUANTISED
     launching *= 1 + _DEQUANTISING * (choice.precision in called)

@@ -17,14 +17,14 @@ def worst(rows, key):
 
 # (error, which rows, how many at least, most below, most above, mean)
 BOUNDS = (
-    ("memory_error", "all", 55, 0.02, 0.05, 0.015),
+    ("memory_error", "all", 60, 0.02, 0.05, 0.015),
     ("memory_error", "held out", 20, 0.02, 0.05, 0.015),
     # One row that is not held out took 17 % longer: 4-bit weights in CUDA graphs, moments in host memory.
-    ("time_error", "all", 40, 0.18, 0.1, 0.04),
-    ("time_error", "held out", 12, 0.1, 0.1, 0.04),
-    # Launching: the host's speed is probed between the steps, and the fastest of both are compared.
-    ("launch_error", "all", 12, 0.12, 0.18, 0.07),
-    ("launch_error", "held out", 4, 0.12, 0.18, 0.075),
+    ("time_error", "all", 34, 0.18, 0.1, 0.04),
+    ("time_error", "held out", 11, 0.1, 0.1, 0.04),
+    # Of steps that wait for the host, or might: for a host as fast as a probe beside them says.
+    ("launch_error", "all", 25, 0.18, 0.18, 0.06),
+    ("launch_error", "held out", 10, 0.18, 0.18, 0.07),
 )
 
 

@@ -269,6 +269,22 @@ def test_gathering_takes_the_links_time_where_computing_does_not_hide_it(plan_fo
     assert two[0] < four[0] < streamed[0] and two[1] < four[1] < streamed[1]
 
 
+def test_at_every_groups_turn_host_and_device_wait_for_each_other(plan_for):
+    asked = memory('engine = "reference"\nprecision = "fp8"\noffload = "{}"\n{}')
+
+    def parts(offload, rest="", pixels=1024):
+        time = plan_for("fp8", "h100", asked.format(offload, rest), pixels).time
+        return {part.name: part.ms for part in time.parts}
+
+    assert "turns" not in parts("none") and "turns" not in parts("stream")
+    one, two = parts("block"), parts("block", "offload_blocks = 2")
+    assert one["turns"] == pytest.approx(2 * two["turns"])
+    assert "turns" not in parts("block", "offload_streams = false"), "what is fetched at once waits anyway"
+    # A Linear's fetches go on while the device works; where that waits for the host, they are in its way.
+    assert 0 < parts("leaf")["turns"] < two["turns"]
+    assert parts("leaf", pixels=256)["launch"] > parts("none", pixels=256)["launch"]
+
+
 @pytest.mark.parametrize(
     ("asked", "processes", "words"),
     [
