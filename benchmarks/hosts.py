@@ -2,7 +2,7 @@
 
 A step takes as long as the device works, or as the host needs to launch that work, whichever is longer. The
 second differs from one machine to another, and on a shared one from second to second: one step, done 24
-times, took 147 to 216 ms. So before each step that might wait for the host a :class:`Probe` says how fast the
+times, took 141 to 216 ms. So before each step that might wait for the host a :class:`Probe` says how fast the
 host is: the engine's own code on a model so small that nothing but launching is left of it. The means of both
 are compared, over so many that what others do on the host falls on one as on the other. How many milliseconds
 of a probe the shipped launching times stand for is one number for all machines (:data:`SHIPPED_PROBE_MS`),

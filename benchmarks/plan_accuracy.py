@@ -73,9 +73,8 @@ from ideoflow.recipe import parse_recipe
 TEXT_TOKENS = 320
 # Packages that an attention kernel needs; without them, the planner takes the next one.
 ATTENTION = {"flash4": (), "cudnn_varlen": ("flash-attn-4",), "sdpa": ("flash-attn-4", "cudnn")}
-# Seconds: making the weights of a precision, setting up a configuration, and compiling one.
-MAKING, SETTING_UP, STREAMING, COMPILING = 6.0, 5.0, 4.0, 25.0
-PROBING = 0.08
+# Seconds: making a precision's weights, setting up a configuration (and if streamed), compiling, a probe.
+MAKING, SETTING_UP, STREAMING, COMPILING, PROBING = 6.0, 5.0, 4.0, 25.0, 0.08
 
 
 def base_facts(size: str) -> BaseFacts:
@@ -223,7 +222,7 @@ def run(
     """
     device = torch.device(str(plan.value("device")))
     before, measured, further = steps_of(plan, c, steps, probe is not None)
-    further = further if device.type == "cuda" else min(further, 2)
+    further = further if device.type == "cuda" else min(further, 2)  # a try of the code
     # One more, since the last interval ends with its gradients and not with its update.
     plain = before + measured + 1
     paired = PairedSteps(probe, plain + 1) if probe else None

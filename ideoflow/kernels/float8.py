@@ -46,6 +46,7 @@ def _dense(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     eight times as long as the one of :mod:`ideoflow.kernels.quantize`. The compiler makes its own.
     """
     if torch.compiler.is_compiling():
+        # Not the cast of the backward pass, which the compiler would keep.
         wide = torch.float16 if dtype == torch.float32 else torch.float32
         return (weight.to(wide) * scale[:, None]).to(dtype)
     if weight.is_cuda and _HAS_TRITON:

@@ -22,9 +22,10 @@ BOUNDS = (
     # One row that is not held out took 17 % longer: 4-bit weights in CUDA graphs, moments in host memory.
     ("time_error", "all", 34, 0.18, 0.1, 0.04),
     ("time_error", "held out", 11, 0.1, 0.1, 0.04),
-    # Of steps that wait for the host, or might: for a host as fast as a probe beside them says.
-    ("launch_error", "all", 25, 0.18, 0.18, 0.06),
-    ("launch_error", "held out", 10, 0.18, 0.18, 0.07),
+    # Of steps that wait for the host, or might: for a host as fast as a probe beside them says. One took 15 %
+    # longer, FP8 weights fetched by Linears; all others at most 10 %.
+    ("launch_error", "all", 25, 0.16, 0.18, 0.06),
+    ("launch_error", "held out", 10, 0.16, 0.18, 0.07),
 )
 
 
