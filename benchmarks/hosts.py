@@ -26,9 +26,10 @@ from torch.nn import functional
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.plan import Plan
 from ideoflow.plan.calibration import Calibration, Measured, shipped
+from ideoflow.plan.timing import waits_for_host
 
 # A probe on a host that launches as fast as the shipped calibration says; `plan_accuracy.py --fit-probe`.
-SHIPPED_PROBE_MS = 78.5
+SHIPPED_PROBE_MS = 89.3
 _TRIED = [1.02**n for n in range(-25, 26)]
 _STEPS = 3
 
@@ -104,8 +105,9 @@ def launching_times(factor: float, device: str) -> Calibration:
 
 
 def waits(plan: Plan) -> bool:
-    """Whether the device waits for the host in a step, by the plan."""
-    return plan.time is not None and any(part.name == "launch" for part in plan.time.parts)
+    """Whether the device waits for the host in a step, by the plan: for its launches, or at groups' turns."""
+    parts = plan.time.parts if plan.time else ()
+    return waits_for_host(parts) or any(part.name == "turns" for part in parts)
 
 
 def best_probe(rows: list[dict[str, Any]], step_ms: Callable[[dict[str, Any], float], float]) -> float:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.spec import TransformerSpec, VaeSpec
-from ideoflow.plan.sizes import ADAPTER_BYTES, Choice, fetched_share, streamed_bytes, targets_by_block
-from ideoflow.plan.timing import DISK, Speed, linear_parameters, pointwise_bytes
+from ideoflow.plan.sizes import (
+    ADAPTER_BYTES,
+    Choice,
+    fetched_share,
+    linear_parameters,
+    pointwise_bytes,
+    streamed_bytes,
+    targets_by_block,
+)
+from ideoflow.plan.timing import DISK, Speed
 
 # torch.compile on a repeated block, both passes, on a usual processor; and the fused engine's kernels
 # with its attention's plans.

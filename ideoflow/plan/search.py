@@ -34,7 +34,7 @@ from ideoflow.plan.fused import away_bytes
 from ideoflow.plan.memory import build_ledger
 from ideoflow.plan.phases import SAMPLING_STEPS, encoding_seconds, sampling_seconds, starting_seconds
 from ideoflow.plan.sizes import Choice, Shapes, host_arrays, streamed_bytes, weight_bytes
-from ideoflow.plan.timing import Load, Speed, step_parts
+from ideoflow.plan.timing import Load, Speed, step_parts, waits_for_host
 from ideoflow.recipe import RecipeTables
 
 # Captions' length where there is no data set; estimated lengths get this much more, to be on the safe side.
@@ -251,7 +251,7 @@ class Evaluation:
 
     @property
     def waits_for_host(self) -> bool:
-        return any(part.name == "launch" for part in self.parts)
+        return waits_for_host(self.parts)
 
 
 def candidates(problem: Problem, released: str = "") -> list[Choice]:

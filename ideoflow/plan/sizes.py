@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from ideoflow.model.spec import TransformerSpec
 
@@ -167,6 +167,34 @@ STREAMED = ("stream", "shard")  # values of offload that this is done for
 # Numbers of a bucket while AdamW's moments wait on the host (engine.optimizer), and while the adapter and its
 # gradients do as well (engine.masters): two buckets are on the device at once, of each array one.
 BUCKET, OFFLOAD_BUCKET = 8 << 20, 1 << 20
+
+
+def linear_parameters(spec: TransformerSpec) -> int:
+    """Parameters of the Linears that every token passes, in all blocks."""
+    block = spec.block_linears()
+    return spec.num_layers * sum(o * i for name, (o, i) in block.items() if "adaln" not in name)
+
+
+@cache
+def pointwise_bytes(
+    spec: TransformerSpec, adapted: frozenset[str], element: int, *, compiled: bool, adapter: int
+) -> int:
+    """Bytes a token that one block's pointwise work moves, forward.
+
+    Eager: six RMSNorms in float32 (cast, square, mean, scale, cast, weight), two modulations, two rotary
+    embeddings (two products, a rotated copy, a sum), two gated residuals, SwiGLU; and for each adapter its
+    input's cast, its factors' ends, the scale, the sum and the cast back. Compiled: what such chains read and
+    write at their ends.
+    """
+    h, f, e = spec.hidden, spec.intermediate_size, element
+    sizes = {name: size for name, size in spec.block_linears().items() if name in adapted}
+    into, out = sum(i for _, i in sizes.values()), sum(o for o, _ in sizes.values())
+    if compiled:
+        ends = e * into + 4 * e * out if adapter == e else (e + 8) * into + (8 + 2 * e) * out
+        return 14 * e * h + 3 * e * f + ends
+    norms = 6 * h * (5 * e + 24 if e < 4 else 28)
+    ends = e * into + 6 * e * out if adapter == e else (e + 8) * into + (24 + 2 * e) * out
+    return norms + 4 * e * h + 20 * e * h + 10 * e * h + 5 * e * f + ends
 
 
 def host_arrays(choice: Choice) -> int:

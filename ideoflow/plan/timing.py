@@ -21,7 +21,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from ideoflow.kernels.budget import AWAY, ROUNDING
 from ideoflow.model.spec import TransformerSpec
@@ -40,6 +39,8 @@ from ideoflow.plan.sizes import (
     block_weights,
     fetched_share,
     host_arrays,
+    linear_parameters,
+    pointwise_bytes,
     streamed_bytes,
     targets_by_block,
 )
@@ -49,15 +50,19 @@ _UNKNOWN = {"cuda": Rates(70, 35, 900, 20, 140), "cpu": Rates(0.4, 0.4, 40, 40)}
 # Milliseconds a block in which the fused engine's kernels of both passes follow one another: an H200 took 12
 # for 34 blocks, whatever the number of tokens.
 _BLOCK_GAPS_MS = 0.35
-# What a host launches more, as shares of a block's usual launches: to compute all of it again, by the fused
-# engine; to dequantise 4-bit weights, in each of two passes; in the reference engine for any quantised ones,
-# or where blocks are compiled for 4-bit ones only: bitsandbytes' kernels are called one by one.
-_AGAIN, _4BIT, _DEQUANTISING = 0.05, 0.15, 0.45
+# What a host launches more, as shares of a block's usual launches (fitted to launching.json and to rows of
+# plan-accuracy.json that are not held out). The fused engine: to compute all of a block again; to make
+# weights dense, or to round operands to FP8, in each pass. bitsandbytes' kernels are called one by one.
+_AGAIN = 0.17
+_DENSE, _ROUNDED = {"nf4": 0.26, "fp8": 0.07, "int8": 0.07}, 0.05
 # For values that go to the host and come back, some of them rounded: 4, 12 and 16 launches beside some 85.
-_AWAY = {"none": 0.0, "inputs": 0.05, "outputs": 0.14, "gate_up": 0.19}
-# The forward pass that torch's checkpointing computes again takes the host longer than the first: it saves
-# and restores the state of random numbers around every block.
-_CHECKPOINTING = 1.25
+_AWAY = {"none": 0.0, "inputs": 0.13, "outputs": 0.21, "gate_up": 0.20}
+# The reference engine: to dequantise in each pass, but compiled what is not called; and what checkpointing
+# takes beside the pass that it repeats: torch saves and restores the state of random numbers at every block.
+_DEQUANTISING, _CHECKPOINTING = {"nf4": 0.42, "fp8": 0.28, "int8": 0.28}, 0.325
+# Neither host nor device takes equally long in all parts of a step and in every step: where both take about
+# as long, the step takes longer than either, as a norm of this order of the two does.
+_ALIKE = 10
 # Where weights are offloaded in groups, host and device wait for each other at every group's turn: shares of
 # a block's launches, for a group of blocks, and for all Linears of a block. Of memory.json's plain rows.
 _TURNS = {"block": 0.085, "disk": 0.085, "leaf": 0.035}
@@ -178,34 +183,6 @@ class Speed:
             host,
             bf16 * share["matmul_bf16"],
         )
-
-
-def linear_parameters(spec: TransformerSpec) -> int:
-    """Parameters of the Linears that every token passes, in all blocks."""
-    block = spec.block_linears()
-    return spec.num_layers * sum(o * i for name, (o, i) in block.items() if "adaln" not in name)
-
-
-@cache
-def pointwise_bytes(
-    spec: TransformerSpec, adapted: frozenset[str], element: int, *, compiled: bool, adapter: int
-) -> int:
-    """Bytes a token that one block's pointwise work moves, forward.
-
-    Eager: six RMSNorms in float32 (cast, square, mean, scale, cast, weight), two modulations, two rotary
-    embeddings (two products, a rotated copy, a sum), two gated residuals, SwiGLU; and for each adapter its
-    input's cast, its factors' ends, the scale, the sum and the cast back. Compiled: what such chains read and
-    write at their ends.
-    """
-    h, f, e = spec.hidden, spec.intermediate_size, element
-    sizes = {name: size for name, size in spec.block_linears().items() if name in adapted}
-    into, out = sum(i for _, i in sizes.values()), sum(o for o, _ in sizes.values())
-    if compiled:
-        ends = e * into + 4 * e * out if adapter == e else (e + 8) * into + (8 + 2 * e) * out
-        return 14 * e * h + 3 * e * f + ends
-    norms = 6 * h * (5 * e + 24 if e < 4 else 28)
-    ends = e * into + 6 * e * out if adapter == e else (e + 8) * into + (24 + 2 * e) * out
-    return norms + 4 * e * h + 20 * e * h + 10 * e * h + 5 * e * f + ends
 
 
 def step_parts(
@@ -336,14 +313,14 @@ def _reference_parts(
         moved_of_weights = block_weights(spec) * _DENSE_BYTES[choice.precision]
         seconds["dequantise"] = moved_of_weights * (forwards + backwards) / speed.pointwise
     # The host launches kernel after kernel while the device works: it is waited for where that takes longer.
-    launches = (1 + backwards + _CHECKPOINTING * again) / 3
+    called = not choice.compiled or choice.precision == "nf4"
+    launches = (1 + backwards + again) / 3 * (1 + _DEQUANTISING.get(choice.precision, 0.0) * called)
+    launches += _CHECKPOINTING * again
     if choice.offload == "leaf":  # the same fetches as a block's at its turn, but while the device works
         launches += 2 * _TURNS["block"]
     launching = speed.block_seconds * spec.num_layers * launches
     launching /= load.together
-    called = ("nf4",) if choice.compiled else QUANTISED
-    launching *= 1 + _DEQUANTISING * (choice.precision in called)
-    seconds["launch"] = max(0.0, launching - sum(seconds.values()))
+    seconds["launch"] = _waited(launching, sum(seconds.values()))
     evidence = {
         "matmul": f"{dense * (forwards + backwards) / 1e12:.0f} TFLOP a sample",
         "adapter": f"{size.multiplied / 1e6:.0f} M numbers, {'float32' if load.adapter == 4 else 'bf16'}",
@@ -377,6 +354,18 @@ def _foreign_seconds(
         thin = 2 * tokens * size.parameters * (passes + 2) / (speed.adapter / 3)
         return thin + 2 * tokens * size.weights / rate + built
     return 2 * tokens * size.multiplied * (passes + 2) / rate + built
+
+
+def _waited(host: float, device: float) -> float:
+    """Seconds that a step takes longer than the device's work, because of the host's launching."""
+    more = (host**_ALIKE + device**_ALIKE) ** (1 / _ALIKE) - device
+    return more if more > 0.01 * device else 0.0
+
+
+def waits_for_host(parts: tuple[TimePart, ...]) -> bool:
+    """Whether launching a step's kernels takes the host longer than the device needs for them."""
+    waited = sum(part.ms for part in parts if part.name == "launch")
+    return waited > (2 ** (1 / _ALIKE) - 1) * (sum(part.ms for part in parts) - waited)
 
 
 def _optimizer_part(adapter: int, speed: Speed) -> TimePart:
@@ -486,9 +475,9 @@ def _fused_parts(
         ),
     )
     launches = (1 + live) / 2 + _AGAIN * share_again + _AWAY[away]
-    launches += _4BIT * (1 + live + share_again) * (choice.precision == "nf4")
+    launches += (_ROUNDED if fp8 else _DENSE.get(choice.precision, 0.0)) * (1 + live + share_again)
     launching = load.passes * layers * speed.block_seconds * launches
-    waiting = max(0.0, launching - sum(seconds for _, seconds, _ in rows)) if choice.graphs == "off" else 0.0
+    waiting = _waited(launching, sum(seconds for _, seconds, _ in rows)) if choice.graphs == "off" else 0.0
     words = f"{1e3 * launching:.0f} ms of the host, of which the device waits for the rest"
     parts = [
         TimePart(name, round(1e3 * seconds, 3), evidence)
