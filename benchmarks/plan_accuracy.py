@@ -89,12 +89,8 @@ def plan_of(
     c: Configuration, base: BaseFacts, hardware: Hardware, calibration: Calibration | None = None
 ) -> Plan:
     """The plan of a recipe that sets all of a configuration."""
-    memory: dict[str, Any] = {
-        "engine": c.engine,
-        "precision": c.precision,
-        "offload": c.offload,
-        "optimizer_state": c.optimizer_state,
-    }
+    memory: dict[str, Any] = {"engine": c.engine, "precision": c.precision}
+    memory |= {"offload": c.offload, "optimizer_state": c.optimizer_state}
     if c.engine == "fused":
         memory |= {"matmul": c.matmul, "activation_budget": c.budget, "graphs": c.graphs,
                    "activation_offload": c.activation_offload}  # fmt: skip
@@ -281,26 +277,37 @@ def might_wait(plan: Plan, c: Configuration) -> bool:
 def errors(row: dict[str, Any]) -> dict[str, float]:
     """Relative errors: predicted / measured - 1.
 
-    A step that waits for the host, or might, has a ``launch_error``, if the host was probed.
+    A step that waits for the host, or might, has a ``launch_error``, if the host was probed, any other a
+    ``time_error``; ``step_error`` is either.
     """
     pairs = {"memory_error": ("predicted_allocated", "allocated")}
     if "probe_ms" in row:
         pairs["launch_error"] = "predicted_ms", "launched_ms"
     elif not row.get("waits"):
         pairs["time_error"] = "predicted_ms", "ms"
-    return {name: row[a] / row[b] - 1 for name, (a, b) in pairs.items() if a in row and b in row}
+    found = {name: row[a] / row[b] - 1 for name, (a, b) in pairs.items() if a in row and b in row}
+    step = found.get("launch_error", found.get("time_error"))
+    return found if step is None else found | {"step_error": step}
+
+
+def by_configuration(rows: list[dict[str, Any]], key: str) -> dict[int, float]:
+    """A configuration's error: the mean over the machines on which it was measured, which differ too."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if key in row:
+            found.setdefault(row["index"], []).append(row[key])
+    return {index: statistics.mean(values) for index, values in found.items()}
 
 
 def summary(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
     """Worst above and below, and mean error, over all configurations and over those held out."""
     found = {}
     for name, chosen in (("all", rows), ("held out", [r for r in rows if r["held_out"]])):
-        values = [r[key] for r in chosen if key in r]
-        if values:
+        if values := list(by_configuration(chosen, key).values()):
             found[name] = {
                 "configurations": len(values),
-                "worst_over": max(0.0, *values) if len(values) > 1 else max(0.0, values[0]),
-                "worst_under": min(0.0, *values) if len(values) > 1 else min(0.0, values[0]),
+                "worst_over": max(0.0, *values),
+                "worst_under": min(0.0, *values),
                 "mean": statistics.mean(map(abs, values)),
             }
     return found
@@ -331,7 +338,7 @@ def configuration_of(row: dict[str, Any]) -> Configuration:
 
 def conclude(report: dict[str, Any], path: str | None) -> None:
     rows = report["rows"]
-    keys = ("memory_error", "time_error", "launch_error")
+    keys = ("memory_error", "time_error", "launch_error", "step_error")
     report["summary"] = {key: summary(rows, key) for key in keys}
     for key, parts in report["summary"].items():
         for name, s in parts.items():
@@ -351,7 +358,7 @@ def show(row: dict[str, Any]) -> str:
     text = f"{c.batch} x {c.pixels} r{c.rank} {' '.join(ways)}: "
     if "ms" not in row:
         return text + row["outcome"]
-    error = row.get("launch_error", row.get("time_error"))
+    error = row.get("step_error")
     text += f"{row['ms']:.0f} ms" + (f" ({error:+.1%})" if error is not None else "")
     if "allocated" in row:
         text += f", {row['allocated'] / 2**30:.2f} GiB ({row['memory_error']:+.1%})"
@@ -378,7 +385,10 @@ def main() -> None:
     parser.add_argument("--launching", action="store_true", help="steps that wait for the host")
     parser.add_argument("--list", action="store_true", help="print the plans for an H200, run nothing")
     parser.add_argument(
-        "--merge", nargs="+", metavar="FILE", help="join results (the last of each counts), plan them again"
+        "--merge",
+        nargs="+",
+        metavar="FILE",
+        help="join results (of one configuration on one machine the last counts), plan them again",
     )
     parser.add_argument("--fit-probe", action="store_true", help="with --merge: what a probe takes on a host "
                         "as fast as the shipped calibration says")  # fmt: skip
@@ -386,8 +396,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.merge:
         parts = [json.loads(Path(f).read_text()) for f in args.merge]
-        latest = {r["index"]: r for p in parts for r in p["rows"] if "outcome" in r}
-        rows = planned_again([latest[index] for index in sorted(latest)], args.size)
+        latest = {(r["index"], r["machine"]): r for p in parts for r in p["rows"] if "outcome" in r}
+        rows = planned_again([latest[key] for key in sorted(latest)], args.size)
         if args.fit_probe:
             best = best_probe(rows, lambda r, host: plan_again(r, host, args.size).time.step_ms)
             print(f"a probe of {best:.1f} ms, of rows not held out (now {SHIPPED_PROBE_MS:.1f})")

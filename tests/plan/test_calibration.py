@@ -244,16 +244,16 @@ def test_a_host_and_a_device_are_corrected_apart(full_base, write_recipe, summar
         step_ms = factor * plan.time.step_ms
         return measured_run(plan, train_peak_bytes=None, step_ms=step_ms, engine_digest="a", versions={})
 
-    small, large = planned(256), planned(1024)
+    small, large = planned(256), planned(2048)
     assert "launch" in {p.name for p in small.time.parts} and "launch" not in {
         p.name for p in large.time.parts
     }
     slow_host, slow_device = measured(small, 1.5), measured(large, 1.2)
     assert slow_host.waits_for_host and not slow_device.waits_for_host
     assert planned(256, slow_host).time.step_ms == pytest.approx(1.5 * small.time.step_ms, rel=0.02)
-    assert planned(1024, slow_host).time.step_ms == pytest.approx(large.time.step_ms)
-    assert planned(1024, slow_device).time.step_ms == pytest.approx(1.2 * large.time.step_ms, rel=1e-3)
+    assert planned(2048, slow_host).time.step_ms == pytest.approx(large.time.step_ms)
+    assert planned(2048, slow_device).time.step_ms == pytest.approx(1.2 * large.time.step_ms, rel=1e-3)
     assert planned(256, slow_device).time.step_ms == pytest.approx(small.time.step_ms, rel=0.02)
-    both = planned(256, slow_host, slow_device), planned(1024, slow_host, slow_device)
+    both = planned(256, slow_host, slow_device), planned(2048, slow_host, slow_device)
     assert both[0].time.step_ms == pytest.approx(1.5 * small.time.step_ms, rel=0.02)
     assert both[1].time.step_ms == pytest.approx(1.2 * large.time.step_ms, rel=1e-3)

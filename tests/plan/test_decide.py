@@ -443,7 +443,7 @@ def test_more_work_takes_longer(engine, plan_for):
     # Packed together, four samples load the weights once; one after the other they cost four times as much.
     assert ms("[train]\nbatch = 4\n") == pytest.approx(4 * ms(), rel=0.05 if engine == "fused" else 0.02)
     assert ms("[train]\naccumulation = 2\n") > 1.9 * ms()
-    assert ms(resolution=512) < ms() / 2.8
+    assert ms() < ms(resolution=2048) / 4
 
 
 @pytest.mark.parametrize(
