@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from ideoflow.diagnostics import Span, fail
-from ideoflow.diagnostics.codes.model import (
-    BAD_CONFIG,
-    NO_PARTS,
-    NO_REVISION,
-    NOT_A_BASE,
-    UNSUPPORTED_FORM,
-    WRONG_WEIGHTS,
-)
+from ideoflow.diagnostics import IdeoflowError, Span, fail
+from ideoflow.diagnostics.codes.model import NO_PARTS, NO_REVISION, NOT_A_BASE, UNSUPPORTED_FORM
 from ideoflow.model.digest import sampled_digest
-from ideoflow.model.forms import (
-    form_of,
-    infer_transformer,
-    instead,
-    is_original_layout,
-    lost_half,
-    no_number,
-    odd_scale,
-    readable,
-    unread_file,
-)
+from ideoflow.model.files import part_headers, weight_files
+from ideoflow.model.fit import Examined, examine
+from ideoflow.model.forms import unread_file
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.resources import user_cache
 
@@ -60,8 +44,6 @@ COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae")
 # What a single file leaves out: all but the transformers.
 PARTS = ("text_encoder", "tokenizer", "vae")
 WEIGHTED = ("transformer", "text_encoder", "vae", "unconditional_transformer")
-_TRANSFORMER_CLASS = "Ideogram4Transformer2DModel"
-_AGAIN = "download or export the model again"
 
 
 @dataclass(frozen=True)
@@ -194,17 +176,12 @@ def _single_file(
     )
     if companion.present and companion.folder is not None:
         return read_base(name, companion.folder, span, files=files, parts=parts)
-    header = part_headers(file, span)
-    storage = _storage("transformer", file, header, span)
-    try:
-        spec = infer_transformer(header)
-    except (LookupError, ValueError):  # 4-bit weights have no shapes; the parts bring a config.json
-        spec = companion.transformer
+    transformer = _examined(files, None, span)["transformer"]
     return replace(
         companion,
         name=name,
-        transformer=spec,
-        storage=storage,
+        transformer=transformer.spec,
+        storage=transformer.form,
         digest=f"{sampled_digest(None, files)}+{companion.digest}",
         has_unconditional=len(files) > 1,
         files=files,
@@ -263,16 +240,6 @@ def _is_complete(folder: Path, only: tuple[str, ...] = ()) -> bool:
     )
 
 
-def weight_files(part: Path) -> list[Path]:
-    """The weight files of a part: those that its index names, else those that are there; or itself."""
-    if part.is_file():
-        return [part]
-    for index in part.glob("*.safetensors.index.json"):
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({part / name for name in names})
-    return sorted(part.glob("*.safetensors"))
-
-
 def read_base(
     name: str,
     folder: Path,
@@ -291,6 +258,34 @@ def read_base(
         IdeoflowError: when a part is missing, damaged, or in a form that cannot be trained on.
     """
     files = files or {}
+    check_components(folder, files, span)
+    # Beside single files, a second transformer from somewhere else would be of another model.
+    second = () if files and "unconditional_transformer" not in files else ("unconditional_transformer",)
+    places = {part: files.get(part, folder / part) for part in (*WEIGHTED[:3], *second)}
+    places = {part: place for part, place in places.items() if place.exists()}
+    found = _examined(places, folder, span)
+    transformer, text_encoder, vae = (found[part] for part in WEIGHTED[:3])
+    return BaseFacts(
+        name,
+        folder,
+        True,
+        transformer.spec,
+        text_encoder.spec,
+        vae.spec,
+        transformer.form,
+        sampled_digest(folder, files, PARTS if files else ()),
+        "unconditional_transformer" in found,
+        dict(files),
+        parts,
+    )
+
+
+def check_components(folder: Path, files: Collection[str] = (), span: Span | None = None) -> None:
+    """Refuses a folder that lacks what a base has, apart from the parts that single ``files`` stand for.
+
+    Raises:
+        IdeoflowError: naming what is not there.
+    """
     missing = [c for c in COMPONENTS if c not in files and not (folder / c).is_dir()]
     if missing or not (files or (folder / "model_index.json").is_file()):
         what = f"has no folder {', '.join(missing)}" if missing else "has no model_index.json"
@@ -300,180 +295,18 @@ def read_base(
             span,
             cure="a base is a folder in diffusers' layout: model_index.json beside " + ", ".join(COMPONENTS),
         )
-    # Beside single files, a second transformer from somewhere else would be of another model.
-    second = () if files and "unconditional_transformer" not in files else ("unconditional_transformer",)
-    places = {part: files.get(part, folder / part) for part in (*WEIGHTED[:3], *second)}
-    places = {part: place for part, place in places.items() if place.exists()}
-    headers = {part: part_headers(place, span) for part, place in places.items()}
-    configs = {part: _config(part, place, headers[part], folder, span) for part, place in places.items()}
-    for part, config in configs.items():
-        _check_form(part, places[part], config, span)
-    text = configs["text_encoder"]
-    try:
-        specs = (
-            TransformerSpec.from_config(configs["transformer"]),
-            TextEncoderSpec.from_config(dict(text.get("text_config", text))),
-            VaeSpec.from_config(configs["vae"]),
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        fail(BAD_CONFIG, f"a config.json in {folder} cannot be used: {error}", span, cure=_AGAIN)
-    storage = {part: _storage(part, place, headers[part], span) for part, place in places.items()}
-    return BaseFacts(
-        name,
-        folder,
-        True,
-        *specs,
-        storage["transformer"],
-        sampled_digest(folder, files, PARTS if files else ()),
-        "unconditional_transformer" in configs,
-        dict(files),
-        parts,
-    )
 
 
-def _check_form(part: str, place: Path, config: Mapping[str, Any], span: Span | None) -> None:
-    """Refuses quantisations that cannot be read, and transformers of other models."""
-    quantisation = config.get("quantization_config")
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if quantisation and not (method == "bitsandbytes" and part != "vae"):
-        fail(
-            UNSUPPORTED_FORM,
-            f"{place} is quantised with {method or 'an unknown method'}",
-            span,
-            cure=_cure(part, str(method).upper()),
-        )
-    made_for = config.get("_class_name", _TRANSFORMER_CLASS)
-    if part.endswith("transformer") and made_for != _TRANSFORMER_CLASS:
-        fail(
-            UNSUPPORTED_FORM,
-            f"{place} is a {made_for}, not a transformer of Ideogram 4",
-            span,
-            cure="give a base of Ideogram 4",
-        )
-
-
-def _cure(part: str, form: str) -> str:
-    return "use the bf16 weights in diffusers' layout" if part == "vae" else instead(form)
-
-
-def _config(
-    part: str, place: Path, header: Mapping[str, Any], folder: Path, span: Span | None
-) -> Mapping[str, Any]:
-    """A part's configuration; that of a transformer may be told by its shapes, or lie with its parts."""
-    file = folder / part / "config.json"
-    if place.is_file() or (not file.exists() and part.endswith("transformer") and is_original_layout(header)):
-        try:
-            inferred = asdict(infer_transformer(header))
-        except (LookupError, ValueError) as error:
-            if not (place.is_file() and file.exists()):
-                missing = f"{place} comes without a config.json" if place.is_file() else f"{file} is missing"
-                message = f"{missing}, and the shapes of the weights do not tell the sizes: {error}"
-                fail(BAD_CONFIG, message, span, cure=_AGAIN)
-        else:
-            if place.is_file() and file.exists():
-                _same_sizes(place, inferred, file, span)
-            return inferred
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        fail(BAD_CONFIG, f"{file} {reason}", span, cure=_AGAIN)
-    if not isinstance(data, dict):
-        fail(BAD_CONFIG, f"{file} is not a JSON object", span, cure=_AGAIN)
-    return data
-
-
-def _same_sizes(place: Path, inferred: Mapping[str, Any], file: Path, span: Span | None) -> None:
-    """A single file and the config.json among its parts must be of one model."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        other = [k for k, v in inferred.items() if k in config and config[k] != v]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        fail(BAD_CONFIG, f"{file} cannot be read: {error}", span, cure=_AGAIN)
-    if other:
-        message = f"{place} has {other[0]} = {inferred[other[0]]}, and {file} says {config[other[0]]}"
-        fail(WRONG_WEIGHTS, message, span, cure="give model.parts of the same model as the file")
-
-
-def read_safetensors_header(file: Path) -> dict[str, Any]:
-    """What the header of a safetensors file says of its tensors; raises like :func:`safetensors_header`."""
-    return safetensors_header(file)[0]
-
-
-def safetensors_header(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors and metadata of a safetensors file: 8 bytes of little-endian length, then JSON.
+def _examined(places: Mapping[str, Path], folder: Path | None, span: Span | None) -> dict[str, Examined]:
+    """All parts, each with its configuration in ``folder`` if it needs one.
 
     Raises:
-        ValueError: when the file is cut or is something else.
+        IdeoflowError: with everything that keeps them from being trained on.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise ValueError("not a safetensors file, or cut short")
-        try:
-            header = json.loads(stream.read(length))
-            metadata = dict(header.pop("__metadata__", {}))
-            tensors = dict(header)
-            end = max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
-        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
-            raise ValueError("not a safetensors file") from None
-    if 8 + length + end != size:
-        raise ValueError(f"cut short: {size} bytes where its header promises {8 + length + end}")
-    return tensors, metadata
-
-
-def data_start(file: Path, tensors: Mapping[str, Any]) -> int:
-    """The byte from which a header's offsets count, given what :func:`safetensors_header` tells."""
-    return file.stat().st_size - max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
-
-
-def part_headers(place: Path, span: Span | None = None) -> dict[str, Any]:
-    """Type, shape and place of every tensor of a part, from the headers of its files.
-
-    Raises:
-        IdeoflowError: when there are none, or one is cut or no safetensors.
-    """
-    tensors: dict[str, Any] = {}
-    file = place
-    try:
-        for file in weight_files(place):
-            if unread := unread_file(file):
-                fail(UNSUPPORTED_FORM, f"{file} is {unread[0]}", span, cure=unread[1])
-            tensors |= read_safetensors_header(file)
-    except FileNotFoundError:
-        fail(BAD_CONFIG, f"{file} is missing", span, cure=_AGAIN)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        fail(BAD_CONFIG, f"{file} cannot be used: {error}", span, cure=_AGAIN)
-    if not tensors:
-        fail(
-            UNSUPPORTED_FORM,
-            f"{place} holds no .safetensors file",
-            span,
-            cure="ideoflow reads safetensors only; it never unpickles a .bin or .pt",
-        )
-    return tensors
-
-
-def _storage(part: str, place: Path, header: Mapping[str, Any], span: Span | None) -> str:
-    """The form that most of a part's bytes have.
-
-    Raises:
-        IdeoflowError: when it cannot be read, or scales do not belong to their weights.
-    """
-    try:
-        form, odd, untyped, lost = form_of(header), odd_scale(header), no_number(header), lost_half(header)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        fail(BAD_CONFIG, f"a weight file in {place} cannot be used: {error}", span, cure=_AGAIN)
-    if form not in readable(part):
-        what = "the transformer in " if part.endswith("transformer") else ""
-        fail(UNSUPPORTED_FORM, f"{what}{place} is stored as {form}", span, cure=_cure(part, form))
-    if lost:
-        fail(WRONG_WEIGHTS, f"{place}: tensors are missing: {lost}", span, cure=_AGAIN)
-    if odd:
-        message = f"{place}: {odd} has the shape {header[odd]['shape']}, which is no scale a row or a tensor"
-        fail(UNSUPPORTED_FORM, message, span, cure=_cure(part, form))
-    if untyped:
-        message = f"{place}: {untyped} is stored as {header[untyped]['dtype']}, which is no floating point"
-        fail(WRONG_WEIGHTS, message, span, cure=_AGAIN)
-    return form
+    found = {
+        part: examine(part, place, part_headers(place, span), folder and folder / part / "config.json")
+        for part, place in places.items()
+    }
+    if problems := [replace(p, span=span) for part in found.values() for p in part.problems]:
+        raise IdeoflowError(problems)
+    return found

@@ -60,7 +60,7 @@ def test_what_is_wrong_is_named(weights, tmp_path):
     messages = [p.message for p in inspect(file).problems]
     assert len(messages) == 3 and all(str(file) in m for m in messages)
     for key in ("missing: layers.2.feed_forward.w1.weight", "not known: stranger.weight",
-                "of the wrong shape: adaln_proj.bias"):  # fmt: skip
+                "of the wrong shape: adaln_proj.bias ([7], not [64])"):  # fmt: skip
         assert any(m.endswith(key) for m in messages)
     save_file({"w": torch.zeros(2)}, file)
     assert "no transformer of Ideogram 4" in inspect(file).problems[0].message
