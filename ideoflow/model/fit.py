@@ -22,7 +22,7 @@ from ideoflow.model.forms import (
     plain_name,
     readable,
 )
-from ideoflow.model.sides import is_side, missing_sides, odd_scales, weight_shapes
+from ideoflow.model.sides import is_side, missing_sides, odd_four_bit, odd_scales, weight_shapes
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 
 Header = Mapping[str, Stored]
@@ -70,7 +70,7 @@ def examine(part: str, place: Path, header: Header, config: Path | None) -> Exam
             problems = _misfits(part, place, header, spec, facts)
     except IdeoflowError as error:
         problems = list(error.diagnostics)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         problems = [Diagnostic(BAD_CONFIG, f"{place} cannot be read: {error}", cure=AGAIN)]
     return Examined(form, spec, tuple(problems))
 
@@ -104,6 +104,7 @@ def _form_problems(part: str, place: Path, header: Header, form: str) -> list[Di
     if missing := missing_sides(header):
         return [_missing(place, header, missing)]
     odd = [(UNSUPPORTED_FORM, key, what, cure) for key, what in odd_scales(header)]
+    odd += [(WRONG_WEIGHTS, key, what, _ANOTHER) for key, what in odd_four_bit(header)]
     if key := no_number(header):
         what = f"is stored as {header[key].dtype}, which is no floating point"
         odd.append((WRONG_WEIGHTS, key, what, _ANOTHER))

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from math import isfinite, prod
 from typing import NamedTuple
 
@@ -51,6 +53,10 @@ def missing_sides(header: Mapping[str, Stored]) -> set[str]:
     scaled = {match["weight"] for match in sides if match["side"] == "_scale"}
     eight = {n for n, t in header.items() if t.dtype == "F8_E4M3" and n.endswith(".weight")}
     wanted = scaled | {f"{name}_scale" for name in (eight if scaled else ())}
+    for weight in {match["weight"] for match in sides if match["side"] != "_scale"}:
+        wanted |= {weight, f"{weight}.absmax", f"{weight}.quant_map", f"{weight}{_STATE}"}
+        if _is_nested(header, weight):
+            wanted |= {f"{weight}.nested_absmax", f"{weight}.nested_quant_map"}
     return wanted - header.keys()
 
 
@@ -82,6 +88,47 @@ def odd_scales(header: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
             rows = header[name.removesuffix("_scale")].shape[:1]
             if not rows or not prod(scale.shape) == scale.shape[0] == rows[0]:
                 yield name, f"has the shape {list(scale.shape)}, which is no scale a row or a tensor"
+
+
+def odd_four_bit(header: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of whatever does not fit the state of its 4-bit weight; none may be missing.
+
+    Raises:
+        OSError: when a file cannot be read.
+    """
+    for name, stored in header.items():
+        if not name.endswith(_STATE):
+            continue
+        weight = name.removesuffix(_STATE)
+        try:
+            packed = read_packed(stored, nested=_is_nested(header, weight))
+        except ValueError as error:
+            yield name, f"is damaged: {error}"
+            continue
+        for side, (dtype, count) in _sides_of(packed).items():
+            found = header[weight + side]
+            if (found.dtype, prod(found.shape)) != (dtype, count):
+                of = f"{list(packed.shape)} in blocks of {packed.block}"
+                what = f"is {found.dtype} {list(found.shape)}, and {count} of {dtype} belong to {of}"
+                yield weight + side, what
+            elif side.endswith("quant_map") and not _ascends(found):
+                yield weight + side, "is damaged: its numbers do not ascend"
+
+
+def _sides_of(packed: Packed) -> dict[str, tuple[str, int]]:
+    """(type, how many) of the codes and all beside them."""
+    numbers = prod(packed.shape)
+    blocks = -(-numbers // packed.block)
+    sides = {"": ("U8", -(-numbers // 2)), ".absmax": ("F32", blocks), ".quant_map": ("F32", 16)}
+    if packed.nested is not None:
+        sides[".absmax"] = ("U8", blocks)
+        sides[".nested_absmax"] = ("F32", -(-blocks // packed.nested))
+        sides[".nested_quant_map"] = ("F32", 256)
+    return sides
+
+
+def _ascends(table: Stored) -> bool:
+    return all(low < high for low, high in pairwise(struct.unpack(f"<{prod(table.shape)}f", table.read())))
 
 
 def read_packed(stored: Stored, *, nested: bool) -> Packed:

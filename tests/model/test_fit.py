@@ -16,6 +16,7 @@ from ideoflow.model.inspect import inspect
 
 SPAN = Span("recipe.toml", 2, 8, 2, 14, 'base = "base"')
 W1 = "layers.1.feed_forward.w1.weight"
+STATE = f"{W1}.quant_state.bitsandbytes__nf4"
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,87 @@ def test_a_scale_that_belongs_to_no_row(copy, forms, shape):
     whole = forms("split, FP8, [out]")
     file = store(copy, "transformer", {**whole, f"{W1}_scale": torch.ones(shape)})
     refused(copy, f"{file}: {W1}_scale has the shape {list(shape)}", code=codes.UNSUPPORTED_FORM)
+
+
+# What stands beside 4-bit codes ---------------------------------------------------------------------------
+
+
+def state(tensors, **changes):
+    """The state of a weight's codes with other entries; those of None are taken out."""
+    facts = json.loads(bytes(tensors[STATE].numpy())) | changes
+    return text(json.dumps({key: value for key, value in facts.items() if value is not None}))
+
+
+def text(content):
+    return {STATE: torch.tensor(list(content.encode()), dtype=torch.uint8)}
+
+
+def cut(tensors, side, count):
+    return {W1 + side: tensors[W1 + side][:-count].contiguous()}
+
+
+GONE = [".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", STATE.removeprefix(W1), ""]
+# nested or not, what replaces tensors, and which is told to be wrong, how
+ODD = {
+    "scales cut": (False, lambda t: cut(t, ".absmax", 3), ".absmax", "is F32 [1533], and 1536 of F32"),
+    "coded scales cut": (True, lambda t: cut(t, ".absmax", 3), ".absmax", "is U8 [1533], and 1536 of U8"),
+    "their scales cut": (True, lambda t: cut(t, ".nested_absmax", 1), ".nested_absmax", "6 of F32"),
+    "scales of another type": (
+        False, lambda t: {f"{W1}.absmax": t[f"{W1}.absmax"].half()}, ".absmax", "is F16"
+    ),
+    "codes cut": (False, lambda t: cut(t, "", 64), "", "is U8 [49088, 1], and 49152 of U8"),
+    "codes of another type": (False, lambda t: {W1: t[W1].view(torch.int8)}, "", "is I8"),
+    "numbers cut": (False, lambda t: cut(t, ".quant_map", 8), ".quant_map", "is F32 [8], and 16 of F32"),
+    "numbers zero": (False, lambda t: {f"{W1}.quant_map": torch.zeros(16)}, ".quant_map", "do not ascend"),
+    "numbers of scales zero": (
+        True, lambda t: {f"{W1}.nested_quant_map": torch.zeros(256)}, ".nested_quant_map", "do not ascend"
+    ),
+    "state zero": (False, lambda t: {STATE: torch.zeros_like(t[STATE])}, STATE, "is damaged: Expecting"),
+    "state of no object": (False, lambda t: text("[1]"), STATE, "no JSON object"),
+    "state of no text": (False, lambda t: {STATE: torch.full((9,), 255).byte()}, STATE, "is damaged"),
+    "state cut deep": (False, lambda t: text("[" * 100_000), STATE, "is damaged"),
+    "another code": (False, lambda t: state(t, quant_type="fp4"), STATE, '"quant_type": "fp4"'),
+    "another block": (False, lambda t: state(t, blocksize=128), ".absmax", "in blocks of 128"),
+    "odd block": (False, lambda t: state(t, blocksize="64"), STATE, '"blocksize": "64"'),
+    "no shape": (False, lambda t: state(t, shape=None), STATE, "lacks 'shape'"),
+    "odd shape": (False, lambda t: state(t, shape=[512, -192]), STATE, "-192"),
+    "odd type": (False, lambda t: state(t, dtype="complex64"), STATE, "complex64"),
+    "no offset": (True, lambda t: state(t, nested_offset=None), STATE, "lacks 'nested_offset'"),
+    "odd offset": (True, lambda t: state(t, nested_offset="x"), STATE, "is damaged"),
+    "another shape": (False, lambda t: state(t, shape=[192, 512]), "", "([192, 512], not [512, 192])"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", GONE)
+def test_what_belongs_beside_codes_is_missed(copy, forms, side):
+    tensors = forms("NF4, nested")
+    del tensors[W1 + side]
+    file = store(copy, "transformer", tensors)
+    refused(copy, f"{file}: tensors are missing: {W1}{side}")
+
+
+@pytest.mark.parametrize(("nested", "damage", "key", "what"), ODD.values(), ids=ODD)
+def test_what_does_not_belong_beside_codes(copy, forms, nested, damage, key, what):
+    tensors = forms("NF4, nested" if nested else "NF4")
+    file = store(copy, "transformer", tensors | damage(tensors))
+    refused(copy, f"{file}: ", W1 + key.removeprefix(W1), what)
+
+
+def test_many_alike_are_counted(copy, forms):
+    tensors = forms("NF4")
+    tensors |= {k: v[1:].contiguous() for k, v in tensors.items() if k.endswith(".absmax")}
+    store(copy, "transformer", tensors)
+    problems = inspect(copy).problems
+    assert len(problems) == 3 and problems[-1].notes == ("and 45 more like it",)
+
+
+def test_an_encoder_in_four_bits_is_held_to_the_same(copy):
+    whole, key = load_file(weights(copy, "text_encoder")), "language_model.layers.3.mlp.up_proj.weight"
+    packed, sides = {}, {}
+    for name, value in FORMS["NF4"][0]({"layers.0.weight": whole[key]}).items():
+        (sides if name.count(".") > 2 else packed)[name.replace("layers.0.weight", key)] = value
+    store(copy, "text_encoder", whole | packed | sides)
+    assert not inspect(copy).problems
+    sides[f"{key}.absmax"] = sides[f"{key}.absmax"][1:].contiguous()
+    file = store(copy, "text_encoder", whole | packed | sides)
+    refused(copy, f"{file}: {key}.absmax is F32 [31], and 32 of F32")

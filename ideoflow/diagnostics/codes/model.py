@@ -58,9 +58,10 @@ WRONG_WEIGHTS = define(
     "weights do not fit the model",
     """
     A tensor is missing, left over, or of another shape than the configuration asks for; or what stands beside
-    quantised weights does not belong to them: FP8 has a scale beside each weight. The message names the
-    file and the tensor. The usual cause is a download that was put together from two revisions: remove the
-    file and download again.
+    quantised weights does not belong to them: FP8 has a scale beside each weight, and bitsandbytes' NF4 has
+    `absmax`, `quant_map` and `quant_state`, whose lengths follow from the weight's shape. The message names
+    the file and the tensor. The usual cause is a download that was put together from two revisions: remove
+    the file and download again.
 
     All of it is told from the files' headers, before anything is encoded; `ideoflow model inspect PATH` tells
     the same of a file or folder. Nothing is trained on a model that is partly random.
