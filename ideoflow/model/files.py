@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, UNSUPPORTED_FORM
-from ideoflow.model.forms import unread_file
+from ideoflow.model.forms import plain_name, unread_file
 
 AGAIN = "download or export the model again"
+# What diffusers and transformers read of a folder without an index, whatever lies beside it.
+_OWN_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Bytes of a number, by safetensors' name of its type; types that no base has are left out.
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2} | dict.fromkeys(
     ("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1
@@ -39,13 +41,15 @@ class Stored(NamedTuple):
 
 
 def weight_files(part: Path) -> list[Path]:
-    """The weight files of a part: those that its index names, else those that are there; or itself."""
+    """The weight files of a part: those that its index names, else the one that its library reads, else
+    those that are there; or itself."""
     if part.is_file():
         return [part]
     for index in part.glob("*.safetensors.index.json"):
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({part / name for name in names})
-    return sorted(part.glob("*.safetensors"))
+    own = [part / name for name in _OWN_NAMES if (part / name).is_file()]
+    return own[:1] or sorted(part.glob("*.safetensors"))
 
 
 def read_safetensors_header(file: Path) -> dict[str, Any]:
@@ -85,15 +89,21 @@ def part_headers(place: Path, span: Span | None = None) -> dict[str, Stored]:
     """Where every tensor of a part is, by its name in the files, from their headers.
 
     Raises:
-        IdeoflowError: when there are none, or one is cut or no safetensors.
+        IdeoflowError: when there are none, or one is cut or no safetensors, or two hold the same tensor.
     """
     tensors: dict[str, Stored] = {}
-    file = place
+    file, holders = place, dict[str, Path]()
     try:
         for file in weight_files(place):
             if unread := unread_file(file):
                 fail(UNSUPPORTED_FORM, f"{file} is {unread[0]}", span, cure=unread[1])
             found = _stored(file)
+            for key in found:
+                if other := holders.get(plain_name(key)):
+                    message = f"{place} holds more than one model: {other} and {file} both have {key}"
+                    cure = f"name one of them, such as {other}, or leave only one in the folder"
+                    fail(UNSUPPORTED_FORM, message, span, cure=cure)
+            holders |= dict.fromkeys(map(plain_name, found), file)
             tensors |= found
     except FileNotFoundError:
         fail(BAD_CONFIG, f"{file} is missing", span, cure=AGAIN)

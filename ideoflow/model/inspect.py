@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.model import NOT_A_BASE
-from ideoflow.model.base import NANO, PARTS, WEIGHTED, check_components
+from ideoflow.model.base import PARTS, WEIGHTED, check_components
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.files import Stored, part_headers, weight_files
 from ideoflow.model.fit import examine
@@ -57,10 +57,7 @@ def inspect(path: Path) -> Inspection:
         IdeoflowError: when there is nothing there, or a file is cut or no safetensors.
     """
     if not path.exists():
-        cure = "give a folder or a .safetensors file"
-        if str(path) == NANO:
-            cure = "nano is made when it is first used, and the run then says where: give that folder"
-        fail(NOT_A_BASE, f"there is nothing at {path}", cure=cure)
+        fail(NOT_A_BASE, f"there is nothing at {path}", cure="give a folder or a .safetensors file")
     names = [part for part in WEIGHTED if (path / part).is_dir()]
     if names:
         if (path / "model_index.json").is_file():

@@ -115,6 +115,22 @@ def test_a_file_of_several_is_named(copy, forms):
     refused(copy, f"{place / 'b.safetensors'}: {names[1]} is stored as I32")
 
 
+@pytest.mark.parametrize("other", ["original layout, FP8, [out]", "ComfyUI"])
+def test_two_models_in_one_folder(copy, forms, other):
+    place = copy / "transformer"
+    first = weights(copy, "transformer").rename(place / "a.safetensors")
+    save_file(forms(other), place / "b.safetensors")
+    for read in (lambda: locate_base(str(copy), span=SPAN), lambda: inspect(place)):
+        with pytest.raises(IdeoflowError) as caught:
+            read()
+        (diagnostic,) = caught.value.diagnostics
+        assert diagnostic.code is codes.UNSUPPORTED_FORM and "name one of them" in diagnostic.cure
+        assert str(first) in diagnostic.message and str(place / "b.safetensors") in diagnostic.message
+    # diffusers has a name of its own for what it reads of a folder, so that variants may lie beside it.
+    first.rename(place / "diffusion_pytorch_model.safetensors")
+    assert locate_base(str(copy)).storage == "float32"
+
+
 def test_the_second_transformer_sees_no_text(copy):
     whole = load_file(weights(copy, "unconditional_transformer"))
     blind = {k: v for k, v in whole.items() if not k.startswith("llm_cond_")}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -74,11 +73,10 @@ def test_an_adapter_is_told_from_a_damaged_base(tmp_path):
     assert problem.cure == f"ideoflow adapter info {file}"
 
 
-def test_nano_is_no_path_before_it_is_made(tmp_path, monkeypatch):
+def test_nano_is_shown_by_its_name(nano_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(IdeoflowError) as caught:
-        inspect(Path("nano"))
-    assert "first used" in caught.value.diagnostics[0].cure
+    assert main(["model", "inspect", "nano", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["place"] == str(nano_folder)
 
 
 def test_nothing_there(tmp_path):

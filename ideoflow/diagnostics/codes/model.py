@@ -18,7 +18,7 @@ UNSUPPORTED_FORM = define(
     (`model_index.json`, `transformer/`, `text_encoder/`, `tokenizer/`, `vae/`) whose weights are safetensors
     in bf16, float16 or float32; its transformers may also be FP8 (e4m3 with a scale a row or a tensor) or
     bitsandbytes' NF4, with q, k and v apart or fused. A transformer may also be a single `.safetensors` file
-    in one of these forms, as ComfyUI has them.
+    in one of these forms, as ComfyUI has them; of several in one folder, name one.
 
     GGUF, SDNQ, NVFP4 and third parties' INT8 are not read: they are made for inference, in layouts of their
     own. Take the official release in FP8 or NF4; `memory.precision` holds any base in int8, if that is what
