@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 from ideoflow.diagnostics import IdeoflowError, Span, fail
 from ideoflow.diagnostics.codes.model import NO_PARTS, NO_REVISION, NOT_A_BASE, UNSUPPORTED_FORM
@@ -86,14 +87,18 @@ def locate_base(
     """Finds a base and reads its configuration; downloads and makes nothing.
 
     ``name`` is ``nano``, a folder (absolute, or relative to ``relative_to``), a hub id ``owner/name``, or a
-    single file with a transformer. The other parts of the latter are in the base that ``parts`` names, or
-    beside it; ``revision`` is of the hub id, whichever of the two it is.
+    single file with a transformer, here or on the hub (``owner/name/path/x.safetensors``). The other parts of
+    the latter are in the base that ``parts`` names, or beside it; ``revision`` is of what is from the hub, of
+    ``name`` if both are.
 
     Raises:
         IdeoflowError: when it is none of these, or its files cannot be used.
     """
     file = _local(name, relative_to)
-    single = file.is_file()
+    remote = hub_file(name, relative_to)
+    if remote:
+        file = _cached(*remote, revision, name, span) or file
+    single = file.is_file() or remote is not None
     if parts is not None and not single:
         fail(
             NO_PARTS,
@@ -101,13 +106,20 @@ def locate_base(
             span,
             cure="remove model.parts, or give a .safetensors file as model.base",
         )
-    if revision is not None and not _is_hub_id(parts or "" if single else name, relative_to):
+    if revision is not None and not (remote or _is_hub_id(parts or "" if single else name, relative_to)):
         cure = "remove model.revision: only what comes from the hub has revisions"
         fail(
             NO_REVISION, f"revision is '{revision}', and nothing of '{name}' is from the hub", span, cure=cure
         )
-    if single:
-        return _single_file(name, file, parts, revision, relative_to, span)
+    if file.is_file():
+        return _single_file(name, file, parts, None if remote else revision, relative_to, span)
+    if remote:
+        if parts is None:
+            _no_parts(name, span)
+        if not (_local(parts, relative_to).is_dir() or _is_hub_id(parts, relative_to)):
+            locate_base(parts, relative_to=relative_to, span=span)
+        digest = f"{name}@{revision or 'main'}+{parts}"
+        return replace(_released(name, digest), has_unconditional=False, parts=parts)
     if name == NANO:
         folder = user_cache() / f"nano-{NANO_VERSION}"
         present = (folder / "model_index.json").is_file()
@@ -130,7 +142,8 @@ def locate_base(
         NOT_A_BASE,
         f"there is no base model '{name}'",
         span,
-        cure="write 'nano', a folder, a .safetensors file, or a hub id such as 'owner/name'",
+        cure="write 'nano', a folder, a .safetensors file, a hub id such as 'owner/name', or a file on the "
+        "hub such as 'owner/name/file.safetensors'",
     )
 
 
@@ -146,6 +159,14 @@ def _is_hub_id(name: str, relative_to: Path) -> bool:
     return plain and not _local(name, relative_to).exists()
 
 
+def hub_file(name: str, relative_to: Path) -> tuple[str, str] | None:
+    """(repository, file in it) of ``owner/name/path/x.safetensors``; None for what is not so, or is here."""
+    owner, repository, file = (*name.split("/", 2), "", "")[:3]
+    if not (owner and repository and file.endswith((".safetensors", ".sft"))) or name.startswith((".", "~")):
+        return None
+    return None if _local(name, relative_to).exists() else (f"{owner}/{repository}", file)
+
+
 def _single_file(
     name: str, file: Path, parts: str | None, revision: str | None, relative_to: Path, span: Span | None
 ) -> BaseFacts:
@@ -158,13 +179,7 @@ def _single_file(
         files["unconditional_transformer"] = other
     beside = all((file.parent / part).is_dir() for part in PARTS)
     if parts is None and not beside:
-        fail(
-            NO_PARTS,
-            f"{file} holds the transformer alone, and text encoder, tokenizer and autoencoder are needed too",
-            span,
-            cure=f"set model.parts to a base that has them, such as 'ideogram-ai/ideogram-4-fp8', or put the "
-            f"folders {', '.join(PARTS)} beside the file",
-        )
+        _no_parts(str(file), span)
     if parts is None:
         return read_base(name, file.parent, span, files=files)
     if parts and _local(parts, relative_to).is_dir():
@@ -189,40 +204,52 @@ def _single_file(
     )
 
 
+def _no_parts(file: str, span: Span | None) -> NoReturn:
+    fail(
+        NO_PARTS,
+        f"{file} holds the transformer alone, and text encoder, tokenizer and autoencoder are needed too",
+        span,
+        cure=f"set model.parts to a base that has them, such as 'ideogram-ai/ideogram-4-fp8', or put the "
+        f"folders {', '.join(PARTS)} beside the file",
+    )
+
+
 def _look_in_hub_cache(
     name: str, revision: str | None, span: Span | None, only: tuple[str, ...] = ()
 ) -> BaseFacts:
     """A hub id, present if all of it, or of the parts ``only``, was downloaded before."""
+    index = _cached(name, "model_index.json", revision, name, span)
+    folder = index.parent if index and _is_complete(index.parent, only) else None
+    if folder is not None and not only:
+        return read_base(name, folder, span)
+    released = _released(name, f"{name}@{revision or 'main'}")
+    return replace(released, folder=folder, present=folder is not None)
+
+
+def _cached(repository: str, file: str, revision: str | None, name: str, span: Span | None) -> Path | None:
+    """A file of a repository that was downloaded before; ``name`` is how the recipe says it."""
     # huggingface_hub costs 0.3 s to import and is only needed for hub ids.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        index = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        found = try_to_load_from_cache(repository, file, revision=revision)
     except HFValidationError:
         fail(
             NOT_A_BASE,
-            f"'{name}' is neither a folder nor a hub id",
+            f"'{name}' is neither here nor a hub id",
             span,
             cure="a hub id is 'owner/name' of letters, digits and . - _",
         )
-    folder = Path(index).parent if isinstance(index, str) else None
-    here = folder is not None and _is_complete(folder, only)
-    if here and folder is not None and not only:
-        return read_base(name, folder, span)
-    # Not (all) downloaded: the sizes of the released model, so that a plan can be made beforehand.
-    return BaseFacts(
-        name,
-        folder if here else None,
-        here,
-        TransformerSpec(),
-        TextEncoderSpec(),
-        VaeSpec(),
-        # Published names say in which form the weights are.
-        next((form for form in ("fp8", "nf4") if form in name.lower()), "bf16"),
-        f"{name}@{revision or 'main'}",
-        True,
-    )
+    return Path(found) if isinstance(found, str) else None
+
+
+def _released(name: str, digest: str) -> BaseFacts:
+    """A base that is not (all) here, with the released model's sizes, so that it can be planned."""
+    # Published names say in which form the weights are.
+    form = next((form for form in ("fp8", "nf4") if form in name.lower()), "bf16")
+    sizes = TransformerSpec(), TextEncoderSpec(), VaeSpec()
+    return BaseFacts(name, None, False, *sizes, form, digest, has_unconditional=True)
 
 
 def _is_complete(folder: Path, only: tuple[str, ...] = ()) -> bool:
@@ -258,7 +285,7 @@ def read_base(
         IdeoflowError: when a part is missing, damaged, or in a form that cannot be trained on.
     """
     files = files or {}
-    check_components(folder, files, span)
+    check_components(folder, names_in(folder), files, span)
     # Beside single files, a second transformer from somewhere else would be of another model.
     second = () if files and "unconditional_transformer" not in files else ("unconditional_transformer",)
     places = {part: files.get(part, folder / part) for part in (*WEIGHTED[:3], *second)}
@@ -280,21 +307,34 @@ def read_base(
     )
 
 
-def check_components(folder: Path, files: Collection[str] = (), span: Span | None = None) -> None:
-    """Refuses a folder that lacks what a base has, apart from the parts that single ``files`` stand for.
+def check_components(
+    place: Path | str,
+    names: Collection[str],
+    files: Collection[str] = (),
+    span: Span | None = None,
+    cure: str = "",
+) -> None:
+    """Refuses what lacks a part of a base in diffusers' layout, told from the names in it.
+
+    Args:
+        place: a folder or hub id, for the message.
+        names: of its folders and files.
+        files: the parts that single files stand for.
+        cure: what to do instead of giving a base in diffusers' layout.
 
     Raises:
         IdeoflowError: naming what is not there.
     """
-    missing = [c for c in COMPONENTS if c not in files and not (folder / c).is_dir()]
-    if missing or not (files or (folder / "model_index.json").is_file()):
+    missing = [part for part in COMPONENTS if part not in files and part not in names]
+    if missing or not (files or "model_index.json" in names):
         what = f"has no folder {', '.join(missing)}" if missing else "has no model_index.json"
-        fail(
-            UNSUPPORTED_FORM,
-            f"{folder} {what}",
-            span,
-            cure="a base is a folder in diffusers' layout: model_index.json beside " + ", ".join(COMPONENTS),
-        )
+        layout = "a base is a folder in diffusers' layout: model_index.json beside " + ", ".join(COMPONENTS)
+        fail(UNSUPPORTED_FORM, f"{place} {what}", span, cure=cure or layout)
+
+
+def names_in(folder: Path) -> set[str]:
+    """The sub-folders of a base, and its index."""
+    return {path.name for path in folder.iterdir() if path.is_dir() or path.name == "model_index.json"}
 
 
 def _examined(places: Mapping[str, Path], folder: Path | None, span: Span | None) -> dict[str, Examined]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.model import NOT_A_BASE
-from ideoflow.model.base import PARTS, WEIGHTED, check_components
+from ideoflow.model.base import PARTS, WEIGHTED, check_components, names_in
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.files import Stored, part_headers, weight_files
 from ideoflow.model.fit import examine
@@ -61,7 +61,7 @@ def inspect(path: Path) -> Inspection:
     names = [part for part in WEIGHTED if (path / part).is_dir()]
     if names:
         if (path / "model_index.json").is_file():
-            check_components(path)
+            check_components(path, names_in(path))
         parts = tuple(_report(name, path / name, path / name / "config.json") for name in names)
         return Inspection(str(path), parts, sampled_digest(path))
     # A part alone: its own name says what it is, and a single file is a transformer.

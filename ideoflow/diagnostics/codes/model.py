@@ -6,8 +6,9 @@ NOT_A_BASE = define(
     "IM001",
     "base model not found",
     """
-    `model.base` is neither `nano`, nor a folder, nor a Hugging Face hub id of the form `owner/name`. A
-    relative folder is looked for beside the recipe.
+    `model.base` is neither `nano`, nor a folder, nor a single `.safetensors` file, nor a Hugging Face hub id
+    of the form `owner/name`, nor a file on the hub, `owner/name/path/file.safetensors`. Relative folders and
+    files are looked for beside the recipe.
     """,
 )
 UNSUPPORTED_FORM = define(
@@ -91,6 +92,10 @@ NO_PARTS = define(
     or put the folders `text_encoder`, `tokenizer` and `vae` beside the file. From the hub only those parts
     are downloaded, not the transformers. A second transformer, for true guidance, is found beside the file
     under its published name, `ideogram4_unconditional_fp8_scaled.safetensors`.
+
+    The file may be on the hub itself: `base = "owner/name/path/ideogram4_fp8_scaled.safetensors"` downloads
+    that file and no other of its repository. `model.revision` is then of that repository, and `parts` are
+    those of their own repository's main branch.
     """,
 )
 NO_REVISION = define(
