@@ -93,7 +93,7 @@ def prepare(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Pr
     base = locate_base(
         model.base, revision=model.revision, parts=model.parts, relative_to=recipe.folder, span=span
     )
-    base = fetch_base(base, model.revision, span=span, say=say)
+    base = fetch_base(base, model.revision, relative_to=recipe.folder, span=span, say=say)
     summary = with_encoding(dataset.summary(), recipe, dataset, prompts, base)
     if planned is None:
         hardware = detect_hardware(recipe.tables.memory.device, span=recipe.span("memory.device"))

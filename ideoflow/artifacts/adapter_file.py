@@ -22,7 +22,7 @@ from ideoflow.artifacts.names import PARTS, QKV, Form, attention_of, read_key, w
 from ideoflow.artifacts.updates import CannotJoin, Loha, Lokr, Lora, Update, join
 from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes.artifacts import CANNOT_CONVERT, DAMAGED_ADAPTER, NOT_AN_ADAPTER, UNWRITABLE
-from ideoflow.model.base import read_safetensors_header
+from ideoflow.model.files import read_safetensors_header
 from ideoflow.model.forms import unread_file
 from ideoflow.resources import write_whole
 

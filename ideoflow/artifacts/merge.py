@@ -26,8 +26,9 @@ from ideoflow.artifacts.updates import CannotJoin, Lora, Update
 from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes.artifacts import CANNOT_MERGE, UNWRITABLE, WRONG_BASE
 from ideoflow.kernels.reference import FP8, FP8_MAX
-from ideoflow.model.base import locate_base, read_safetensors_header, weight_files
+from ideoflow.model.base import locate_base
 from ideoflow.model.checkpoint import Checkpoint
+from ideoflow.model.files import read_safetensors_header, weight_files
 from ideoflow.model.forms import plain_name
 from ideoflow.model.hub import fetch_base
 from ideoflow.model.load import told

@@ -14,8 +14,9 @@ from ideoflow.data.captions import caption_variants
 from ideoflow.data.memory import FileMemory, stamps
 from ideoflow.data.pictures import Stored, container, picture_digest, stored_name
 from ideoflow.data.survey import Dataset, Prompt, Sample
-from ideoflow.model.base import NANO, BaseFacts, data_start, read_safetensors_header, weight_files
+from ideoflow.model.base import NANO, BaseFacts
 from ideoflow.model.digest import sampled_digest, samples
+from ideoflow.model.files import data_start, read_safetensors_header, weight_files
 from ideoflow.plan.document import Cached, DataSummary
 from ideoflow.recipe import CaptionSettings, Recipe
 from ideoflow.resources import user_cache

@@ -43,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ideoflow.data.keys import FORMAT
-from ideoflow.model.base import safetensors_header
+from ideoflow.model.files import safetensors_header
 from ideoflow.resources import whole_file
 
 SUFFIX = ".safetensors"

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from ideoflow.diagnostics import Span, fail
-from ideoflow.diagnostics.codes.model import (
-    BAD_CONFIG,
-    NO_PARTS,
-    NO_REVISION,
-    NOT_A_BASE,
-    UNSUPPORTED_FORM,
-    WRONG_WEIGHTS,
-)
+from ideoflow.diagnostics import IdeoflowError, Span, fail
+from ideoflow.diagnostics.codes.model import NO_PARTS, NO_REVISION, NOT_A_BASE, UNSUPPORTED_FORM
 from ideoflow.model.digest import sampled_digest
-from ideoflow.model.forms import (
-    form_of,
-    infer_transformer,
-    instead,
-    is_original_layout,
-    lost_half,
-    no_number,
-    odd_scale,
-    readable,
-    unread_file,
-)
+from ideoflow.model.files import part_headers, weight_files
+from ideoflow.model.fit import Examined, examine
+from ideoflow.model.forms import unread_file
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 from ideoflow.resources import user_cache
 
@@ -60,8 +45,6 @@ COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae")
 # What a single file leaves out: all but the transformers.
 PARTS = ("text_encoder", "tokenizer", "vae")
 WEIGHTED = ("transformer", "text_encoder", "vae", "unconditional_transformer")
-_TRANSFORMER_CLASS = "Ideogram4Transformer2DModel"
-_AGAIN = "download or export the model again"
 
 
 @dataclass(frozen=True)
@@ -104,14 +87,18 @@ def locate_base(
     """Finds a base and reads its configuration; downloads and makes nothing.
 
     ``name`` is ``nano``, a folder (absolute, or relative to ``relative_to``), a hub id ``owner/name``, or a
-    single file with a transformer. The other parts of the latter are in the base that ``parts`` names, or
-    beside it; ``revision`` is of the hub id, whichever of the two it is.
+    single file with a transformer, here or on the hub (``owner/name/path/x.safetensors``). The other parts of
+    the latter are in the base that ``parts`` names, or beside it; ``revision`` is of what is from the hub, of
+    ``name`` if both are.
 
     Raises:
         IdeoflowError: when it is none of these, or its files cannot be used.
     """
     file = _local(name, relative_to)
-    single = file.is_file()
+    remote = hub_file(name, relative_to)
+    if remote:
+        file = _cached(*remote, revision, name, span) or file
+    single = file.is_file() or remote is not None
     if parts is not None and not single:
         fail(
             NO_PARTS,
@@ -119,13 +106,20 @@ def locate_base(
             span,
             cure="remove model.parts, or give a .safetensors file as model.base",
         )
-    if revision is not None and not _is_hub_id(parts or "" if single else name, relative_to):
+    if revision is not None and not (remote or _is_hub_id(parts or "" if single else name, relative_to)):
         cure = "remove model.revision: only what comes from the hub has revisions"
         fail(
             NO_REVISION, f"revision is '{revision}', and nothing of '{name}' is from the hub", span, cure=cure
         )
-    if single:
-        return _single_file(name, file, parts, revision, relative_to, span)
+    if file.is_file():
+        return _single_file(name, file, parts, None if remote else revision, relative_to, span)
+    if remote:
+        if parts is None:
+            _no_parts(name, span)
+        if not (_local(parts, relative_to).is_dir() or _is_hub_id(parts, relative_to)):
+            locate_base(parts, relative_to=relative_to, span=span)
+        digest = f"{name}@{revision or 'main'}+{parts}"
+        return replace(_released(name, digest), has_unconditional=False, parts=parts)
     if name == NANO:
         folder = user_cache() / f"nano-{NANO_VERSION}"
         present = (folder / "model_index.json").is_file()
@@ -148,7 +142,8 @@ def locate_base(
         NOT_A_BASE,
         f"there is no base model '{name}'",
         span,
-        cure="write 'nano', a folder, a .safetensors file, or a hub id such as 'owner/name'",
+        cure="write 'nano', a folder, a .safetensors file, a hub id such as 'owner/name', or a file on the "
+        "hub such as 'owner/name/file.safetensors'",
     )
 
 
@@ -164,6 +159,14 @@ def _is_hub_id(name: str, relative_to: Path) -> bool:
     return plain and not _local(name, relative_to).exists()
 
 
+def hub_file(name: str, relative_to: Path) -> tuple[str, str] | None:
+    """(repository, file in it) of ``owner/name/path/x.safetensors``; None for what is not so, or is here."""
+    owner, repository, file = (*name.split("/", 2), "", "")[:3]
+    if not (owner and repository and file.endswith((".safetensors", ".sft"))) or name.startswith((".", "~")):
+        return None
+    return None if _local(name, relative_to).exists() else (f"{owner}/{repository}", file)
+
+
 def _single_file(
     name: str, file: Path, parts: str | None, revision: str | None, relative_to: Path, span: Span | None
 ) -> BaseFacts:
@@ -176,13 +179,7 @@ def _single_file(
         files["unconditional_transformer"] = other
     beside = all((file.parent / part).is_dir() for part in PARTS)
     if parts is None and not beside:
-        fail(
-            NO_PARTS,
-            f"{file} holds the transformer alone, and text encoder, tokenizer and autoencoder are needed too",
-            span,
-            cure=f"set model.parts to a base that has them, such as 'ideogram-ai/ideogram-4-fp8', or put the "
-            f"folders {', '.join(PARTS)} beside the file",
-        )
+        _no_parts(str(file), span)
     if parts is None:
         return read_base(name, file.parent, span, files=files)
     if parts and _local(parts, relative_to).is_dir():
@@ -194,17 +191,12 @@ def _single_file(
     )
     if companion.present and companion.folder is not None:
         return read_base(name, companion.folder, span, files=files, parts=parts)
-    header = part_headers(file, span)
-    storage = _storage("transformer", file, header, span)
-    try:
-        spec = infer_transformer(header)
-    except (LookupError, ValueError):  # 4-bit weights have no shapes; the parts bring a config.json
-        spec = companion.transformer
+    transformer = _examined(files, None, span)["transformer"]
     return replace(
         companion,
         name=name,
-        transformer=spec,
-        storage=storage,
+        transformer=transformer.spec,
+        storage=transformer.form,
         digest=f"{sampled_digest(None, files)}+{companion.digest}",
         has_unconditional=len(files) > 1,
         files=files,
@@ -212,40 +204,52 @@ def _single_file(
     )
 
 
+def _no_parts(file: str, span: Span | None) -> NoReturn:
+    fail(
+        NO_PARTS,
+        f"{file} holds the transformer alone, and text encoder, tokenizer and autoencoder are needed too",
+        span,
+        cure=f"set model.parts to a base that has them, such as 'ideogram-ai/ideogram-4-fp8', or put the "
+        f"folders {', '.join(PARTS)} beside the file",
+    )
+
+
 def _look_in_hub_cache(
     name: str, revision: str | None, span: Span | None, only: tuple[str, ...] = ()
 ) -> BaseFacts:
     """A hub id, present if all of it, or of the parts ``only``, was downloaded before."""
+    index = _cached(name, "model_index.json", revision, name, span)
+    folder = index.parent if index and _is_complete(index.parent, only) else None
+    if folder is not None and not only:
+        return read_base(name, folder, span)
+    released = _released(name, f"{name}@{revision or 'main'}")
+    return replace(released, folder=folder, present=folder is not None)
+
+
+def _cached(repository: str, file: str, revision: str | None, name: str, span: Span | None) -> Path | None:
+    """A file of a repository that was downloaded before; ``name`` is how the recipe says it."""
     # huggingface_hub costs 0.3 s to import and is only needed for hub ids.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        index = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        found = try_to_load_from_cache(repository, file, revision=revision)
     except HFValidationError:
         fail(
             NOT_A_BASE,
-            f"'{name}' is neither a folder nor a hub id",
+            f"'{name}' is neither here nor a hub id",
             span,
             cure="a hub id is 'owner/name' of letters, digits and . - _",
         )
-    folder = Path(index).parent if isinstance(index, str) else None
-    here = folder is not None and _is_complete(folder, only)
-    if here and folder is not None and not only:
-        return read_base(name, folder, span)
-    # Not (all) downloaded: the sizes of the released model, so that a plan can be made beforehand.
-    return BaseFacts(
-        name,
-        folder if here else None,
-        here,
-        TransformerSpec(),
-        TextEncoderSpec(),
-        VaeSpec(),
-        # Published names say in which form the weights are.
-        next((form for form in ("fp8", "nf4") if form in name.lower()), "bf16"),
-        f"{name}@{revision or 'main'}",
-        True,
-    )
+    return Path(found) if isinstance(found, str) else None
+
+
+def _released(name: str, digest: str) -> BaseFacts:
+    """A base that is not (all) here, with the released model's sizes, so that it can be planned."""
+    # Published names say in which form the weights are.
+    form = next((form for form in ("fp8", "nf4") if form in name.lower()), "bf16")
+    sizes = TransformerSpec(), TextEncoderSpec(), VaeSpec()
+    return BaseFacts(name, None, False, *sizes, form, digest, has_unconditional=True)
 
 
 def _is_complete(folder: Path, only: tuple[str, ...] = ()) -> bool:
@@ -261,16 +265,6 @@ def _is_complete(folder: Path, only: tuple[str, ...] = ()) -> bool:
     return all((folder / part).is_dir() for part in named) and all(
         files and all(file.is_file() for file in files) for files in shards.values()
     )
-
-
-def weight_files(part: Path) -> list[Path]:
-    """The weight files of a part: those that its index names, else those that are there; or itself."""
-    if part.is_file():
-        return [part]
-    for index in part.glob("*.safetensors.index.json"):
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({part / name for name in names})
-    return sorted(part.glob("*.safetensors"))
 
 
 def read_base(
@@ -291,189 +285,68 @@ def read_base(
         IdeoflowError: when a part is missing, damaged, or in a form that cannot be trained on.
     """
     files = files or {}
-    missing = [c for c in COMPONENTS if c not in files and not (folder / c).is_dir()]
-    if missing or not (files or (folder / "model_index.json").is_file()):
-        what = f"has no folder {', '.join(missing)}" if missing else "has no model_index.json"
-        fail(
-            UNSUPPORTED_FORM,
-            f"{folder} {what}",
-            span,
-            cure="a base is a folder in diffusers' layout: model_index.json beside " + ", ".join(COMPONENTS),
-        )
+    check_components(folder, names_in(folder), files, span)
     # Beside single files, a second transformer from somewhere else would be of another model.
     second = () if files and "unconditional_transformer" not in files else ("unconditional_transformer",)
     places = {part: files.get(part, folder / part) for part in (*WEIGHTED[:3], *second)}
     places = {part: place for part, place in places.items() if place.exists()}
-    headers = {part: part_headers(place, span) for part, place in places.items()}
-    configs = {part: _config(part, place, headers[part], folder, span) for part, place in places.items()}
-    for part, config in configs.items():
-        _check_form(part, places[part], config, span)
-    text = configs["text_encoder"]
-    try:
-        specs = (
-            TransformerSpec.from_config(configs["transformer"]),
-            TextEncoderSpec.from_config(dict(text.get("text_config", text))),
-            VaeSpec.from_config(configs["vae"]),
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        fail(BAD_CONFIG, f"a config.json in {folder} cannot be used: {error}", span, cure=_AGAIN)
-    storage = {part: _storage(part, place, headers[part], span) for part, place in places.items()}
+    found = _examined(places, folder, span)
+    transformer, text_encoder, vae = (found[part] for part in WEIGHTED[:3])
     return BaseFacts(
         name,
         folder,
         True,
-        *specs,
-        storage["transformer"],
+        transformer.spec,
+        text_encoder.spec,
+        vae.spec,
+        transformer.form,
         sampled_digest(folder, files, PARTS if files else ()),
-        "unconditional_transformer" in configs,
+        "unconditional_transformer" in found,
         dict(files),
         parts,
     )
 
 
-def _check_form(part: str, place: Path, config: Mapping[str, Any], span: Span | None) -> None:
-    """Refuses quantisations that cannot be read, and transformers of other models."""
-    quantisation = config.get("quantization_config")
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if quantisation and not (method == "bitsandbytes" and part != "vae"):
-        fail(
-            UNSUPPORTED_FORM,
-            f"{place} is quantised with {method or 'an unknown method'}",
-            span,
-            cure=_cure(part, str(method).upper()),
-        )
-    made_for = config.get("_class_name", _TRANSFORMER_CLASS)
-    if part.endswith("transformer") and made_for != _TRANSFORMER_CLASS:
-        fail(
-            UNSUPPORTED_FORM,
-            f"{place} is a {made_for}, not a transformer of Ideogram 4",
-            span,
-            cure="give a base of Ideogram 4",
-        )
+def check_components(
+    place: Path | str,
+    names: Collection[str],
+    files: Collection[str] = (),
+    span: Span | None = None,
+    cure: str = "",
+) -> None:
+    """Refuses what lacks a part of a base in diffusers' layout, told from the names in it.
 
-
-def _cure(part: str, form: str) -> str:
-    return "use the bf16 weights in diffusers' layout" if part == "vae" else instead(form)
-
-
-def _config(
-    part: str, place: Path, header: Mapping[str, Any], folder: Path, span: Span | None
-) -> Mapping[str, Any]:
-    """A part's configuration; that of a transformer may be told by its shapes, or lie with its parts."""
-    file = folder / part / "config.json"
-    if place.is_file() or (not file.exists() and part.endswith("transformer") and is_original_layout(header)):
-        try:
-            inferred = asdict(infer_transformer(header))
-        except (LookupError, ValueError) as error:
-            if not (place.is_file() and file.exists()):
-                missing = f"{place} comes without a config.json" if place.is_file() else f"{file} is missing"
-                message = f"{missing}, and the shapes of the weights do not tell the sizes: {error}"
-                fail(BAD_CONFIG, message, span, cure=_AGAIN)
-        else:
-            if place.is_file() and file.exists():
-                _same_sizes(place, inferred, file, span)
-            return inferred
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        fail(BAD_CONFIG, f"{file} {reason}", span, cure=_AGAIN)
-    if not isinstance(data, dict):
-        fail(BAD_CONFIG, f"{file} is not a JSON object", span, cure=_AGAIN)
-    return data
-
-
-def _same_sizes(place: Path, inferred: Mapping[str, Any], file: Path, span: Span | None) -> None:
-    """A single file and the config.json among its parts must be of one model."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        other = [k for k, v in inferred.items() if k in config and config[k] != v]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        fail(BAD_CONFIG, f"{file} cannot be read: {error}", span, cure=_AGAIN)
-    if other:
-        message = f"{place} has {other[0]} = {inferred[other[0]]}, and {file} says {config[other[0]]}"
-        fail(WRONG_WEIGHTS, message, span, cure="give model.parts of the same model as the file")
-
-
-def read_safetensors_header(file: Path) -> dict[str, Any]:
-    """What the header of a safetensors file says of its tensors; raises like :func:`safetensors_header`."""
-    return safetensors_header(file)[0]
-
-
-def safetensors_header(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors and metadata of a safetensors file: 8 bytes of little-endian length, then JSON.
+    Args:
+        place: a folder or hub id, for the message.
+        names: of its folders and files.
+        files: the parts that single files stand for.
+        cure: what to do instead of giving a base in diffusers' layout.
 
     Raises:
-        ValueError: when the file is cut or is something else.
+        IdeoflowError: naming what is not there.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise ValueError("not a safetensors file, or cut short")
-        try:
-            header = json.loads(stream.read(length))
-            metadata = dict(header.pop("__metadata__", {}))
-            tensors = dict(header)
-            end = max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
-        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
-            raise ValueError("not a safetensors file") from None
-    if 8 + length + end != size:
-        raise ValueError(f"cut short: {size} bytes where its header promises {8 + length + end}")
-    return tensors, metadata
+    missing = [part for part in COMPONENTS if part not in files and part not in names]
+    if missing or not (files or "model_index.json" in names):
+        what = f"has no folder {', '.join(missing)}" if missing else "has no model_index.json"
+        layout = "a base is a folder in diffusers' layout: model_index.json beside " + ", ".join(COMPONENTS)
+        fail(UNSUPPORTED_FORM, f"{place} {what}", span, cure=cure or layout)
 
 
-def data_start(file: Path, tensors: Mapping[str, Any]) -> int:
-    """The byte from which a header's offsets count, given what :func:`safetensors_header` tells."""
-    return file.stat().st_size - max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
+def names_in(folder: Path) -> set[str]:
+    """The sub-folders of a base, and its index."""
+    return {path.name for path in folder.iterdir() if path.is_dir() or path.name == "model_index.json"}
 
 
-def part_headers(place: Path, span: Span | None = None) -> dict[str, Any]:
-    """Type, shape and place of every tensor of a part, from the headers of its files.
+def _examined(places: Mapping[str, Path], folder: Path | None, span: Span | None) -> dict[str, Examined]:
+    """All parts, each with its configuration in ``folder`` if it needs one.
 
     Raises:
-        IdeoflowError: when there are none, or one is cut or no safetensors.
+        IdeoflowError: with everything that keeps them from being trained on.
     """
-    tensors: dict[str, Any] = {}
-    file = place
-    try:
-        for file in weight_files(place):
-            if unread := unread_file(file):
-                fail(UNSUPPORTED_FORM, f"{file} is {unread[0]}", span, cure=unread[1])
-            tensors |= read_safetensors_header(file)
-    except FileNotFoundError:
-        fail(BAD_CONFIG, f"{file} is missing", span, cure=_AGAIN)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        fail(BAD_CONFIG, f"{file} cannot be used: {error}", span, cure=_AGAIN)
-    if not tensors:
-        fail(
-            UNSUPPORTED_FORM,
-            f"{place} holds no .safetensors file",
-            span,
-            cure="ideoflow reads safetensors only; it never unpickles a .bin or .pt",
-        )
-    return tensors
-
-
-def _storage(part: str, place: Path, header: Mapping[str, Any], span: Span | None) -> str:
-    """The form that most of a part's bytes have.
-
-    Raises:
-        IdeoflowError: when it cannot be read, or scales do not belong to their weights.
-    """
-    try:
-        form, odd, untyped, lost = form_of(header), odd_scale(header), no_number(header), lost_half(header)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        fail(BAD_CONFIG, f"a weight file in {place} cannot be used: {error}", span, cure=_AGAIN)
-    if form not in readable(part):
-        what = "the transformer in " if part.endswith("transformer") else ""
-        fail(UNSUPPORTED_FORM, f"{what}{place} is stored as {form}", span, cure=_cure(part, form))
-    if lost:
-        fail(WRONG_WEIGHTS, f"{place}: tensors are missing: {lost}", span, cure=_AGAIN)
-    if odd:
-        message = f"{place}: {odd} has the shape {header[odd]['shape']}, which is no scale a row or a tensor"
-        fail(UNSUPPORTED_FORM, message, span, cure=_cure(part, form))
-    if untyped:
-        message = f"{place}: {untyped} is stored as {header[untyped]['dtype']}, which is no floating point"
-        fail(WRONG_WEIGHTS, message, span, cure=_AGAIN)
-    return form
+    found = {
+        part: examine(part, place, part_headers(place, span), folder and folder / part / "config.json")
+        for part, place in places.items()
+    }
+    if problems := [replace(p, span=span) for part in found.values() for p in part.problems]:
+        raise IdeoflowError(problems)
+    return found

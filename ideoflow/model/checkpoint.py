@@ -14,7 +14,6 @@ fused one, straight to the device. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import gcd, prod
@@ -25,17 +24,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ideoflow.model.base import data_start, read_safetensors_header, weight_files
+from ideoflow.model.files import data_start, read_safetensors_header, weight_files
+from ideoflow.model.forms import plain_name
 from ideoflow.model.quiet import import_library
 from ideoflow.model.reading import read_tensor
+from ideoflow.model.sides import SIDE, is_side
 
-_PREFIX = re.compile(r"^(?:model\.)?diffusion_model\.")
 _FUSED = ("to_q", "to_k", "to_v")
-# What stands beside a weight and belongs to it.
-_SIDE = re.compile(
-    r"(?P<weight>.+\.weight)(?P<side>_scale|\.absmax|\.quant_map|\.nested_absmax|\.nested_quant_map"
-    r"|\.quant_state\.bitsandbytes__\w+)"
-)
 FP8 = torch.float8_e4m3fn
 # Numbers that are converted at once.
 _PIECE = 1 << 23
@@ -107,13 +102,13 @@ class Checkpoint:
         found: list[_Place] = []
         sides: dict[str, dict[str, _Place]] = {}  # a scale may be in another shard than its weight
         for place in (place for file in files for place in _places(file)):
-            if match := _SIDE.fullmatch(place.key):
+            if match := SIDE.fullmatch(place.key):
                 sides.setdefault(match["weight"], {})[match["side"]] = place
-            elif not place.key.endswith((".comfy_quant", ".input_scale")):
+            elif not is_side(place.key):
                 found.append(place)
         self.sources: dict[str, _Source] = {}
         for place in found:
-            name = _PREFIX.sub("", place.key).replace("attention.o.", "attention.to_out.0.")
+            name = plain_name(place.key).replace("attention.o.", "attention.to_out.0.")
             fused = ".attention.qkv." in name
             for third, leaf in enumerate(_FUSED) if fused else [(None, "")]:
                 source = _Source(place, third, sides.get(place.key, {}))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes import Code
 from ideoflow.diagnostics.codes.model import NO_ACCESS, NO_DOWNLOAD, NOT_A_BASE
 
+Kind = Literal["model", "dataset"]
 # What a repository's kind is called in a recipe.
 _SETTINGS = {"model": "model.base", "dataset": "data.images"}
 
@@ -18,7 +20,7 @@ def snapshot(
     name: str,
     revision: str | None,
     *,
-    kind: Literal["model", "dataset"],
+    kind: Kind,
     patterns: Sequence[str],
     span: Span | None = None,
     missing: Code = NOT_A_BASE,
@@ -31,21 +33,49 @@ def snapshot(
     Raises:
         IdeoflowError: gated, unknown, offline, disk full.
     """
-    from huggingface_hub import get_token, is_offline_mode, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with _told(name, revision, kind, span, missing):
+        files = snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns))
+    return Path(files)
+
+
+def repository_files(name: str, revision: str | None, *, span: Span | None = None) -> list[str]:
+    """The names of a model's files on the hub, with their folders; raises like :func:`snapshot`."""
+    from huggingface_hub import list_repo_files
+
+    with _told(name, revision, "model", span, NOT_A_BASE):
+        return sorted(list_repo_files(name, revision=revision))
+
+
+def single_file(name: str, file: str, revision: str | None, *, span: Span | None = None) -> Path:
+    """One file of a model on the hub, downloaded if it is not here yet; raises like :func:`snapshot`."""
+    from huggingface_hub import hf_hub_download
+
+    with _told(name, revision, "model", span, NOT_A_BASE, file):
+        return Path(hf_hub_download(name, file, revision=revision))
+
+
+@contextmanager
+def _told(
+    name: str, revision: str | None, kind: Kind, span: Span | None, missing: Code, file: str = ""
+) -> Iterator[None]:
+    """Turns what the hub's client raises into diagnostics."""
+    from huggingface_hub import get_token, is_offline_mode
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    local = f"give a local folder as {_SETTINGS[kind]}"
+    local = f"give a local {'file' if file else 'folder'} as {_SETTINGS[kind]}"
     try:
-        files = snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns))
-        return Path(files)
+        yield
     except GatedRepoError:
         if get_token() is None:
             cure = f"`hf auth login` (or set HF_TOKEN), and accept the licence on {page} with that account"
@@ -57,6 +87,8 @@ def snapshot(
     except RepositoryNotFoundError:
         cure = "check the name; a private repository needs `hf auth login`; or give a local folder"
         fail(missing, f"the hub has no {kind} '{name}' that you can see", span, cure=cure)
+    except RemoteEntryNotFoundError:
+        fail(missing, f"{name} has no file '{file}'", span, cure=f"see {page}/tree/{revision or 'main'}")
     except HFValidationError as error:
         fail(missing, f"'{name}' is not a hub id: {error}", span, cure="write it as 'owner/name'")
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:

@@ -1,18 +1,21 @@
 """In which form weights are stored, told from the headers of their files alone (torch-free).
 
-A *header* is what :func:`ideoflow.model.base.read_safetensors_header` gives: type, shape and place of every
-tensor by name. Forms that are not read have a name here as well, and a word on what to use instead.
+A *header* is what :func:`ideoflow.model.files.part_headers` gives: type, shape and place of every tensor by
+name. Forms that are not read have a name here as well, and a word on what to use instead.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
-from typing import Any
+from statistics import mode
+from typing import TYPE_CHECKING
 
 from ideoflow.model.spec import TransformerSpec
+
+if TYPE_CHECKING:
+    from ideoflow.model.files import Stored
 
 DENSE = ("float32", "bf16", "float16")
 READABLE = (*DENSE, "fp8", "nf4")
@@ -35,16 +38,17 @@ def readable(part: str) -> tuple[str, ...]:
     return DENSE if part == "vae" else READABLE
 
 
-def form_of(header: Mapping[str, Any]) -> str:
-    """The form that most bytes have: one of :data:`READABLE`, or the name of one that is not read.
-
-    Raises:
-        ValueError, LookupError, TypeError, AttributeError: for a header that makes no sense.
-    """
+def bytes_by_type(header: Mapping[str, Stored]) -> dict[str, int]:
+    """Bytes of the tensors by the type that safetensors gives them."""
     sizes: dict[str, int] = {}
     for tensor in header.values():
-        begin, end = tensor["data_offsets"]
-        sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    return sizes
+
+
+def form_of(header: Mapping[str, Stored]) -> str:
+    """The form that most bytes have: one of :data:`READABLE`, or the name of one that is not read."""
+    sizes = bytes_by_type(header)
     main = max(sizes, key=lambda k: sizes[k])
 
     def has(ending: str) -> bool:
@@ -64,32 +68,11 @@ def form_of(header: Mapping[str, Any]) -> str:
     return _DTYPES.get(main, main)
 
 
-def odd_scale(header: Mapping[str, Any]) -> str | None:
-    """The first scale whose shape is not [], [1], [out] or [out, 1] of the weight that it stands beside."""
-
-    def fits(name: str) -> bool:
-        shape, weight = header[name]["shape"], header.get(name.removesuffix("_scale"), {}).get("shape")
-        return prod(shape) == 1 or (bool(weight) and prod(shape) == shape[0] == weight[0])
-
-    return next((name for name in header if name.endswith(".weight_scale") and not fits(name)), None)
-
-
-def lost_half(header: Mapping[str, Any]) -> str | None:
-    """The name of the first FP8 weight or scale that is missing beside the other.
-
-    Without its scale a weight is far too large. None is missed where no weight has one.
-    """
-    scaled = {name.removesuffix("_scale") for name in header if name.endswith(".weight_scale")}
-    eight = {n for n, t in header.items() if t["dtype"] == "F8_E4M3" and n.endswith(".weight")}
-    bare = eight - scaled if scaled else set()
-    return min((scaled - header.keys()) | {f"{name}_scale" for name in bare}, default=None)
-
-
-def no_number(header: Mapping[str, Any]) -> str | None:
+def no_number(header: Mapping[str, Stored]) -> str | None:
     """The first plain weight, bias or scale whose type cannot hold it, such as an integer."""
     for name, tensor in header.items():
         plain = name.endswith((".weight", ".bias", "_scale")) and f"{name}.absmax" not in header
-        if plain and tensor["dtype"] not in ("F64", "F32", "BF16", "F16", "F8_E4M3"):
+        if plain and tensor.dtype not in ("F64", "F32", "BF16", "F16", "F8_E4M3"):
             return name
     return None
 
@@ -124,24 +107,37 @@ def plain_name(name: str) -> str:
     return re.sub(r"^(?:model\.)?diffusion_model\.", "", name)
 
 
-def is_original_layout(header: Mapping[str, Any]) -> bool:
+def is_original_layout(header: Mapping[str, Stored]) -> bool:
     """Whether q, k and v are one tensor, as the model's authors store them."""
     return any(".attention.qkv." in name for name in header)
 
 
-def infer_transformer(header: Mapping[str, Any]) -> TransformerSpec:
-    """The sizes that the shapes of a transformer's dense or FP8 tensors tell.
+def infer_transformer(shapes: Mapping[str, tuple[int, ...]]) -> TransformerSpec:
+    """The sizes that the shapes of a transformer's tensors tell, given by their names in the files.
+
+    Where blocks do not agree, most of them are right: so one damaged tensor is told from all others.
 
     Raises:
-        LookupError, ValueError: when a tensor that is needed is not there, or of an impossible shape.
+        KeyError: with the name of a tensor that is needed and not there.
+        ValueError: when one has an impossible shape.
     """
-    shapes = {plain_name(n): t["shape"] for n, t in header.items()}
+    shapes = {plain_name(name): shape for name, shape in shapes.items()}
     blocks = {int(match[1]) for n in shapes if (match := re.match(r"layers\.(\d+)\.", n))}
-    if any(name.endswith(".weight.absmax") for name in shapes):
-        raise ValueError("4-bit weights are packed flat")
-    hidden, channels = shapes["input_proj.weight"]
-    (head,) = shapes["layers.0.attention.norm_q.weight"]
-    intermediate, _ = shapes["layers.0.feed_forward.w1.weight"]
-    _, adaln = shapes["layers.0.adaln_modulation.weight"]
-    _, features = shapes["llm_cond_proj.weight"]
+
+    def sizes(name: str, dimensions: int) -> tuple[int, ...]:
+        names = [name.replace("*", str(block)) for block in sorted(blocks or {0})]
+        found = [shapes[n] for n in names if n in shapes]
+        if not found:
+            raise KeyError(names[0])
+        shape = mode(found)
+        if len(shape) != dimensions or not all(shape):
+            raise ValueError(f"{name} has the impossible shape {list(shape)}")
+        return shape
+
+    (hidden,) = sizes("layers.*.attention_norm1.weight", 1)
+    (head,) = sizes("layers.*.attention.norm_q.weight", 1)
+    intermediate, _ = sizes("layers.*.feed_forward.w1.weight", 2)
+    _, adaln = sizes("layers.*.adaln_modulation.weight", 2)
+    _, channels = sizes("input_proj.weight", 2)
+    _, features = sizes("llm_cond_proj.weight", 2)
     return TransformerSpec(channels, len(blocks), head, hidden // head, intermediate, adaln, features)

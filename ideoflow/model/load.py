@@ -20,10 +20,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, WRONG_WEIGHTS
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear, ScaledLinear
-from ideoflow.model.base import read_safetensors_header, weight_files
 from ideoflow.model.checkpoint import Checkpoint
+from ideoflow.model.files import part_headers
+from ideoflow.model.fit import some
 from ideoflow.model.forms import infer_transformer
 from ideoflow.model.quiet import disable_progress_bars, import_library
+from ideoflow.model.sides import weight_shapes
 from ideoflow.model.spec import PRODUCTS, TransformerSpec
 
 # Type of everything that is not quantised, and of the arithmetic.
@@ -50,10 +52,9 @@ def told(part: Path) -> Iterator[None]:
 
 def complete(part: Path, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[Any]) -> None:
     for what, names in (("missing", missing), ("not known", extra), ("of the wrong shape", mismatched)):
-        listed = sorted(n if isinstance(n, str) else str(n[0]) for n in names)
+        listed = [n if isinstance(n, str) else str(n[0]) for n in names]
         if listed:
-            more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-            message = f"{part}: tensors are {what}: {', '.join(listed[:3])}{more}"
+            message = f"{part}: tensors are {what}: {some(listed)}"
             fail(WRONG_WEIGHTS, message, cure="the weights and config.json belong to different models")
 
 
@@ -181,9 +182,7 @@ def _transformer_config(folder: Path, part: str, place: Path) -> Any:
     for name in (part, "transformer") if place.is_file() else (part,):
         if (folder / name / "config.json").exists():
             return Ideogram4Transformer2DModel.load_config(folder / name)
-    spec = infer_transformer(
-        {k: v for f in weight_files(place) for k, v in read_safetensors_header(f).items()}
-    )
+    spec = infer_transformer(weight_shapes(part_headers(place)))
     if spec.attention_head_dim != TransformerSpec().attention_head_dim:
         # How a head is divided among the axes of the rotary embedding is in no shape.
         cure = "download or export it with its config.json"

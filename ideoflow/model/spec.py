@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 # Decoder layers of the text encoder whose outputs are the text features (diffusers'
@@ -129,6 +130,30 @@ class TextEncoderSpec:
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
         return h * d * heads + 2 * d + 3 * h * self.intermediate_size + 2 * h
 
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by the name that transformers' ``Qwen3VLTextModel`` gives it."""
+        h, d, f = self.hidden_size, self.head_dim, self.intermediate_size
+        queries, keys = self.num_attention_heads * d, self.num_key_value_heads * d
+        layer: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (queries, h),
+            "self_attn.k_proj": (keys, h),
+            "self_attn.v_proj": (keys, h),
+            "self_attn.o_proj": (h, queries),
+            "self_attn.q_norm": (d,),
+            "self_attn.k_norm": (d,),
+            "mlp.gate_proj": (f, h),
+            "mlp.up_proj": (f, h),
+            "mlp.down_proj": (h, f),
+            "input_layernorm": (h,),
+            "post_attention_layernorm": (h,),
+        }
+        shapes = {
+            f"layers.{i}.{name}.weight": shape
+            for i in range(self.num_hidden_layers)
+            for name, shape in layer.items()
+        }
+        return shapes | {"embed_tokens.weight": (self.vocab_size, h), "norm.weight": (h,)}
+
     def parameters(self) -> int:
         """Embedding, decoder layers and final norm; the vision tower is not counted."""
         return (
@@ -152,40 +177,61 @@ class VaeSpec:
         known: dict[str, Any] = {k: int(str(config[k])) for k in cls.__slots__[1:] if k in config}
         if "block_out_channels" in config:
             known["block_out_channels"] = tuple(map(int, config["block_out_channels"]))  # type: ignore[call-overload]
+            if not known["block_out_channels"]:
+                raise ValueError("block_out_channels is empty")
         return cls(**known)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter and of the latents' statistics, by diffusers' name."""
+        latent = self.latent_channels
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def layer(name: str, *shape: int) -> None:
+            shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+        def conv(name: str, i: int, o: int, k: int = 3) -> None:
+            layer(name, o, i, k, k)
+
+        def resnets(name: str, count: int, i: int, o: int) -> None:
+            for resnet in (f"{name}.resnets.{n}" for n in range(count)):
+                layer(f"{resnet}.norm1", i)
+                conv(f"{resnet}.conv1", i, o)
+                layer(f"{resnet}.norm2", o)
+                conv(f"{resnet}.conv2", o, o)
+                if i != o:
+                    conv(f"{resnet}.conv_shortcut", i, o, 1)
+                i = o
+
+        def middle(name: str, c: int) -> None:
+            resnets(name, 2, c, c)
+            layer(f"{name}.attentions.0.group_norm", c)
+            for linear in ("to_q", "to_k", "to_v", "to_out.0"):
+                layer(f"{name}.attentions.0.{linear}", c, c)
+
+        def half(name: str, i: int, blocks: str, count: int, channels: Sequence[int], o: int) -> None:
+            previous = channels[0]
+            conv(f"{name}.conv_in", i, previous)
+            middle(f"{name}.mid_block", self.block_out_channels[-1])
+            for n, c in enumerate(channels):
+                resnets(f"{name}.{blocks}_blocks.{n}", count, previous, c)
+                if n < len(channels) - 1:
+                    conv(f"{name}.{blocks}_blocks.{n}.{blocks}samplers.0.conv", c, c)
+                previous = c
+            layer(f"{name}.conv_norm_out", previous)
+            conv(f"{name}.conv_out", previous, o)
+
+        channels, count = self.block_out_channels, self.layers_per_block
+        half("encoder", 3, "down", count, channels, 2 * latent)
+        half("decoder", latent, "up", count + 1, channels[::-1], 3)
+        conv("quant_conv", 2 * latent, 2 * latent, 1)
+        conv("post_quant_conv", latent, latent, 1)
+        statistics = {"running_mean": (4 * latent,), "running_var": (4 * latent,), "num_batches_tracked": ()}
+        return shapes | {f"bn.{name}": shape for name, shape in statistics.items()}
 
     @lru_cache(maxsize=16)  # noqa: B019 - a handful of architectures
     def parameters(self) -> int:
         """All parameters of encoder, decoder and the 1x1 convolutions between them."""
-        channels, latent = self.block_out_channels, self.latent_channels
-
-        def conv(i: int, o: int, k: int = 3) -> int:
-            return i * o * k * k + o
-
-        def resnet(i: int, o: int) -> int:
-            shortcut = conv(i, o, 1) if i != o else 0
-            return 2 * i + conv(i, o) + 2 * o + conv(o, o) + shortcut
-
-        def middle(c: int) -> int:
-            return 2 * resnet(c, c) + 2 * c + 4 * (c * c + c)
-
-        encoder = conv(3, channels[0])
-        previous = channels[0]
-        for index, c in enumerate(channels):
-            encoder += resnet(previous, c) + (self.layers_per_block - 1) * resnet(c, c)
-            encoder += conv(c, c) if index < len(channels) - 1 else 0
-            previous = c
-        encoder += middle(previous) + 2 * previous + conv(previous, 2 * latent)
-
-        reverse = channels[::-1]
-        decoder = conv(latent, reverse[0]) + middle(reverse[0])
-        previous = reverse[0]
-        for index, c in enumerate(reverse):
-            decoder += resnet(previous, c) + self.layers_per_block * resnet(c, c)
-            decoder += conv(c, c) if index < len(reverse) - 1 else 0
-            previous = c
-        decoder += 2 * previous + conv(previous, 3)
-        return encoder + decoder + conv(2 * latent, 2 * latent, 1) + conv(latent, latent, 1)
+        return sum(prod(shape) for name, shape in self.tensors().items() if not name.startswith("bn."))
 
 
 def match_targets(

@@ -30,6 +30,7 @@ from transformers.masking_utils import create_causal_mask
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.model import TOO_LONG
 from ideoflow.model.checkpoint import Checkpoint
+from ideoflow.model.fit import beside_decoder, decoder_prefix
 from ideoflow.model.load import complete, load_tokenizer, read_tensors, told
 from ideoflow.model.spec import TAPPED_LAYERS
 
@@ -106,12 +107,10 @@ class TextEncoder:
 
     def _find_prefix(self) -> str:
         """What the decoder's names begin with in the files; checks that they are all there."""
-        first = "layers.0.input_layernorm.weight"
-        heads = [n.removesuffix(first) for n in self.weights.names() if n.endswith(f"language_model.{first}")]
-        prefix = heads[0] if heads else "language_model."
-        wanted = {prefix + name for name in self.shapes}
         found = set(self.weights.names())
-        extra = {n for n in found - wanted if not any(part in n for part in ("visual.", "lm_head."))}
+        prefix = decoder_prefix(found)
+        wanted = {prefix + name for name in self.shapes}
+        extra = {name for name in found - wanted if not beside_decoder(name)}
         complete(self.part, wanted - found, extra, ())
         return prefix
 

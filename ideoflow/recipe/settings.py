@@ -63,15 +63,15 @@ class ModelSettings:
     """The base model."""
 
     base: str = setting(
-        doc="What to train on: 'nano' (a tiny complete model, made on first use), a local folder in "
-        "diffusers' layout, a single .safetensors file with the transformer, or a Hugging Face hub id."
+        doc="What to train on: 'nano' (tiny, made on first use), a folder in diffusers' layout, a hub id, or "
+        "a .safetensors file with the transformer, here or on the hub ('owner/name/path/x.safetensors')."
     )
     parts: str | None = setting(
         None,
         doc="Where text encoder, tokenizer and autoencoder are when base is a single file: a folder or a hub "
         "id. Default: the file's own folder.",
     )
-    revision: str | None = setting(None, doc="Commit, tag or branch of a hub id; pin it for exact re-runs.")
+    revision: str | None = setting(None, doc="Commit, tag or branch of base, else of parts; pins re-runs.")
 
 
 # The same for data loaders.

@@ -19,8 +19,9 @@ from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes.artifacts import CANNOT_MERGE, UNWRITABLE, WRONG_BASE
 from ideoflow.engine.adapt import trained_updates
 from ideoflow.kernels.float8 import quantize_weight
-from ideoflow.model.base import BaseFacts, read_safetensors_header
+from ideoflow.model.base import BaseFacts
 from ideoflow.model.checkpoint import Checkpoint
+from ideoflow.model.files import read_safetensors_header
 
 KINDS = {
     "lora": "rank = 2",

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_forms import fuse, to_fp8, to_nf4
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ideoflow.diagnostics import IdeoflowError, Span
 from ideoflow.diagnostics.codes import model as codes
-from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE, locate_base, read_safetensors_header
+from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE, locate_base
+from ideoflow.model.files import read_safetensors_header
 from ideoflow.model.load import load_tokenizer, load_transformer, load_vae, read_tensors
 from ideoflow.model.spec import TransformerSpec
 from ideoflow.model.text import TextEncoder
@@ -121,8 +123,8 @@ def test_the_digest_follows_every_byte_that_matters(copy):
     ("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "float16"), (torch.float32, "float32")]
 )
 def test_the_storage_is_that_of_most_bytes(copy, dtype, name):
-    (copy / WEIGHTS).unlink()
-    save_file({"w": torch.zeros(64, dtype=dtype), "scale": torch.zeros(4)}, copy / WEIGHTS)
+    state = load_file(copy / WEIGHTS)
+    store(copy, "transformer", {n: t.to(dtype) if t.ndim == 2 else t for n, t in state.items()})
     assert locate_base(str(copy)).storage == name
 
 
@@ -268,10 +270,12 @@ def store(folder, part, tensors):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("shape", [(8,), (8, 1), (1,), ()])
+@pytest.mark.parametrize("shape", ["[out]", "[out, 1]", "[]", "[1]"])
 @pytest.mark.parametrize("part", ["transformer", "unconditional_transformer"])
 def test_fp8_storage(copy, part, shape):
-    store(copy, part, {"w.weight": torch.zeros(8, 8).to(FP8), "w.weight_scale": torch.ones(shape)})
+    state = to_fp8(load_file(copy / WEIGHTS), "[]" if shape == "[1]" else shape)
+    ones = {n: t.view(1) for n, t in state.items() if shape == "[1]" and n.endswith("_scale")}
+    store(copy, part, state | ones)
     facts = locate_base(str(copy))
     assert facts.storage == ("fp8" if part == "transformer" else "float32")
 
@@ -287,13 +291,14 @@ def test_scales_that_belong_to_no_row(copy, shape):
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
 def test_a_scale_that_is_missing_among_others(copy, part):
     """One that is read without its scale is hundreds of times too large."""
-    eight = torch.zeros(8, 8).to(FP8)
+    eight, whole = torch.zeros(8, 8).to(FP8), load_file(next((copy / part).glob("*.safetensors")))
     store(copy, part, {"a.weight": eight, "a.weight_scale": torch.ones(8), "b.weight": eight.clone()})
     diagnostic = located(copy)
     assert diagnostic.code is codes.WRONG_WEIGHTS and "b.weight_scale" in diagnostic.message
     store(copy, part, {"a.weight": eight, "a.weight_scale": torch.ones(8), "b.weight_scale": torch.ones(8)})
     assert located(copy).message.endswith("missing: b.weight")
-    store(copy, part, {"a.weight": eight, "b.weight": eight.clone()})  # rounded without any scales
+    # Rounded without any scales.
+    store(copy, part, {n: t.to(FP8) if t.ndim == 2 else t for n, t in whole.items()})
     assert locate_base(str(copy)).present
 
 
@@ -303,17 +308,17 @@ def test_one_weight_that_is_no_number(copy, part, dtype):
     """The form is that of most bytes; the others must be numbers as well."""
     store(copy, part, {"a.weight": torch.zeros(64, 8), "b.weight": torch.zeros(8, 8).to(dtype)})
     diagnostic = located(copy)
-    assert diagnostic.code is codes.WRONG_WEIGHTS and f"{part}: b.weight is stored as" in diagnostic.message
+    assert (
+        diagnostic.code is codes.WRONG_WEIGHTS and ".safetensors: b.weight is stored as" in diagnostic.message
+    )
 
 
 def test_nf4_storage(copy):
-    weight = torch.zeros(4096, 1, dtype=torch.uint8)
-    sides = {".absmax": torch.ones(2), ".quant_map": torch.ones(16)}
-    mark = {".quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}
-    store(copy, "transformer", {f"w.weight{k}": v for k, v in {"": weight, **sides, **mark}.items()})
+    state = to_nf4(load_file(copy / WEIGHTS), nested=False)
+    store(copy, "transformer", state)
     edit(copy / "transformer" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert locate_base(str(copy)).storage == "nf4"
-    store(copy, "transformer", {f"w.weight{k}": v for k, v in {"": weight, **sides}.items()})
+    store(copy, "transformer", {name: value for name, value in state.items() if "quant_state" not in name})
     assert "stored as U8" in located(copy).message
 
 
@@ -345,13 +350,7 @@ def test_the_form_of_a_hub_id_that_is_not_here_is_in_its_name(monkeypatch, tmp_p
 
 def to_original_layout(folder, part="transformer"):
     """q, k and v as one tensor, and no config.json: as the model's authors store it."""
-    state, fused = load_file(next((folder / part).glob("*.safetensors"))), {}
-    for name, value in state.items():
-        if ".to_q." in name:
-            qkv = [state[name.replace("to_q", leaf)] for leaf in ("to_q", "to_k", "to_v")]
-            fused[name.replace("to_q", "qkv")] = torch.cat(qkv)
-        elif ".to_k." not in name and ".to_v." not in name:
-            fused[name.replace("to_out.0", "o")] = value
+    fused = fuse(load_file(next((folder / part).glob("*.safetensors"))))
     store(folder, part, fused)
     (folder / part / "config.json").unlink()
     return fused
@@ -370,7 +369,7 @@ def test_shapes_that_do_not_tell_the_sizes(copy, name):
     for damaged in ({n: t for n, t in fused.items() if n != name}, {**fused, name: torch.zeros(2, 2, 2)}):
         store(copy, "transformer", damaged)
         diagnostic = located(copy)
-        assert diagnostic.code is codes.BAD_CONFIG and "config.json is missing" in diagnostic.message
+        assert diagnostic.code is codes.WRONG_WEIGHTS and name in diagnostic.message
 
 
 def test_another_model(copy):

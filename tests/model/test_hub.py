@@ -7,7 +7,7 @@ from huggingface_hub import errors
 
 from ideoflow.diagnostics import IdeoflowError, Span
 from ideoflow.diagnostics.codes import model as codes
-from ideoflow.model.base import locate_base
+from ideoflow.model.base import COMPONENTS, locate_base
 from ideoflow.model.hub import fetch_base
 
 # The HTTP library that this version of the client is built on: httpx, or its successor.
@@ -20,6 +20,13 @@ def absent(monkeypatch, tmp_path):
     """A hub id that is not on this disk."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     return locate_base("owner/name", span=SPAN)
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """The hub says that it has the parts of a base."""
+    names = ["model_index.json", *(f"{part}/config.json" for part in COMPONENTS)]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: names)
 
 
 def response(status):
@@ -42,7 +49,7 @@ RAISED = {
 
 
 @pytest.mark.parametrize("name", RAISED)
-def test_a_failed_download_is_told(name, absent, monkeypatch):
+def test_a_failed_download_is_told(name, absent, listed, monkeypatch):
     raised, code, cure = RAISED[name]
 
     def snapshot_download(*_, **__):
@@ -57,7 +64,7 @@ def test_a_failed_download_is_told(name, absent, monkeypatch):
     assert caught.value.__suppress_context__, "no traceback of the client's own"
 
 
-def test_the_licence_page_is_named(absent, monkeypatch):
+def test_the_licence_page_is_named(absent, listed, monkeypatch):
     def snapshot_download(*_, **__):
         raise RAISED["gated"][0]
 
@@ -75,7 +82,7 @@ def test_no_network_at_all(absent):
     assert caught.value.diagnostics[0].code is codes.NO_DOWNLOAD
 
 
-def test_what_was_downloaded_is_read(absent, copy, monkeypatch):
+def test_what_was_downloaded_is_read(absent, listed, copy, monkeypatch):
     asked = {}
 
     def snapshot_download(name, **options):
@@ -90,7 +97,7 @@ def test_what_was_downloaded_is_read(absent, copy, monkeypatch):
     assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["allow_patterns"])
 
 
-def test_what_was_downloaded_may_be_no_base(absent, tmp_path, monkeypatch):
+def test_what_was_downloaded_may_be_no_base(absent, listed, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(IdeoflowError) as caught:
         fetch_base(absent, span=SPAN)

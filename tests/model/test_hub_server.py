@@ -9,6 +9,8 @@ from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from checkpoint_forms import FORMS
+from safetensors.torch import load, save
 
 COMMIT = "a" * 40
 # One process for all of a test's downloads: it takes seconds to start.
@@ -20,13 +22,13 @@ from ideoflow.diagnostics import IdeoflowError
 from ideoflow.model.base import locate_base
 from ideoflow.model.hub import fetch_base
 for line in sys.stdin:
-    name, revision, token = json.loads(line)
+    name, revision, token, *parts = json.loads(line)
     os.environ.pop("HF_TOKEN", None)
     if token:
         os.environ["HF_TOKEN"] = token
     try:
-        facts = fetch_base(locate_base(name, revision=revision), revision)
-        answer = [facts.present, str(facts.folder), ""]
+        facts = fetch_base(locate_base(name, revision=revision, parts=parts[0] if parts else None), revision)
+        answer = [facts.present, str(facts.folder), facts.storage]
     except IdeoflowError as error:
         (d,) = error.diagnostics
         answer = [d.code.id, d.message, d.cure]
@@ -35,7 +37,7 @@ for line in sys.stdin:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories ``owner/X`` of the same files; ``gated`` ones want the right token."""
+    """Repositories ``owner/X``; ``gated`` ones want the right token."""
 
     protocol_version = "HTTP/1.1"
 
@@ -51,25 +53,24 @@ class Hub(BaseHTTPRequestHandler):
         server, place = self.server, self.path.partition("?")[0].removeprefix("/api/models").strip("/")
         owner, name, *rest = place.split("/", 4)
         revision, path = (rest[1], rest[2:]) if rest else ("main", [])
-        if f"{owner}/{name}" not in server.repositories:
+        files = server.repositories.get(f"{owner}/{name}")
+        if files is None:
             return self.answer(401, X_Error_Code="RepoNotFound")
         if revision not in ("main", "v1", COMMIT):
             return self.answer(404, X_Error_Code="RevisionNotFound")
         if "/api/" in self.path:
-            about = {
-                "id": f"{owner}/{name}",
-                "sha": COMMIT,
-                "siblings": [{"rfilename": n} for n in server.files],
-            }
+            about = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}
             tree = [
                 {"type": "file", "path": n, "size": len(content), "oid": sha256(content).hexdigest()}
-                for n, content in server.files.items()
+                for n, content in files.items()
             ]
             body = json.dumps(tree if "/tree/" in self.path else about).encode()
             return self.answer(200, body, Content_Type="application/json")
         if name == "gated" and self.headers["Authorization"] != "Bearer accepted":
             return self.answer(403 if self.headers["Authorization"] else 401, X_Error_Code="GatedRepo")
-        content = server.files[path[0]]
+        if path[0] not in files:
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        content = files[path[0]]
         known = {
             "ETag": f'"{sha256(content).hexdigest()}"',
             "X_Repo_Commit": COMMIT,
@@ -99,7 +100,8 @@ def hub(nano_folder, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     files = (f for f in nano_folder.rglob("*") if f.is_file())
     server.files = {f.relative_to(nano_folder).as_posix(): f.read_bytes() for f in files}
-    server.repositories, server.asked = {"owner/open", "owner/gated", "owner/cut"}, []
+    server.repositories = dict.fromkeys(("owner/open", "owner/gated", "owner/cut"), server.files)
+    server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -107,7 +109,7 @@ def hub(nano_folder, tmp_path):
 
 
 def ask(hub, tmp_path, *cases, **environment):
-    """[present, folder, ""], or [code, message, cure], for each (repository, revision, token)."""
+    """[present, folder, storage], or [code, message, cure], for each (name, revision, token[, parts])."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     place = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run([sys.executable, "-c", ASK], input="\n".join(map(json.dumps, cases)), text=True,
@@ -132,6 +134,32 @@ def test_what_the_hub_answers_is_told(hub, tmp_path):
     assert unknown[0] == "IM001" and "owner/none" in unknown[1]
     assert there[0] is True and there[1].endswith(COMMIT), "a pinned revision is the commit that it names"
     assert accepted[0] is True
+
+
+def test_a_single_file_on_the_hub(hub, nano_folder, tmp_path):
+    """Of a repository that is no base one file is downloaded, if it is named, and none otherwise."""
+    file = "split_files/ideogram4_fp8_scaled.safetensors"
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    dense = {k: v.contiguous() for k, v in load((nano_folder / weights).read_bytes()).items()}
+    other = "split_files/ideogram4_unconditional_fp8_scaled.safetensors"
+    hub.repositories["owner/comfy"] = dict.fromkeys((other, file), save(FORMS["ComfyUI"][0](dense)))
+    named = f"owner/comfy/{file}"
+    whole, none, here, again, revised, with_hub_parts = ask(
+        hub, tmp_path,
+        ("owner/comfy", None, None),
+        ("owner/comfy/none.safetensors", None, None, str(nano_folder)),
+        (named, None, None, str(nano_folder)),
+        (named, None, None, str(nano_folder)),
+        (named, "v1", None, str(nano_folder)),
+        (named, "v1", None, "owner/open"),
+    )  # fmt: skip
+    assert whole[0] == "IM002" and "owner/comfy has no folder transformer" in whole[1]
+    assert f"'{named}'" in whole[2] and "model.parts" in whole[2]
+    assert none[0] == "IM001" and "owner/comfy has no file 'none.safetensors'" in none[1]
+    assert here == again == revised == [True, str(nano_folder), "fp8"]
+    assert with_hub_parts[0] is True and with_hub_parts[1].endswith(COMMIT) and with_hub_parts[2] == "fp8"
+    asked = [name for name, _ in hub.asked]
+    assert asked.count(file) == 1 and other not in asked and weights not in asked
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(hub, tmp_path):

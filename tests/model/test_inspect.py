@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ def test_what_is_wrong_is_named(weights, tmp_path):
     messages = [p.message for p in inspect(file).problems]
     assert len(messages) == 3 and all(str(file) in m for m in messages)
     for key in ("missing: layers.2.feed_forward.w1.weight", "not known: stranger.weight",
-                "of the wrong shape: adaln_proj.bias"):  # fmt: skip
+                "of the wrong shape: adaln_proj.bias ([7], not [64])"):  # fmt: skip
         assert any(m.endswith(key) for m in messages)
     save_file({"w": torch.zeros(2)}, file)
     assert "no transformer of Ideogram 4" in inspect(file).problems[0].message
@@ -74,11 +73,10 @@ def test_an_adapter_is_told_from_a_damaged_base(tmp_path):
     assert problem.cure == f"ideoflow adapter info {file}"
 
 
-def test_nano_is_no_path_before_it_is_made(tmp_path, monkeypatch):
+def test_nano_is_shown_by_its_name(nano_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(IdeoflowError) as caught:
-        inspect(Path("nano"))
-    assert "first used" in caught.value.diagnostics[0].cure
+    assert main(["model", "inspect", "nano", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["place"] == str(nano_folder)
 
 
 def test_nothing_there(tmp_path):

@@ -15,6 +15,7 @@ from ideoflow.engine.step import predict_velocity
 from ideoflow.model.base import NANO_TRANSFORMER, locate_base
 from ideoflow.model.hub import fetch_base
 from ideoflow.model.load import load_transformer
+from ideoflow.model.spec import TransformerSpec
 from ideoflow.model.text import TextEncoder
 
 CPU = torch.device("cpu")
@@ -151,10 +152,12 @@ def test_only_the_parts_are_downloaded(single, nano_folder, monkeypatch, tmp_pat
         return str(nano_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    base = locate_base(str(single()), parts="owner/name", revision="v2")
+    # A local path of three names is no file on the hub, and the revision is of the parts.
+    name, near = f"{tmp_path.name}/comfy/{single().name}", {"relative_to": tmp_path.parent}
+    base = locate_base(name, parts="owner/name", revision="v2", **near)
     assert not base.present and base.transformer == NANO_TRANSFORMER and base.storage == "fp8"
     said = []
-    fetched = fetch_base(base, "v2", say=said.append)
+    fetched = fetch_base(base, "v2", say=said.append, **near)
     assert fetched.present and fetched.files == base.files and fetched.name == base.name
     assert (asked["name"], asked["revision"]) == ("owner/name", "v2") and "owner/name" in said[0]
     from fnmatch import fnmatch
@@ -164,6 +167,20 @@ def test_only_the_parts_are_downloaded(single, nano_folder, monkeypatch, tmp_pat
 
     assert wanted("text_encoder/model.safetensors") and wanted("transformer/config.json")
     assert not wanted("transformer/diffusion_pytorch_model.safetensors")
+
+
+def test_a_file_on_the_hub_is_planned_before_it_is_here(nano_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = locate_base(f"owner/name/files/{NAME}", parts=str(nano_folder), revision="v2", span=SPAN)
+    assert not base.present and (base.transformer, base.storage) == (TransformerSpec(), "fp8")
+    assert not base.has_unconditional and "@v2" in base.digest
+    with pytest.raises(IdeoflowError) as caught:  # the tests run with HF_HUB_OFFLINE
+        fetch_base(base, "v2", span=SPAN)
+    assert caught.value.diagnostics[0].code is codes.NO_DOWNLOAD
+    assert refused(f"owner/name/{NAME}").code is codes.NO_PARTS
+    assert refused(f"owner/name/{NAME}", parts="nowhere").code is codes.NOT_A_BASE
+    assert refused(f"owner/a name/{NAME}", parts="nano").code is codes.NOT_A_BASE
+    assert refused(f"owner/name/{NAME}.gguf", parts="nano").code is codes.NO_PARTS
 
 
 # What is refused ------------------------------------------------------------------------------------------

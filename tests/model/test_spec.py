@@ -65,6 +65,7 @@ def test_text_encoder(spec):
     model = built(lambda: Qwen3VLModel(config)).language_model
     assert spec.parameters() == count(model)
     assert spec.layer_parameters() == count(model.layers[7])
+    assert spec.tensors() == {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert TextEncoderSpec.from_config(config.text_config.to_dict()) == spec
 
 
@@ -79,6 +80,7 @@ def test_autoencoder(spec):
     }
     model = built(lambda: AutoencoderKLFlux2(**sizes, **blocks, norm_num_groups=8))
     assert spec.parameters() == count(model)
+    assert spec.tensors() == {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def test_specs_survive_json():

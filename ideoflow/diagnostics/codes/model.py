@@ -6,8 +6,9 @@ NOT_A_BASE = define(
     "IM001",
     "base model not found",
     """
-    `model.base` is neither `nano`, nor a folder, nor a Hugging Face hub id of the form `owner/name`. A
-    relative folder is looked for beside the recipe.
+    `model.base` is neither `nano`, nor a folder, nor a single `.safetensors` file, nor a Hugging Face hub id
+    of the form `owner/name`, nor a file on the hub, `owner/name/path/file.safetensors`. Relative folders and
+    files are looked for beside the recipe.
     """,
 )
 UNSUPPORTED_FORM = define(
@@ -18,7 +19,7 @@ UNSUPPORTED_FORM = define(
     (`model_index.json`, `transformer/`, `text_encoder/`, `tokenizer/`, `vae/`) whose weights are safetensors
     in bf16, float16 or float32; its transformers may also be FP8 (e4m3 with a scale a row or a tensor) or
     bitsandbytes' NF4, with q, k and v apart or fused. A transformer may also be a single `.safetensors` file
-    in one of these forms, as ComfyUI has them.
+    in one of these forms, as ComfyUI has them; of several in one folder, name one.
 
     GGUF, SDNQ, NVFP4 and third parties' INT8 are not read: they are made for inference, in layouts of their
     own. Take the official release in FP8 or NF4; `memory.precision` holds any base in int8, if that is what
@@ -57,8 +58,14 @@ WRONG_WEIGHTS = define(
     "IM006",
     "weights do not fit the model",
     """
-    A tensor is missing, left over, or of another shape than the configuration asks for. Nothing is trained on
-    a model that is partly random.
+    A tensor is missing, left over, or of another shape than the configuration asks for; or what stands beside
+    quantised weights does not belong to them: FP8 has a scale beside each weight, and bitsandbytes' NF4 has
+    `absmax`, `quant_map` and `quant_state`, whose lengths follow from the weight's shape. The message names
+    the file and the tensor. The usual cause is a download that was put together from two revisions: remove
+    the file and download again.
+
+    All of it is told from the files' headers, before anything is encoded; `ideoflow model inspect PATH` tells
+    the same of a file or folder. Nothing is trained on a model that is partly random.
     """,
 )
 TOO_LONG = define(
@@ -85,6 +92,10 @@ NO_PARTS = define(
     or put the folders `text_encoder`, `tokenizer` and `vae` beside the file. From the hub only those parts
     are downloaded, not the transformers. A second transformer, for true guidance, is found beside the file
     under its published name, `ideogram4_unconditional_fp8_scaled.safetensors`.
+
+    The file may be on the hub itself: `base = "owner/name/path/ideogram4_fp8_scaled.safetensors"` downloads
+    that file and no other of its repository. `model.revision` is then of that repository, and `parts` are
+    those of their own repository's main branch.
     """,
 )
 NO_REVISION = define(
