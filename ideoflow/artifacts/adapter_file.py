@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ideoflow import __version__
-from ideoflow.artifacts.names import PARTS, QKV, Form, attention_of, read_key, write_key
+from ideoflow.artifacts.names import FUSED, PARTS, QKV, Form, attention_of, read_key, write_key
 from ideoflow.artifacts.updates import CannotJoin, Loha, Lokr, Lora, Update, join
 from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes.artifacts import CANNOT_CONVERT, DAMAGED_ADAPTER, NOT_AN_ADAPTER, UNWRITABLE
@@ -26,7 +26,9 @@ from ideoflow.model.base import read_safetensors_header
 from ideoflow.model.forms import unread_file
 from ideoflow.resources import write_whole
 
-# Says that a file's row lengths are relative to the base's norms, as ComfyUI takes them.
+# Says that a file's row lengths are relative to the base's norms, as ComfyUI takes them (in
+# ``comfy/weight_adapter/base.py``, ``weight_decompose`` of a ``dora_scale`` [out, 1]). No file suits LyCORIS
+# too: rows of W + B A would have to be as long as W's, and scaling them is no change of low rank.
 BASE_NORM = "ideoflow.dora_lengths"
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -231,7 +233,7 @@ def for_form(
     Raises:
         IdeoflowError: if the base is needed and not there.
     """
-    want, made = form == "comfyui", dict(updates)
+    want, made = form in FUSED, dict(updates)
 
     def weight(module: str) -> Tensor:
         if weight_of is None:
@@ -245,7 +247,7 @@ def for_form(
         if update.base_norm != want:
             made[module] = update.with_norms(weight(module), base_norm=want)
         attention = attention_of(module)
-        if form in ("comfyui", "kohya") and attention and not module.endswith(QKV):
+        if form in FUSED and attention and not module.endswith(QKV):
             for part in (attention + p for p in PARTS):
                 if part not in updates:  # its rows keep their own lengths
                     nothing = replace(update, down=update.down[:0], up=update.up[:, :0], base_norm=want)
@@ -260,7 +262,7 @@ def arrange(adapter: Mapping[str, Update], form: Form, place: str = "the adapter
         IdeoflowError: where there is no exact way.
     """
     arranged: dict[str, Update] = {}
-    one = form in ("comfyui", "kohya")
+    one = form in FUSED
     for module, update in adapter.items():
         attention = attention_of(module)
         fused = module.endswith(QKV)
@@ -292,7 +294,7 @@ def state_dict(updates: Mapping[str, Update], form: Form, dtype: torch.dtype) ->
         tensors = {n: t for n, t in vars(update).items() if isinstance(t, Tensor)}
         for name, tensor in tensors.items():
             if name == "lengths":  # few, and each scales a whole row: kept in full
-                tensor = tensor.float()[:, None] if form in ("comfyui", "kohya") else tensor.float()
+                tensor = tensor.float()[:, None] if form in FUSED else tensor.float()
             else:
                 tensor = tensor.to(dtype)
             # A copy each: q, k and v may share a factor, which safetensors does not store twice.
@@ -322,7 +324,7 @@ def write_adapter(
         fail(CANNOT_CONVERT, "diffusers has no reader for a LoHa", Span(str(path)), cure=cure)
     arranged = arrange(updates, form, str(path))
     relative = {u.base_norm for u in arranged.values() if isinstance(u, Lora) and u.lengths is not None}
-    if relative and (len(relative) > 1 or relative != {form == "comfyui"}):
+    if relative and (len(relative) > 1 or (relative == {True} and form not in FUSED)):
         raise ValueError("row lengths must be made relative to the form's norm first")
     facts = {"format": "pt", "ideoflow.version": __version__, **(metadata or {})}
     facts.pop(BASE_NORM, None)

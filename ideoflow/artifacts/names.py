@@ -21,6 +21,7 @@ from ideoflow.model.spec import TransformerSpec
 
 Form = Literal["comfyui", "diffusers", "peft", "kohya"]
 FORMS: tuple[Form, ...] = get_args(Form)
+FUSED: tuple[Form, ...] = ("comfyui", "kohya")  # those that have q, k and v as one
 QKV = "attention.qkv"
 PARTS = ("attention.to_q", "attention.to_k", "attention.to_v")
 # Modules of a block by diffusers' names, and the fused one.
@@ -102,7 +103,7 @@ def write_key(form: Form, module: str, tensor: str, kind: str) -> str:
     block, _, leaf = module.removeprefix("layers.").partition(".")
     prefix = {"comfyui": "diffusion_model.", "diffusers": "transformer.", "peft": "base_model.model.",
               "kohya": "lora_unet_"}[form]  # fmt: skip
-    if form in ("comfyui", "kohya"):
+    if form in FUSED:
         leaf = _ORIGINAL.get(leaf, leaf)
     place = f"layers.{block}.{leaf}"
     if form == "kohya":

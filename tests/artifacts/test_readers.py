@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ideoflow.artifacts.adapter_file import for_form, read_adapter, write_adapter
+from ideoflow.artifacts.names import FUSED
 from ideoflow.engine.adapt import base_weight, trained_updates
 from ideoflow.model.base import BaseFacts
 
@@ -54,11 +55,8 @@ def dense(model: torch.nn.Module) -> dict[str, Tensor]:
     )
 
 
-# LyCORIS' meaning of dora_scale, in kohya's form, is another one than ComfyUI's.
-@pytest.mark.parametrize(
-    ("kind", "form"),
-    [(k, f) for k in KINDS for f in ("comfyui", "kohya") if not (f == "kohya" and k.startswith("dora"))],
-)
+@pytest.mark.parametrize("form", FUSED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_comfyui_finds_every_key_and_computes_the_same_weights(
     base: Ideogram4Transformer2DModel, adapted: Any, tmp_path: Path, kind: str, form: str
 ) -> None:
