@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ideoflow import __version__
 from ideoflow.artifacts.names import FUSED, PARTS, QKV, Form, attention_of, read_key, write_key
+from ideoflow.artifacts.readers import BASE_NORM
 from ideoflow.artifacts.updates import CannotJoin, Loha, Lokr, Lora, Update, join
 from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes.artifacts import CANNOT_CONVERT, DAMAGED_ADAPTER, NOT_AN_ADAPTER, UNWRITABLE
@@ -26,10 +27,6 @@ from ideoflow.model.base import read_safetensors_header
 from ideoflow.model.forms import unread_file
 from ideoflow.resources import write_whole
 
-# Says that a file's row lengths are relative to the base's norms, as ComfyUI takes them (in
-# ``comfy/weight_adapter/base.py``, ``weight_decompose`` of a ``dora_scale`` [out, 1]). No file suits LyCORIS
-# too: rows of W + B A would have to be as long as W's, and scaling them is no change of low rank.
-BASE_NORM = "ideoflow.dora_lengths"
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _REQUIRED = {"lora": {"down", "up"}, "loha": {"w1_a", "w1_b", "w2_a", "w2_b"}}
@@ -72,13 +69,16 @@ def read_adapter(path: Path) -> Adapter:
     grouped: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, str] = {}
     forms: dict[Form, int] = {}
+    spelt: dict[str, str] = {}
     for name, tensor in tensors.items():
         key = read_key(name)
         if key is None:
             cure = "adapters for Ideogram 4 have keys like diffusion_model.layers.0.attention.o.lora_A.weight"
             problems.add(DAMAGED_ADAPTER, f"{file}: the key {name} is not known", Span(str(file)), cure=cure)
             continue
-        forms[key.form] = forms.get(key.form, 0) + 1
+        spelt[key.module] = name.removesuffix(f".{key.name}")
+        if key.form:
+            forms[key.form] = forms.get(key.form, 0) + 1
         if tensor.dtype not in _FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             _damaged(problems, file, f"{name} holds {kind}, not floating-point numbers")
@@ -90,16 +90,19 @@ def read_adapter(path: Path) -> Adapter:
             _damaged(problems, file, f"{name} is of a {key.kind}, and {key.module} has a {kinds[key.module]}")
         grouped.setdefault(key.module, {})[key.tensor] = tensor
     problems.raise_if_errors()
-    if not forms:
+    if not tensors:
         fail(NOT_AN_ADAPTER, f"{file} holds no tensors", Span(str(file)), cure="give an adapter's file")
     base_norm = metadata.get(BASE_NORM) == "base"
     updates = {}
     for module, parts in grouped.items():
         kind = kinds.get(module, "lora")
         if wrong := _wrong(kind, parts):
-            _damaged(problems, file, f"{module}: {wrong}")
-        else:
-            updates[module] = _update(kind, parts, _peft_scale(config, module, parts), base_norm)
+            _damaged(problems, file, f"{spelt[module]}: {wrong}")
+            continue
+        updates[module] = _update(kind, parts, _peft_scale(config, module, parts), base_norm)
+        rows = updates[module].shape[0]
+        if module.endswith(QKV) and rows % 3:
+            _damaged(problems, file, f"{spelt[module]} changes {rows} rows, which q, k and v cannot share")
     for module in updates:
         if module.endswith(QKV) and any(f"{attention_of(module)}{p}" in updates for p in PARTS):
             _damaged(problems, file, f"{module} is there as one and in parts")
@@ -108,8 +111,8 @@ def read_adapter(path: Path) -> Adapter:
     for tensor in tensors.values():
         types[tensor.dtype] = types.get(tensor.dtype, 0) + tensor.numel()
     dtype = max(types, key=lambda t: types[t])
-    return Adapter(dict(sorted(updates.items(), key=_in_order)), max(forms, key=lambda f: forms[f]), dtype,
-                   metadata, path)  # fmt: skip
+    form = max(forms, key=lambda f: forms[f], default="diffusers")
+    return Adapter(dict(sorted(updates.items(), key=_in_order)), form, dtype, metadata, path)
 
 
 def _in_order(item: tuple[str, Any]) -> tuple[int, str]:
