@@ -167,10 +167,20 @@ def test_explain_one_decision(recipe, capsys):
     assert float(rows[1][1]) > float(rows[3][1]) > float(rows[2][1]) and rows[1][4:] == ["this", "plan"]
 
 
+VALUES = ("--gpu", "--compare", "--batch", "--resolution", "--rank", "--explain", "--diff", "-o", "--html")
+
+
 @pytest.mark.parametrize(
     ("argv", "code"),
     [
         (("--gpu", "rtx-4091"), "IP010"),
+        (("--gpu", "0gb"), "IP010"),
+        *(((option, value), "IP032") for option in VALUES for value in ("", " ")),
+        (("--compare", ","), "IP010"),
+        (("--compare", "h100,,l4"), "IP010"),
+        (("--batch", "1,,2"), "IP008"),
+        (("--rank", "\N{SUPERSCRIPT TWO}"), "IP008"),
+        (("--calibrate", "--gpu", ""), "IP032"),
         (("--gpu", "h100", "--explain", "complie"), "IP007"),
         (("--gpu", "h100", "--explain", "processes"), "IP007"),
         (("--gpu", "h100", "--batch", "1,two"), "IP008"),

@@ -257,3 +257,11 @@ OPTIONS_APART = define(
     table of variants, give the recipe.
     """,
 )
+EMPTY_OPTION = define(
+    "IP032",
+    "an option without a value",
+    """
+    An option of `ideoflow plan` has an empty text for its value, as an unset variable of a shell script gives
+    (`--gpu "$CARD"`). Give a value, or leave the option out.
+    """,
+)
