@@ -127,6 +127,13 @@ def test_written_shown_and_compared(recipe, capsys, tmp_path):
     assert "decision.checkpointing: off -> on" in out.splitlines()
 
 
+@pytest.mark.parametrize("card", ["rtx-4090", "h100", "16gb", "m3-max"])
+def test_a_plan_that_is_read_is_written_again_byte_by_byte(card, nano, capsys, tmp_path):
+    file = tmp_path / "barn.plan.json"
+    assert run(capsys, nano, "--gpu", card, "-o", file)[0] == 0
+    assert run(capsys, file, "--json")[1] == file.read_text(encoding="utf-8")
+
+
 def test_tables_of_alternatives(recipe, capsys):
     _, out, _ = run(
         capsys,
