@@ -28,6 +28,7 @@ from ideoflow.model.forms import unread_file
 from ideoflow.resources import write_whole
 
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+_SAVED_CONFIG = "lora_adapter_metadata"  # PEFT's configuration, where diffusers saved the file
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _REQUIRED = {"lora": {"down", "up"}, "loha": {"w1_a", "w1_b", "w2_a", "w2_b"}}
 
@@ -65,6 +66,8 @@ def read_adapter(path: Path) -> Adapter:
         config_file, file = (path / name for name in PEFT_FILES)
         config = _read_config(config_file)
     tensors, metadata = _read_tensors(file)
+    if config is None and _SAVED_CONFIG in metadata:
+        config = _saved_config(file, metadata[_SAVED_CONFIG])
     problems = Collector()
     grouped: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, str] = {}
@@ -99,7 +102,12 @@ def read_adapter(path: Path) -> Adapter:
         if wrong := _wrong(kind, parts):
             _damaged(problems, file, f"{spelt[module]}: {wrong}")
             continue
-        updates[module] = _update(kind, parts, _peft_scale(config, module, parts), base_norm)
+        try:
+            scale = _peft_scale(config, module, parts)
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError):
+            _damaged(problems, file, f"PEFT's configuration gives {spelt[module]} no rank and alpha")
+            continue
+        updates[module] = _update(kind, parts, scale, base_norm)
         rows = updates[module].shape[0]
         if module.endswith(QKV) and rows % 3:
             _damaged(problems, file, f"{spelt[module]} changes {rows} rows, which q, k and v cannot share")
@@ -153,9 +161,21 @@ def _read_config(file: Path) -> Mapping[str, Any]:
     return config
 
 
+def _saved_config(file: Path, text: str) -> Mapping[str, Any]:
+    """PEFT's configuration from the metadata of a file that diffusers saved."""
+    try:
+        saved = json.loads(text)
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        cure = "save it again with diffusers, or remove this entry of its metadata"
+        fail(DAMAGED_ADAPTER, f"{file}: {_SAVED_CONFIG} is not a JSON object", Span(str(file)), cure=cure)
+    return {name.removeprefix("transformer."): value for name, value in saved.items()}
+
+
 def _peft_scale(config: Mapping[str, Any] | None, module: str, parts: Mapping[str, Tensor]) -> float | None:
     """What PEFT multiplies by, from its config; None for files that say it themselves."""
-    if config is None:
+    if config is None or "alpha" in parts:
         return None
     from peft.utils.other import get_pattern_key
 
@@ -331,7 +351,7 @@ def write_adapter(
         raise ValueError("row lengths must be made relative to the form's norm first")
     facts = {"format": "pt", "ideoflow.version": __version__, **(metadata or {})}
     facts.pop(BASE_NORM, None)
-    facts.pop("lora_adapter_metadata", None)  # PEFT's configuration of the file that this one comes from
+    facts.pop(_SAVED_CONFIG, None)  # of the file that this one comes from
     if relative == {True}:
         facts[BASE_NORM] = "base"
     state = state_dict(arranged, form, dtype)

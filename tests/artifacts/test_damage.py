@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,13 @@ def test_damage_is_told_with_its_file_and_key(tmp_path: Path, name: str) -> None
     found = refused(file)
     assert found.code is DAMAGED_ADAPTER
     assert all(word in found.message for word in words), found.message
+
+
+def test_a_damaged_configuration_in_the_metadata_is_told(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"r": 0}', '{"r": "many"}', '{"rank_pattern": 3}'):
+        save_file(whole(), tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+        found = refused(tmp_path / "a.safetensors")
+        assert found.code is DAMAGED_ADAPTER and re.search("lora_adapter_metadata|no rank", found.message)
 
 
 def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:

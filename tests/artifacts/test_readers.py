@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_readers import comfyui, dense, load_in_diffusers, original_layout, velocities
-from diffusers import Ideogram4Transformer2DModel
-from peft import PeftModel
+from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -96,6 +97,20 @@ def test_peft_loads_its_own_form(nano: BaseFacts, adapted: Any, tmp_path: Path, 
     torch.testing.assert_close(velocities(model), velocities(loaded.base_model.model), rtol=1e-4, atol=1e-4)
     again = read_adapter(folder)
     assert again.form == "peft" and again.kinds == sorted({u.kind for u in trained_updates(model).values()})
+
+
+def test_a_file_that_diffusers_saved_has_the_strength_of_its_metadata(adapted: Any, tmp_path: Path) -> None:
+    model = adapted(KINDS["lora-patterns"])
+    metadata = model.peft_config["default"].to_dict()
+    layers = get_peft_model_state_dict(model, adapter_name="default")
+    Ideogram4Pipeline.save_lora_weights(
+        tmp_path, layers, transformer_lora_adapter_metadata=json.loads(json.dumps(metadata, default=list))
+    )
+    (file,) = tmp_path.iterdir()
+    read, ours = read_adapter(file).updates, trained_updates(model)
+    assert read.keys() == ours.keys() and len({u.scale for u in read.values()}) > 1
+    for name, update in read.items():
+        torch.testing.assert_close(update.delta(), ours[name].delta())
 
 
 def test_the_file_can_be_bf16(adapted: Any, tmp_path: Path) -> None:
