@@ -78,7 +78,7 @@ def _in_comfyui(key: Key) -> bool:
 def _in_diffusers(keys: Sequence[Key]) -> str:
     """How diffusers loads all of them as they are meant; empty where it does not."""
     prefixes, names = {key.prefix for key in keys}, {key.name for key in keys}
-    if "diffusion_model." in prefixes or any(k.leaf == QKV and k.prefix != "lora_unet_" for k in keys):
+    if "diffusion_model." in prefixes or any(key.leaf == QKV for key in keys):
         known = all(key.leaf in ORIGINAL_MODULES for key in keys)
         one = prefixes - {""} in (set(), {"diffusion_model."}, {"conditional_transformer."})
         spelt = any(
