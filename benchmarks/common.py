@@ -67,6 +67,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def configuration(size: str) -> Any:
+    """The architecture of a size."""
+    with torch.device("meta"):
+        return Ideogram4Transformer2DModel(**SIZES[size]).config
+
+
 def random_transformer(size: str, device: torch.device, dtype: torch.dtype, *, fp8: bool = False,
                        seed: int = 0) -> Ideogram4Transformer2DModel:  # fmt: skip
     """A frozen transformer of random numbers; with ``fp8`` in the blocks' weights."""

@@ -1,17 +1,22 @@
-"""Each fused operation alone, at the full model's shapes: microseconds, and bytes or operations a second.
+"""Each fused operation alone, at the model's shapes: microseconds, and bytes or operations a second.
 
-python benchmarks/linear.py --json out.json
+Without a GPU these are the eager operations, or Triton's kernels in its interpreter.
+
+    python benchmarks/linear.py --json out.json
+    python benchmarks/linear.py --size nano --device cpu --tokens 64      # a try without a GPU
+    TRITON_INTERPRET=1 python benchmarks/linear.py --size nano --device cpu --tokens 16
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import environment, measure, write_json
+from common import configuration, environment, measure, write_json
 
 from ideoflow import kernels
 from ideoflow.engine.fused.weights import FrozenWeight, Scratch
@@ -31,17 +36,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--size", choices=["full", "nano"], default="full")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=4416)
-    parser.add_argument("--hidden", type=int, default=4608)
-    parser.add_argument("--intermediate", type=int, default=12288)
-    parser.add_argument("--heads", type=int, default=18)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ops = kernels.load("triton" if device.type == "cuda" else "reference")
+    device, config = torch.device(args.device), configuration(args.size)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    ops = kernels.load("triton" if device.type == "cuda" or interpreted else "reference")
     rows = []
-    t, d, f, r = args.tokens, args.hidden, args.intermediate, args.rank
+    heads, width = config.num_attention_heads, config.attention_head_dim
+    t, d, f, r = args.tokens, heads * width, config.intermediate_size, args.rank
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).bfloat16()
@@ -116,17 +122,20 @@ def main() -> None:
     gate_up, du, fold = normal(t, 2 * f), normal(t, f), normal(2 * f)
     add("swiglu", lambda: ops.swiglu(gate_up, True), u(f, 5))
     add("swiglu_backward", lambda: ops.swiglu_backward(du, gate_up, fold, True), u(f, 8))
-    qkv = normal(t, 3, args.heads, d // args.heads)
-    half = normal(t, d // args.heads // 2)
-    norm = normal(d // args.heads)
+    qkv = normal(t, 3, heads, width)
+    half = normal(t, width // 2)
+    norm = normal(width)
     inverse = ops.qk_norm_rope(qkv, norm, norm, half, half, 1e-5)
     add("qk_norm_rope", lambda: ops.qk_norm_rope(qkv, norm, norm, half, half, 1e-5), u(d, 8))
-    dqkv = normal(t, 3, args.heads, d // args.heads)
+    dqkv = normal(t, 3, heads, width)
     add("qk_norm_rope_backward",
         lambda: ops.qk_norm_rope_backward(*dqkv.unbind(1), qkv, inverse, norm, norm, half, half, s.fold,
                                           True),
         u(d, 13))  # fmt: skip
-    write_json(args.json, {"environment": environment(device), "tokens": args.tokens, "rows": rows})
+    write_json(
+        args.json,
+        {"environment": environment(device), "size": args.size, "tokens": args.tokens, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -67,7 +67,12 @@ CHANGES = {
 }
 CAPTION = "A photograph of <token>, a {}.\nobj: A table.\nobj: A window.\nobj: A lamp.\n"
 # The same for a LoKr.
-LOKR = {"adapter.factor": "8", "adapter.decompose_both": "true", "adapter.full_matrix": "true"}
+LOKR = {
+    "adapter.factor": "8",
+    "adapter.init": '"lycoris"',
+    "adapter.decompose_both": "true",
+    "adapter.full_matrix": "true",
+}
 # What these do is tested where they act: on files, on reports, on where things go.
 ELSEWHERE = {
     "data.images", "data.source", "data.instance_prompt", "data.caption_column", "data.image_column",
@@ -129,7 +134,7 @@ def test_settings_of_a_lokr_change_it(project: Path) -> None:
     lokr = {"adapter.kind": '"lokr"'}
     plain = adapter(project, "lokr", lokr)
     for key, value in LOKR.items():
-        assert not same(adapter(project, key.replace(".", "-"), lokr | {key: value}), plain)
+        assert not same(adapter(project, f"lokr-{key}", lokr | {key: value}), plain)
 
 
 def test_the_same_settings_learn_the_same(project: Path, plain: dict[str, Tensor]) -> None:

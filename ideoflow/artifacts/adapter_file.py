@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ideoflow import __version__
-from ideoflow.artifacts.names import PARTS, QKV, Form, attention_of, read_key, write_key
+from ideoflow.artifacts.names import FUSED, PARTS, QKV, Form, attention_of, read_key, write_key
+from ideoflow.artifacts.readers import BASE_NORM
 from ideoflow.artifacts.updates import CannotJoin, Loha, Lokr, Lora, Update, join
 from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes.artifacts import CANNOT_CONVERT, DAMAGED_ADAPTER, NOT_AN_ADAPTER, UNWRITABLE
@@ -26,9 +27,8 @@ from ideoflow.model.files import read_safetensors_header
 from ideoflow.model.forms import unread_file
 from ideoflow.resources import write_whole
 
-# Says that a file's row lengths are relative to the base's norms, as ComfyUI takes them.
-BASE_NORM = "ideoflow.dora_lengths"
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+_SAVED_CONFIG = "lora_adapter_metadata"  # PEFT's configuration, where diffusers saved the file
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _REQUIRED = {"lora": {"down", "up"}, "loha": {"w1_a", "w1_b", "w2_a", "w2_b"}}
 
@@ -66,17 +66,22 @@ def read_adapter(path: Path) -> Adapter:
         config_file, file = (path / name for name in PEFT_FILES)
         config = _read_config(config_file)
     tensors, metadata = _read_tensors(file)
+    if config is None and _SAVED_CONFIG in metadata:
+        config = _saved_config(file, metadata[_SAVED_CONFIG])
     problems = Collector()
     grouped: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, str] = {}
     forms: dict[Form, int] = {}
+    spelt: dict[str, str] = {}
     for name, tensor in tensors.items():
         key = read_key(name)
         if key is None:
             cure = "adapters for Ideogram 4 have keys like diffusion_model.layers.0.attention.o.lora_A.weight"
             problems.add(DAMAGED_ADAPTER, f"{file}: the key {name} is not known", Span(str(file)), cure=cure)
             continue
-        forms[key.form] = forms.get(key.form, 0) + 1
+        spelt[key.module] = name.removesuffix(f".{key.name}")
+        if key.form:
+            forms[key.form] = forms.get(key.form, 0) + 1
         if tensor.dtype not in _FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             _damaged(problems, file, f"{name} holds {kind}, not floating-point numbers")
@@ -88,16 +93,24 @@ def read_adapter(path: Path) -> Adapter:
             _damaged(problems, file, f"{name} is of a {key.kind}, and {key.module} has a {kinds[key.module]}")
         grouped.setdefault(key.module, {})[key.tensor] = tensor
     problems.raise_if_errors()
-    if not forms:
+    if not tensors:
         fail(NOT_AN_ADAPTER, f"{file} holds no tensors", Span(str(file)), cure="give an adapter's file")
     base_norm = metadata.get(BASE_NORM) == "base"
     updates = {}
     for module, parts in grouped.items():
         kind = kinds.get(module, "lora")
         if wrong := _wrong(kind, parts):
-            _damaged(problems, file, f"{module}: {wrong}")
-        else:
-            updates[module] = _update(kind, parts, _peft_scale(config, module, parts), base_norm)
+            _damaged(problems, file, f"{spelt[module]}: {wrong}")
+            continue
+        try:
+            scale = _peft_scale(config, module, parts)
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError):
+            _damaged(problems, file, f"PEFT's configuration gives {spelt[module]} no rank and alpha")
+            continue
+        updates[module] = _update(kind, parts, scale, base_norm)
+        rows = updates[module].shape[0]
+        if module.endswith(QKV) and rows % 3:
+            _damaged(problems, file, f"{spelt[module]} changes {rows} rows, which q, k and v cannot share")
     for module in updates:
         if module.endswith(QKV) and any(f"{attention_of(module)}{p}" in updates for p in PARTS):
             _damaged(problems, file, f"{module} is there as one and in parts")
@@ -106,8 +119,8 @@ def read_adapter(path: Path) -> Adapter:
     for tensor in tensors.values():
         types[tensor.dtype] = types.get(tensor.dtype, 0) + tensor.numel()
     dtype = max(types, key=lambda t: types[t])
-    return Adapter(dict(sorted(updates.items(), key=_in_order)), max(forms, key=lambda f: forms[f]), dtype,
-                   metadata, path)  # fmt: skip
+    form = max(forms, key=lambda f: forms[f], default="diffusers")
+    return Adapter(dict(sorted(updates.items(), key=_in_order)), form, dtype, metadata, path)
 
 
 def _in_order(item: tuple[str, Any]) -> tuple[int, str]:
@@ -148,9 +161,21 @@ def _read_config(file: Path) -> Mapping[str, Any]:
     return config
 
 
+def _saved_config(file: Path, text: str) -> Mapping[str, Any]:
+    """PEFT's configuration from the metadata of a file that diffusers saved."""
+    try:
+        saved = json.loads(text)
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        cure = "save it again with diffusers, or remove this entry of its metadata"
+        fail(DAMAGED_ADAPTER, f"{file}: {_SAVED_CONFIG} is not a JSON object", Span(str(file)), cure=cure)
+    return {name.removeprefix("transformer."): value for name, value in saved.items()}
+
+
 def _peft_scale(config: Mapping[str, Any] | None, module: str, parts: Mapping[str, Tensor]) -> float | None:
     """What PEFT multiplies by, from its config; None for files that say it themselves."""
-    if config is None:
+    if config is None or "alpha" in parts:
         return None
     from peft.utils.other import get_pattern_key
 
@@ -231,7 +256,7 @@ def for_form(
     Raises:
         IdeoflowError: if the base is needed and not there.
     """
-    want, made = form == "comfyui", dict(updates)
+    want, made = form in FUSED, dict(updates)
 
     def weight(module: str) -> Tensor:
         if weight_of is None:
@@ -245,7 +270,7 @@ def for_form(
         if update.base_norm != want:
             made[module] = update.with_norms(weight(module), base_norm=want)
         attention = attention_of(module)
-        if form in ("comfyui", "kohya") and attention and not module.endswith(QKV):
+        if form in FUSED and attention and not module.endswith(QKV):
             for part in (attention + p for p in PARTS):
                 if part not in updates:  # its rows keep their own lengths
                     nothing = replace(update, down=update.down[:0], up=update.up[:, :0], base_norm=want)
@@ -260,7 +285,7 @@ def arrange(adapter: Mapping[str, Update], form: Form, place: str = "the adapter
         IdeoflowError: where there is no exact way.
     """
     arranged: dict[str, Update] = {}
-    one = form in ("comfyui", "kohya")
+    one = form in FUSED
     for module, update in adapter.items():
         attention = attention_of(module)
         fused = module.endswith(QKV)
@@ -292,7 +317,7 @@ def state_dict(updates: Mapping[str, Update], form: Form, dtype: torch.dtype) ->
         tensors = {n: t for n, t in vars(update).items() if isinstance(t, Tensor)}
         for name, tensor in tensors.items():
             if name == "lengths":  # few, and each scales a whole row: kept in full
-                tensor = tensor.float()[:, None] if form in ("comfyui", "kohya") else tensor.float()
+                tensor = tensor.float()[:, None] if form in FUSED else tensor.float()
             else:
                 tensor = tensor.to(dtype)
             # A copy each: q, k and v may share a factor, which safetensors does not store twice.
@@ -322,11 +347,11 @@ def write_adapter(
         fail(CANNOT_CONVERT, "diffusers has no reader for a LoHa", Span(str(path)), cure=cure)
     arranged = arrange(updates, form, str(path))
     relative = {u.base_norm for u in arranged.values() if isinstance(u, Lora) and u.lengths is not None}
-    if relative and (len(relative) > 1 or relative != {form == "comfyui"}):
+    if relative and (len(relative) > 1 or (relative == {True} and form not in FUSED)):
         raise ValueError("row lengths must be made relative to the form's norm first")
     facts = {"format": "pt", "ideoflow.version": __version__, **(metadata or {})}
     facts.pop(BASE_NORM, None)
-    facts.pop("lora_adapter_metadata", None)  # PEFT's configuration of the file that this one comes from
+    facts.pop(_SAVED_CONFIG, None)  # of the file that this one comes from
     if relative == {True}:
         facts[BASE_NORM] = "base"
     state = state_dict(arranged, form, dtype)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ideoflow.artifacts.adapter_file import PEFT_FILES, digest, read_adapter
-from ideoflow.plan.adapters import readers
+from ideoflow.artifacts.readers import readers
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class AdapterInfo:
     """Facts about an adapter.
 
     Args:
+        readers, remarks: who loads it, and what is odd about it (:mod:`ideoflow.artifacts.readers`).
         targets: the modules within a block that are changed anywhere.
         ranks: how many modules have each rank; ``full`` for a LoKr of whole factors.
         scales: how many modules have each alpha / rank.
@@ -29,6 +30,7 @@ class AdapterInfo:
     form: str
     kinds: list[str]
     readers: str
+    remarks: tuple[str, ...]
     modules: int
     blocks: int
     targets: list[str]
@@ -60,15 +62,13 @@ def describe(path: Path) -> AdapterInfo:
     updates = adapter.updates
     blocks = {module.split(".")[1] for module in updates}
     tensors = [t for u in updates.values() for t in vars(u).values() if isinstance(t, Tensor)]
-    if adapter.form in ("comfyui", "diffusers"):
-        loads = ", ".join(sorted({readers(kind, adapter.form) for kind in adapter.kinds}))
-    else:
-        loads = {"kohya": "ComfyUI, not in diffusers", "peft": "PEFT"}[adapter.form]
+    loads = readers(files[-1], folder=path.is_dir())
     return AdapterInfo(
         path,
         adapter.form,
         adapter.kinds,
-        loads,
+        loads.words,
+        loads.remarks,
         len(updates),
         len(blocks),
         sorted({module.split(".", 2)[2] for module in updates}),

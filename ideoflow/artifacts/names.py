@@ -21,16 +21,19 @@ from ideoflow.model.spec import TransformerSpec
 
 Form = Literal["comfyui", "diffusers", "peft", "kohya"]
 FORMS: tuple[Form, ...] = get_args(Form)
+FUSED: tuple[Form, ...] = ("comfyui", "kohya")  # those that have q, k and v as one
 QKV = "attention.qkv"
 PARTS = ("attention.to_q", "attention.to_k", "attention.to_v")
 # Modules of a block by diffusers' names, and the fused one.
-_MODULES = (*TransformerSpec().block_linears(), QKV)
+DIFFUSERS_MODULES = TransformerSpec().block_linears()
+_MODULES = (*DIFFUSERS_MODULES, QKV)
 _ORIGINAL = {"attention.to_out.0": "attention.o"}
+ORIGINAL_MODULES = tuple(_ORIGINAL.get(name, name) for name in _MODULES if name not in PARTS)
 _LEAVES = {name: name for name in _MODULES} | {
     "attention.o": "attention.to_out.0",
     "attention.to_out": "attention.to_out.0",
 }
-_FLAT = {name.replace(".", "_"): module for name, module in _LEAVES.items()}
+_FLAT = {name.replace(".", "_"): name for name in _LEAVES}
 _PREFIXES: dict[str, Form] = {
     "diffusion_model.": "comfyui",
     "model.diffusion_model.": "comfyui",
@@ -41,7 +44,6 @@ _PREFIXES: dict[str, Form] = {
     "lora_unet_": "kohya",
     "lora_transformer_": "kohya",
     "lycoris_": "kohya",
-    "": "diffusers",
 }
 # Tensors of a module by what they are called in files.
 _TENSORS = {
@@ -56,9 +58,9 @@ _TENSORS = {
     "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"), "hada": ("w1_a", "w1_b", "w2_a", "w2_b"),
 }.items() for part in parts}  # fmt: skip
 _KEY = re.compile(
-    r"(?P<prefix>|" + "|".join(re.escape(p) for p in sorted(filter(None, _PREFIXES), key=len, reverse=True))
-    + r")layers[._](?P<block>\d+)[._](?P<module>.+?)\.(?P<tensor>" + "|".join(_TENSORS)
-    + r")(?:\.default)?(?:\.weight)?"
+    r"(?P<prefix>|" + "|".join(re.escape(p) for p in sorted(_PREFIXES, key=len, reverse=True))
+    + r")layers[._](?P<block>\d+)[._](?P<module>.+?)\.(?P<name>(?P<tensor>" + "|".join(_TENSORS)
+    + r")(?:\.default)?(?:\.weight)?)"
 )  # fmt: skip
 
 _ATTENTION = re.compile(r"(layers\.\d+\.)(?:" + "|".join(map(re.escape, (*PARTS, QKV))) + ")")
@@ -69,12 +71,17 @@ class Key:
     """What a key of an adapter file says.
 
     Args:
+        form: None where it could be any: without a prefix, of a module that has one name in all.
+        prefix, leaf, name: how the file spells it: ``transformer.``, ``attention.o``, ``lora_A.weight``.
         module: diffusers' module name, or ``layers.N.attention.qkv``.
         tensor: ``down``, ``up``, ``lengths``, ``alpha``, or a factor's name such as ``w1_a``.
         kind: ``lora``, ``lokr`` or ``loha``, as far as this key tells.
     """
 
-    form: Form
+    form: Form | None
+    prefix: str
+    leaf: str
+    name: str
     module: str
     tensor: str
     kind: str | None
@@ -85,16 +92,19 @@ def read_key(key: str) -> Key | None:
     match = _KEY.fullmatch(key)
     if match is None:
         return None
-    form = _PREFIXES[match["prefix"]]
-    module = (_FLAT if form == "kohya" else _LEAVES).get(match["module"])
-    if module is None:
+    prefix, leaf, tensor = match["prefix"], match["module"], match["tensor"]
+    form: Form | None = _PREFIXES.get(prefix)
+    if form == "kohya":
+        leaf = _FLAT.get(leaf, leaf)
+    if leaf not in _LEAVES:
         return None
-    if form == "diffusers" and not match["prefix"] and module == QKV:
-        form = "comfyui"
-    tensor = match["tensor"]
+    if form is None and (leaf in ORIGINAL_MODULES) != (leaf in DIFFUSERS_MODULES):
+        form = "comfyui" if leaf in ORIGINAL_MODULES else "diffusers"
     family = tensor.partition("_")[0]
     kind = {"lora": "lora", "dora": "lora", "lokr": "lokr", "hada": "loha"}.get(family)
-    return Key(form, f"layers.{match['block']}.{module}", _TENSORS[tensor], kind)
+    return Key(
+        form, prefix, leaf, match["name"], f"layers.{match['block']}.{_LEAVES[leaf]}", _TENSORS[tensor], kind
+    )
 
 
 def write_key(form: Form, module: str, tensor: str, kind: str) -> str:
@@ -102,7 +112,7 @@ def write_key(form: Form, module: str, tensor: str, kind: str) -> str:
     block, _, leaf = module.removeprefix("layers.").partition(".")
     prefix = {"comfyui": "diffusion_model.", "diffusers": "transformer.", "peft": "base_model.model.",
               "kohya": "lora_unet_"}[form]  # fmt: skip
-    if form in ("comfyui", "kohya"):
+    if form in FUSED:
         leaf = _ORIGINAL.get(leaf, leaf)
     place = f"layers.{block}.{leaf}"
     if form == "kohya":

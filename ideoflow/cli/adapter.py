@@ -79,6 +79,7 @@ def _page(found: AdapterInfo) -> str:
     lines = [
         str(found.path),
         f"  {' and '.join(found.kinds)} in the form of {found.form}; loads in {found.readers}",
+        *(f"  {remark}" for remark in found.remarks),
         f"  {found.modules} modules in {found.blocks} blocks: {', '.join(found.targets)}",
         f"  ranks {ranks}; alpha / rank {scales}",
         f"  {found.parameters / 1e6:.2f} M parameters, {found.dtype}, {found.bytes / 1e6:.1f} MB",

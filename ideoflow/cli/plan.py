@@ -15,6 +15,7 @@ from ideoflow.cli import show
 from ideoflow.diagnostics import closest, fail
 from ideoflow.diagnostics.codes.plan import (
     BAD_AXIS,
+    EMPTY_OPTION,
     NO_DECISION,
     NO_RECIPE,
     NOTHING_MEASURED,
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from ideoflow.plan import Plan
     from ideoflow.plan.document import DataSummary, Hardware
     from ideoflow.recipe import Recipe
+
+
+_TABLES = ("compare", "batch", "resolution", "rank")
+_VIEWS = ("json", "explain", "diff")
+_VALUES = ("gpu", *_TABLES, "explain", "diff", "output", "html")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     from ideoflow.plan import load_plan
 
+    for name in _VALUES:
+        if (given := getattr(args, name)) is not None and not given.strip():
+            cure = f"give a value, or leave --{name} out: ideoflow plan --help"
+            fail(EMPTY_OPTION, f"--{name} is there without a value", cure=cure)
     if args.calibrate:
         return _calibrate(args)
     if args.recipe is None:
@@ -72,11 +82,11 @@ def execute(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """No option is ignored: those that would be are mistakes."""
-    tables = [f"--{name}" for name in ("compare", "batch", "resolution", "rank") if getattr(args, name)]
+    tables = [f"--{name}" for name in _TABLES if getattr(args, name)]
     several = ["--processes"] * (args.processes != 1)
     if args.processes < 1:
         fail(OPTIONS_APART, f"--processes {args.processes} trains nothing", cure="give 1 or more")
-    views = [f"--{name}" for name in ("json", "explain", "diff") if getattr(args, name)]
+    views = [f"--{name}" for name in _VIEWS if getattr(args, name)]
     if Path(args.recipe).suffix == ".json" and (others := ["--gpu"] * bool(args.gpu) + several + tables):
         message = f"{args.recipe} is a finished plan, and {others[0]} makes another one"
         fail(OPTIONS_APART, message, cure="give the recipe that it was made from")
@@ -90,8 +100,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from ideoflow.plan.render import print_trials
     from ideoflow.workflow import calibrate
 
-    others = ("gpu", "compare", "batch", "resolution", "rank", "explain", "diff", "json", "output", "html")
-    given = [f"--{name}" for name in others if getattr(args, name)]
+    given = [f"--{name}" for name in (*_VALUES, "json") if getattr(args, name)]
     given += ["--processes"] * (args.processes != 1)
     if args.recipe and Path(args.recipe).suffix == ".json":
         given.append(args.recipe)
@@ -113,8 +122,11 @@ class _Planner:
         from ideoflow.model.base import locate_base
         from ideoflow.plan import detect_hardware, named_hardware
         from ideoflow.plan.calibration import load_calibration
+        from ideoflow.plan.variants import AXES
         from ideoflow.recipe import load_recipe
 
+        self.compared = [named_hardware(name) for name in args.compare.split(",")] if args.compare else []
+        self.axes = {axis: _numbers(axis, text) for axis in AXES if (text := getattr(args, axis))}
         self.recipe = load_recipe(args.recipe)
         settings = self.recipe.tables.memory
         span = self.recipe.span("memory.device")
@@ -190,34 +202,32 @@ def _page(args: argparse.Namespace, plan: Plan, planner: _Planner | None) -> Non
     with _console() as console:
         print_page(plan, console)
         if planner:
-            _tables(args, planner, console)
+            _tables(planner, console)
     if args.output:
         print(f"\nWrote {args.output}   run exactly this: ideoflow run {args.output}", flush=True)
     show(plan.warnings)
 
 
-def _tables(args: argparse.Namespace, planner: _Planner, console: Console) -> None:
+def _tables(planner: _Planner, console: Console) -> None:
     """One table for each axis that was asked for; a row for each card."""
-    from ideoflow.plan import named_hardware
     from ideoflow.plan.render import print_legend, print_table
-    from ideoflow.plan.variants import AXES
 
-    cards = [planner.hardware, *(named_hardware(n) for n in (args.compare or "").split(",") if n.strip())]
-    axes = {axis: _numbers(axis, text) for axis in AXES if (text := getattr(args, axis))}
-    if args.compare and not axes:
+    cards, axes = [planner.hardware, *planner.compared], planner.axes
+    if planner.compared and not axes:
         rows = [(card.name, [planner.plan(hardware=card, brief=True)]) for card in cards]
         print_table("machine", ["peak, a step"], rows, console)
     for axis, values in axes.items():
         rows = [(card.name, planner.variants(axis, values, card)) for card in cards]
         print_table(axis, [str(v) for v in values], rows, console)
-    if args.compare or axes:
+    if planner.compared or axes:
         print_legend(console)
 
 
 def _numbers(axis: str, text: str) -> list[int]:
     limits = {"batch": (1, 4096, 1), "resolution": (64, 2048, 16), "rank": (1, 1024, 1)}
     least, most, step = limits[axis]
-    values = [int(word) if word.strip().isdigit() else -1 for word in text.split(",")]
+    words = [word.strip() for word in text.split(",")]
+    values = [int(word) if word.isascii() and word.isdecimal() else -1 for word in words]
     if any(not least <= v <= most or v % step for v in values):
         multiple = f", multiples of {step}" if step > 1 else ""
         cure = (

@@ -56,7 +56,9 @@ def peft_config(settings: AdapterSettings, modules: tuple[AdaptedModule, ...]) -
                               "alpha_pattern": alphas, "r": modules[0].rank}  # fmt: skip
     if settings.kind == "lokr":
         factor = settings.factor or -1
-        return LoKrConfig(decompose_factor=factor, decompose_both=settings.decompose_both, **common)
+        start: Any = "lycoris" if settings.init == "lycoris" else True
+        both = settings.decompose_both
+        return LoKrConfig(decompose_factor=factor, decompose_both=both, init_weights=start, **common)
     if settings.kind == "loha":
         return LoHaConfig(**common)
     return LoraConfig(

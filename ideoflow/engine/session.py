@@ -19,6 +19,7 @@ from PIL import Image
 from ideoflow.artifacts import Checkpoints
 from ideoflow.artifacts.adapter_file import for_form, write_adapter
 from ideoflow.artifacts.names import Form
+from ideoflow.artifacts.readers import readers
 from ideoflow.data.survey import Dataset, Prompt
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.artifacts import UNWRITABLE
@@ -33,7 +34,7 @@ from ideoflow.engine.profile import RunProfile, capture_training
 from ideoflow.engine.sampling import Sampler, write_picture
 from ideoflow.engine.setup import Trainable, build, plan_device
 from ideoflow.model.load import PRECISIONS
-from ideoflow.plan.adapters import forms_of, rank_words, readers
+from ideoflow.plan.adapters import forms_of, rank_words
 from ideoflow.plan.document import Plan
 
 
@@ -217,7 +218,7 @@ class _Session:
             arranged = for_form(updates, cast(Form, form), weight)
             write_adapter(file, arranged, cast(Form, form), PRECISIONS[plan.tables.output.dtype], metadata)
             files.append(file)
-            self.emit(Note(f"{file.name} loads in {readers(adapter.kind, form)}"))
+            self.emit(Note(f"{file.name} loads in {readers(file).words}"))
         return files[0]
 
     def _tell(self, warnings: Sequence[Diagnostic]) -> None:

@@ -228,11 +228,3 @@ def rank_words(settings: AdapterSettings) -> str:
 def forms_of(format: str) -> tuple[str, ...]:
     """The forms that ``output.format`` asks for."""
     return ("comfyui", "diffusers") if format == "both" else (format,)
-
-
-def readers(kind: str, form: str) -> str:
-    """Who loads an adapter file, in words (docs/adapters.md has the sources and the table)."""
-    if form == "comfyui":
-        return "ComfyUI and diffusers" if kind == "lora" else "ComfyUI, not in diffusers"
-    how = ", with transformer.load_lora_adapter" if kind == "lokr" else ""
-    return f"diffusers{how}, not in ComfyUI"

@@ -17,6 +17,7 @@ from ideoflow.diagnostics.codes.plan import (
     NOT_RECOMMENDED,
     PROXY_GUIDANCE,
     TIGHT,
+    WITHOUT_EFFECT,
 )
 from ideoflow.model.spec import PIXELS_PER_TOKEN
 from ideoflow.plan.choices import fixed_by_recipe, refusals
@@ -205,6 +206,14 @@ def advise(plan: Plan, problem: Problem, best: Evaluation, recipe: Recipe) -> tu
             TIGHT,
             f"the run needs {peak / GIB:.1f} of {free / GIB:.1f} GiB",
             cure="close what else uses the card",
+        )
+    rounded = plan.decision("quantize_via")
+    if rounded.source == "recipe" and rounded.reason_code == "not-used":
+        found.add(
+            WITHOUT_EFFECT,
+            f"quantize_via = '{rounded.value}' has no effect: no weights are rounded",
+            recipe.span("memory.quantize_via"),
+            cure="remove it, or set the precision that is meant",
         )
     _about_device(plan, found)
     _about_storage(plan, problem, best, found, recipe)

@@ -444,6 +444,12 @@ def _contradictions(
         )
     if m.quantize_via == "gpu" and device == "cpu":
         yield "quantize_via", "quantize_via = 'gpu', and there is none", "set quantize_via = 'auto' or 'cpu'"
+    elif m.quantize_via != "auto" and m.precision in ("bf16", "float32"):
+        yield (
+            "quantize_via",
+            f"quantize_via is about weights that are rounded, and precision = '{m.precision}' rounds none",
+            "remove quantize_via, or set precision = 'fp8', 'int8' or 'nf4'",
+        )
     grouping = {
         "offload_blocks": (m.offload_blocks != 1, ("block", "disk")),
         "offload_streams": (not m.offload_streams, GROUPED),

@@ -7,6 +7,7 @@ damaged or from another version, so the first mismatch stops the reading.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ideoflow.diagnostics.codes import Code, find_code
 
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_MOST = sys.float_info.max
 _SCHEMA_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -121,8 +123,10 @@ def _decode_scalar(annotation: Any, data: Any, where: str) -> Any:
         if code is None:
             raise Mismatch(where, f"there is no diagnostic code {data}")
         return code
-    if annotation is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+    if annotation is float and isinstance(data, int | float) and not isinstance(data, bool):
+        if not abs(data) <= _MOST:
+            raise Mismatch(where, "must be a finite number")
+        return data  # a whole number stays one, so that it is written again as it was
     if annotation is type(None):
         if data is not None:
             raise Mismatch(where, "must be null")

@@ -297,8 +297,10 @@ def _quantize_via(problem: Problem, choice: Choice) -> Decision:
     asked = problem.tables.memory.quantize_via
     if choice.precision not in QUANTISED or choice.precision == problem.base.storage:
         reason = "the weights are not rounded"
+        if asked != "auto":
+            return Decision("quantize_via", asked, "recipe", "not-used", reason)
         kind = "cpu" if choice.device == "cpu" else "gpu"
-        return Decision("quantize_via", kind if asked == "auto" else asked, "auto", "not-used", reason)
+        return Decision("quantize_via", kind, "auto", "not-used", reason)
     if asked != "auto":
         return Decision("quantize_via", asked, "recipe", "recipe", "you set this")
     if choice.device == "cpu":

@@ -122,7 +122,7 @@ _ALIASES = {
     "rtx-4060-ti-8gb": "rtx-4060-ti",
     "rtx-3060-12gb": "rtx-3060",
 }
-_SIZE = re.compile(r"(\d{1,3})(?:-?gi?b)")
+_SIZE = re.compile(r"([1-9]\d{0,2})(?:-?gi?b)")
 
 
 def profile_names() -> list[str]:

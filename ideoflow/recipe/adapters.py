@@ -19,10 +19,13 @@ def check_adapter(
 ) -> None:
     """Reports by ``contradiction(key, message, cure)``; ``form`` is ``output.format``."""
     low_rank = a.kind in ("lora", "dora")
-    for key in ("rslora", "init"):
-        if is_set(f"adapter.{key}") and not low_rank:
-            message = f"{key} is for lora and dora, and kind is '{a.kind}'"
-            contradiction(f"adapter.{key}", message, f"remove {key}, or set kind = 'lora'")
+    if is_set("adapter.rslora") and not low_rank:
+        message = f"rslora is for lora and dora, and kind is '{a.kind}'"
+        contradiction("adapter.rslora", message, "remove rslora, or set kind = 'lora'")
+    kinds = {"gaussian": ("lora", "dora"), "lycoris": ("lokr",)}.get(a.init, (a.kind,))
+    if a.kind not in kinds:
+        message = f"init = '{a.init}' is for {' and '.join(kinds)}, and kind is '{a.kind}'"
+        contradiction("adapter.init", message, f"remove init, or set kind = '{kinds[0]}'")
     for key in ("factor", "decompose_both", "full_matrix"):
         if is_set(f"adapter.{key}") and a.kind != "lokr":
             message = f"{key} is for lokr, and kind is '{a.kind}'"

@@ -10,6 +10,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ideoflow.diagnostics import closest
@@ -190,7 +191,8 @@ def _report_mismatch(
     one_of = " or ".join(allowed) if len(choices) == 1 else "one of: " + ", ".join(allowed)
     if isinstance(value, str | bool):
         word = str(value).lower()
-        if found := spec.metadata.get("elsewhere", {}).get(word):
+        known = spec.metadata.get("elsewhere", {})
+        if found := next((known[glob] for glob in known if fnmatchcase(word, glob)), None):
             why, cure = found
             shown = word if isinstance(value, bool) else f"'{value}'"
             message = f"'{path[-1]}' cannot be {shown}: it {why}"

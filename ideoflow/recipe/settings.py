@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+from ideoflow.recipe.elsewhere import CAPTION_ELSEWHERE, COMPILE_ELSEWHERE, CROP_ELSEWHERE, INIT_ELSEWHERE
+
 
 def setting(
     default: Any = ...,
@@ -27,7 +29,7 @@ def setting(
 
     ``above`` is an exclusive lower bound. ``megapixels`` marks a size that resolution_type = 'area' says in
     megapixels, of which the reader makes pixels. ``elsewhere`` are values that other trainers take and this
-    one does not: what is wrong with each here, and what to write instead.
+    one does not (:mod:`ideoflow.recipe.elsewhere`), by globs.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple_of": multiple_of}
     metadata: dict[str, Any] = {"doc": doc} | {k: v for k, v in bounds.items() if v is not None}
@@ -38,24 +40,6 @@ def setting(
     if isinstance(default, Mapping):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-# Ways to ask for torch.compile elsewhere (Accelerate's dynamo_backend and dynamo_mode among them): what is
-# wrong with each here, and what to write.
-_REGIONAL = "write 'regional', or 'auto' for what pays on this card"
-_WHOLE = ("compiles all blocks as one graph, for minutes, and again for other shapes", _REGIONAL)
-_GRAPHS = ("replays CUDA graphs, which overwrite outputs that PEFT's layers still read", _REGIONAL)
-_TUNING = ("times many kernels for each product and shape, for minutes", _REGIONAL)
-COMPILE_ELSEWHERE = {
-    "reduce-overhead": _GRAPHS,
-    "cudagraphs": _GRAPHS,
-    "max-autotune": _TUNING,
-    "max-autotune-no-cudagraphs": _TUNING,
-    "fullgraph": ("makes errors of what torch.compile cannot follow, and nothing faster", _REGIONAL),
-    **dict.fromkeys(("whole", "full", "default", "inductor"), _WHOLE),
-    **dict.fromkeys(("true", "on", "yes"), ("does not say what to compile", _REGIONAL)),
-    **dict.fromkeys(("false", "no", "none", "eager"), ("is how other trainers say it", "write 'off'")),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +56,6 @@ class ModelSettings:
         "id. Default: the file's own folder.",
     )
     revision: str | None = setting(None, doc="Commit, tag or branch of base, else of parts; pins re-runs.")
-
-
-# The same for data loaders.
-CAPTION_ELSEWHERE = {
-    **dict.fromkeys(("textfile", "txt"), ("is how other trainers say it", "write 'sidecar'")),
-    **dict.fromkeys(("instanceprompt", "prompt"), ("is how other trainers say it", "write 'instance'")),
-    **dict.fromkeys(
-        ("parquet", "jsonl", "csv", "huggingface", "metadata"),
-        ("is a kind of source, which images names", "write 'column', or 'auto'"),
-    ),
-}
-CROP_ELSEWHERE = {
-    "face": ("would need something that finds faces", "write 'center', or cut the faces out beforehand"),
-    "true": ("does not say which part stays", "write 'center' or 'random'"),
-    "false": ("is how other trainers say it", "write 'off'"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,10 +262,11 @@ class AdapterSettings:
         doc="Other alphas for some of the targets: glob = alpha; of several that match, the last counts.",
         above=0.0,
     )
-    init: Literal["default", "gaussian"] = setting(
+    init: Literal["default", "gaussian", "lycoris"] = setting(
         "default",
-        doc="How the first factor of a lora or dora starts: PEFT's Kaiming-uniform, or a Gaussian; the "
-        "second is zero.",
+        doc="How it starts, without changing the model. A lora or dora: the first factor Kaiming-uniform, or "
+        "gaussian; the second is zero. A lokr: the first factor is zero, or as in LyCORIS the second.",
+        elsewhere=INIT_ELSEWHERE,
     )
     factor: int | None = setting(
         None,

@@ -7,9 +7,14 @@ in front, or with ``lora_unet_`` and underscores; ``weight += strength * alpha /
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor
+
+from ideoflow.model.base import BaseFacts
 
 
 def velocities(model: Ideogram4Transformer2DModel) -> Tensor:
@@ -26,6 +31,28 @@ def velocities(model: Ideogram4Transformer2DModel) -> Tensor:
             indicator=indicator,
         ).sample
     return out[:, 7:]
+
+
+def load_in_diffusers(
+    base: BaseFacts, file: Path, *, by_transformer: bool = False
+) -> Ideogram4Transformer2DModel:
+    """The transformer after diffusers' own loader: the pipeline's, or the transformer's own."""
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "vae", "unconditional_transformer"))
+    pipeline = Ideogram4Pipeline.from_pretrained(base.folder, **absent)
+    if by_transformer:
+        pipeline.transformer.load_lora_adapter(load_file(file))
+    else:
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    return pipeline.transformer
+
+
+def dense(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights with the adapter merged by PEFT itself."""
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            layer.merge()
+    state = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
+    return {k: v for k, v in state.items() if not any(x in k for x in ("lora_", "lokr_", "hada_"))}
 
 
 def original_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:

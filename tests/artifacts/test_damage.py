@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def put(key: str, value: Tensor) -> Damage:
     return lambda state: state.update({key: value})
 
 
+def qkv_of(**shapes: tuple[int, int]) -> Damage:
+    names = {name: f"{name}.weight" if name.startswith("lora") else name for name in shapes}
+    key = "diffusion_model.layers.0.attention.qkv"
+    return lambda state: state.update({f"{key}.{names[n]}": torch.ones(*s) for n, s in shapes.items()})
+
+
 def qkv_twice(state: dict[str, Tensor]) -> None:
     for module in ("qkv", "to_k"):
         for factor, shape in (("A", (2, 6)), ("B", (6, 2))):
@@ -72,6 +79,11 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "lengths of a lokr": (put(f"{LOKR}.dora_scale", torch.ones(8, 1)), ("feed_forward.w2", "lokr")),
     "two kinds": (put(f"{LORA}.lokr_w1", torch.ones(2, 2)), ("feed_forward.w1", "lokr", "lora")),
     "two names": (put(f"{LORA}.lora_down.weight", torch.ones(2, 8)), ("w1", "twice")),
+    "rows of qkv": (
+        qkv_of(lora_A=(2, 6), lora_B=(7, 2)),
+        ("diffusion_model.layers.0.attention.qkv", "7 rows"),
+    ),
+    "rows of a product": (qkv_of(lokr_w1=(2, 3), lokr_w2=(4, 2)), ("layers.0.attention.qkv", "8 rows")),
     "qkv twice": (qkv_twice, ("layers.0.attention.qkv", "as one and in parts")),
 }
 
@@ -100,6 +112,13 @@ def test_damage_is_told_with_its_file_and_key(tmp_path: Path, name: str) -> None
     found = refused(file)
     assert found.code is DAMAGED_ADAPTER
     assert all(word in found.message for word in words), found.message
+
+
+def test_a_damaged_configuration_in_the_metadata_is_told(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"r": 0}', '{"r": "many"}', '{"rank_pattern": 3}'):
+        save_file(whole(), tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+        found = refused(tmp_path / "a.safetensors")
+        assert found.code is DAMAGED_ADAPTER and re.search("lora_adapter_metadata|no rank", found.message)
 
 
 def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_readers import comfyui, original_layout, velocities
+from adapter_readers import comfyui, dense, load_in_diffusers, original_layout, velocities
 from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
-from ideoflow.artifacts.adapter_file import for_form, read_adapter, write_adapter
+from ideoflow.artifacts.adapter_file import PEFT_FILES, for_form, read_adapter, write_adapter
+from ideoflow.artifacts.names import FUSED
+from ideoflow.artifacts.readers import readers
 from ideoflow.engine.adapt import base_weight, trained_updates
 from ideoflow.model.base import BaseFacts
 
@@ -43,42 +45,22 @@ def written(model: torch.nn.Module, file: Path, form: Any) -> Path:
     return write_adapter(file, updates, form, torch.float32, {"ideoflow.base": "nano"})
 
 
-def dense(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The original layout's weights with the adapter merged by PEFT itself."""
-    for layer in model.modules():
-        if hasattr(layer, "base_layer"):
-            layer.merge()
-    state = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
-    return original_layout(
-        {k: v for k, v in state.items() if not any(x in k for x in ("lora_", "lokr_", "hada_"))}
-    )
-
-
-# LyCORIS' meaning of dora_scale, in kohya's form, is another one than ComfyUI's.
-@pytest.mark.parametrize(
-    ("kind", "form"),
-    [(k, f) for k in KINDS for f in ("comfyui", "kohya") if not (f == "kohya" and k.startswith("dora"))],
-)
+@pytest.mark.parametrize("form", FUSED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_comfyui_finds_every_key_and_computes_the_same_weights(
     base: Ideogram4Transformer2DModel, adapted: Any, tmp_path: Path, kind: str, form: str
 ) -> None:
     model = adapted(KINDS[kind])
     file = written(model, tmp_path / "a.safetensors", form)
-    merged, expected = comfyui(load_file(file), original_layout(base.state_dict())), dense(model)
+    assert readers(file).words.startswith("ComfyUI")
+    merged, expected = (
+        comfyui(load_file(file), original_layout(base.state_dict())),
+        original_layout(dense(model)),
+    )
     assert merged.keys() == expected.keys()
     assert any(not torch.equal(merged[n], original_layout(base.state_dict())[n]) for n in merged)
     for name in merged:
         torch.testing.assert_close(merged[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-def load_in_diffusers(nano: BaseFacts, file: Path, kind: str) -> Tensor:
-    absent = dict.fromkeys(("text_encoder", "tokenizer", "vae", "unconditional_transformer"))
-    pipeline = Ideogram4Pipeline.from_pretrained(nano.folder, **absent)
-    if kind == "lokr":
-        pipeline.transformer.load_lora_adapter(load_file(file))
-    else:
-        pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    return velocities(pipeline.transformer)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.startswith(("lora", "rslora"))])
@@ -89,7 +71,7 @@ def test_the_one_file_that_both_read_gives_the_same_velocities(
     file = written(model, tmp_path / "a.safetensors", "comfyui")
     ours, before = velocities(model), velocities(base)
     assert (ours - before).norm() > 0.1 * before.norm()  # the adapter does something
-    torch.testing.assert_close(ours, load_in_diffusers(nano, file, "lora"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, velocities(load_in_diffusers(nano, file)), rtol=1e-4, atol=1e-4)
     with safe_open(file, "pt") as tensors:
         assert tensors.metadata()["ideoflow.base"] == "nano"
 
@@ -100,19 +82,35 @@ def test_diffusers_own_form_gives_the_same_velocities(
 ) -> None:
     model = adapted(KINDS[kind])
     file = written(model, tmp_path / "a.safetensors", "diffusers")
-    theirs = load_in_diffusers(nano, file, kind.split("-")[0])
-    torch.testing.assert_close(velocities(model), theirs, rtol=1e-4, atol=1e-4)
+    assert readers(file).words.startswith("diffusers")
+    theirs = load_in_diffusers(nano, file, by_transformer=kind.startswith("lokr"))
+    torch.testing.assert_close(velocities(model), velocities(theirs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_loads_its_own_form(nano: BaseFacts, adapted: Any, tmp_path: Path, kind: str) -> None:
     model = adapted(KINDS[kind])
     folder = written(model, tmp_path / "a", "peft")
+    assert readers(folder / PEFT_FILES[1], folder=True).words == "PEFT"
     plain = Ideogram4Transformer2DModel.from_pretrained(nano.folder, subfolder="transformer")
     loaded = PeftModel.from_pretrained(plain, folder)
     torch.testing.assert_close(velocities(model), velocities(loaded.base_model.model), rtol=1e-4, atol=1e-4)
     again = read_adapter(folder)
     assert again.form == "peft" and again.kinds == sorted({u.kind for u in trained_updates(model).values()})
+
+
+def test_a_file_that_diffusers_saved_has_the_strength_of_its_metadata(adapted: Any, tmp_path: Path) -> None:
+    model = adapted(KINDS["lora-patterns"])
+    metadata = model.peft_config["default"].to_dict()
+    layers = get_peft_model_state_dict(model, adapter_name="default")
+    Ideogram4Pipeline.save_lora_weights(
+        tmp_path, layers, transformer_lora_adapter_metadata=json.loads(json.dumps(metadata, default=list))
+    )
+    (file,) = tmp_path.iterdir()
+    read, ours = read_adapter(file).updates, trained_updates(model)
+    assert read.keys() == ours.keys() and len({u.scale for u in read.values()}) > 1
+    for name, update in read.items():
+        torch.testing.assert_close(update.delta(), ours[name].delta())
 
 
 def test_the_file_can_be_bf16(adapted: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ideoflow.cli import main
 
@@ -56,6 +56,23 @@ def test_the_examples_of_the_docs_work_as_they_stand(file: Path, capsys: Any) ->
     assert "kept" in out and "weights changed" in out
     assert main(["adapter", "info", "smaller.safetensors"]) == 0
     assert "ranks 2x2" in capsys.readouterr().out
+
+
+def test_a_dora_by_lycoris_rule_is_told_and_keeps_its_rule(file: Path, capsys: Any) -> None:
+    state = load_file(file) | {f"{KEY.format(n)}.dora_scale": torch.ones(576, 1) for n in range(2)}
+    save_file(state, "dora.safetensors")
+    for name in ("dora", "resized"):
+        assert main(["adapter", "info", f"{name}.safetensors"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert (
+            "dora in the form of comfyui; loads in neither" in text and "ComfyUI would compute other" in text
+        )
+        assert main(["adapter", "resize", f"{name}.safetensors", "resized.safetensors", "--rank", "2"]) == 0
+        capsys.readouterr()
+    convert = ["adapter", "convert", "dora.safetensors", "a.safetensors", "--to", "kohya"]
+    assert main(convert) == 1 and "--base" in capsys.readouterr().err
+    assert main([*convert, "--base", "nano"]) == 0 and main(["adapter", "info", "a.safetensors"]) == 0
+    assert "loads in ComfyUI, not in diffusers" in capsys.readouterr().out
 
 
 def test_mistakes_are_diagnostics(file: Path, capsys: Any) -> None:

@@ -127,6 +127,13 @@ def test_written_shown_and_compared(recipe, capsys, tmp_path):
     assert "decision.checkpointing: off -> on" in out.splitlines()
 
 
+@pytest.mark.parametrize("card", ["rtx-4090", "h100", "16gb", "m3-max"])
+def test_a_plan_that_is_read_is_written_again_byte_by_byte(card, nano, capsys, tmp_path):
+    file = tmp_path / "barn.plan.json"
+    assert run(capsys, nano, "--gpu", card, "-o", file)[0] == 0
+    assert run(capsys, file, "--json")[1] == file.read_text(encoding="utf-8")
+
+
 def test_tables_of_alternatives(recipe, capsys):
     _, out, _ = run(
         capsys,
@@ -167,10 +174,20 @@ def test_explain_one_decision(recipe, capsys):
     assert float(rows[1][1]) > float(rows[3][1]) > float(rows[2][1]) and rows[1][4:] == ["this", "plan"]
 
 
+VALUES = ("--gpu", "--compare", "--batch", "--resolution", "--rank", "--explain", "--diff", "-o", "--html")
+
+
 @pytest.mark.parametrize(
     ("argv", "code"),
     [
         (("--gpu", "rtx-4091"), "IP010"),
+        (("--gpu", "0gb"), "IP010"),
+        *(((option, value), "IP032") for option in VALUES for value in ("", " ")),
+        (("--compare", ","), "IP010"),
+        (("--compare", "h100,,l4"), "IP010"),
+        (("--batch", "1,,2"), "IP008"),
+        (("--rank", "\N{SUPERSCRIPT TWO}"), "IP008"),
+        (("--calibrate", "--gpu", ""), "IP032"),
         (("--gpu", "h100", "--explain", "complie"), "IP007"),
         (("--gpu", "h100", "--explain", "processes"), "IP007"),
         (("--gpu", "h100", "--batch", "1,two"), "IP008"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 KINDS = {
     "lora": {"adapter.rank": 4, "adapter.init": "gaussian"},
     "dora": {"adapter.kind": "dora", "adapter.rank": 4},
-    "lokr": {"adapter.kind": "lokr", "adapter.rank": 4},
+    "lokr": {"adapter.kind": "lokr", "adapter.rank": 4, "adapter.init": "lycoris"},
     "lokr full": {"adapter.kind": "lokr", "adapter.full_matrix": True},
     "loha": {"adapter.kind": "loha", "adapter.rank": 2},
 }
@@ -38,6 +39,31 @@ def test_it_starts_from_the_base_and_in_float32(nano: Any, plan_of: Any, kind: s
     for name, update in trained_updates(model).items():
         weight = base_weight(model.get_submodule(name))
         torch.testing.assert_close(update.merged(weight), weight, rtol=1e-5, atol=1e-6)
+
+
+STARTS = {
+    "lora": LoraConfig(init_lora_weights="gaussian", r=4, lora_alpha=4),
+    "dora": LoraConfig(use_dora=True, r=4, lora_alpha=4),
+    "lokr": LoKrConfig(init_weights="lycoris", r=4, alpha=4),
+    "lokr full": LoKrConfig(r=512, alpha=512),
+    "loha": LoHaConfig(r=2, alpha=2),
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_it_starts_as_peft_starts_it(nano: Any, plan_of: Any, kind: str) -> None:
+    plan = plan_of(**KINDS[kind])
+    ours, theirs = (load_transformer(nano.folder, precision="float32", device=CPU) for _ in range(2))
+    add_adapter(ours, plan)
+    torch.manual_seed(plan.tables.train.seed)
+    config = STARTS[kind]
+    config.target_modules = list(plan.targets)
+    theirs.add_adapter(config)
+    shared = ("to_k.lokr_w2", "to_v.lokr_w2")  # of to_q, here
+    found = {name: p for name, p in ours.named_parameters() if not any(s in name for s in shared)}
+    for name, expected in theirs.named_parameters():
+        if name in found:
+            assert torch.equal(found[name], expected), name
 
 
 def test_rows_of_an_fp8_base_are_measured_with_their_scales(nano: Any, plan_of: Any) -> None:

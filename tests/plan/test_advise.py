@@ -14,6 +14,24 @@ def memory(text):
     return f"[memory]\n{text}\n"
 
 
+@pytest.mark.parametrize(
+    ("base", "machine", "settings"),
+    [
+        ("full", "h100", ""),
+        ("fp8", "rtx-4090", ""),
+        ("fp8", "h100", 'precision = "fp8"'),
+        ("nano", "cpu", ""),
+    ],
+)
+def test_a_place_to_round_weights_that_are_not_rounded_has_no_effect(base, machine, settings, plan_for):
+    plan = plan_for(base, machine, memory(f'quantize_via = "cpu"\n{settings}'))
+    (warning,) = [w for w in plan.warnings if w.code.id == "IP033"]
+    assert warning.span.source == 'quantize_via = "cpu"' and warning.cure
+    assert (plan.value("quantize_via"), plan.decision("quantize_via").source) == ("cpu", "recipe")
+    rounded = plan_for(base, machine, memory('quantize_via = "cpu"\nprecision = "int8"'))
+    assert "IP033" not in [w.code.id for w in rounded.warnings]
+
+
 def test_a_batch_can_be_split_into_passes(plan_for):
     fused = memory('engine = "fused"')
     plan = plan_for("fp8", "rtx-4090", fused + "[train]\nbatch = 32\n")

@@ -323,6 +323,8 @@ IMPOSSIBLE = {
                                        "activation_offload", "fused"),
     "paged on a processor": ("nano", "cpu", 'optimizer_state = "paged"', "optimizer_state", "NVIDIA"),
     "rounding on a GPU without one": ("nano", "cpu", 'quantize_via = "gpu"', "quantize_via", "none"),
+    "rounding of what is not rounded": ("full", "h100", 'quantize_via = "cpu"\nprecision = "bf16"',
+                                        "quantize_via", "rounds none"),
     "groups of what is not grouped": ("full", "h100", 'offload = "stream"\noffload_blocks = 2',
                                       "offload_blocks", "block"),
     "streams without groups": ("full", "h100", "offload_streams = false", "offload_streams", "leaf"),

@@ -94,6 +94,8 @@ DAMAGE = {
     "wrong choice": (edit(lambda d: d["hardware"].update(kind="tpu")), "IP002", "'tpu' is not one of"),
     "wrong length": (edit(lambda d: d["hardware"].update(compute_capability=[8])), "IP002", "2 values"),
     "true for a number": (edit(lambda d: d["sizes"].update(adapter=True)), "IP002", "'sizes.adapter'"),
+    "past every float": (edit(lambda d: d["time"].update(train_seconds=10**400)), "IP002", "a finite number"),
+    "no number": (edit(lambda d: d["time"].update(train_seconds=float("nan"))), "IP002", "a finite number"),
     "a code that is none": (edit(lambda d: d["warnings"][0].update(code="IP999")), "IP002", "IP999"),
     "recipe value": (edit(lambda d: d["tables"]["train"].update(steps=0)), "IP002", "tables.train.steps"),
     "recipe table": (edit(lambda d: d["tables"].pop("train")), "IP002", "'tables.train': missing"),

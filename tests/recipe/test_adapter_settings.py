@@ -1,6 +1,9 @@
 """Settings of [adapter] that are refused, each at its place."""
 
+from typing import get_args, get_type_hints
+
 import pytest
+from peft import LoKrConfig, LoraConfig
 
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import recipe as codes
@@ -43,6 +46,27 @@ CASES = {
         "rslora is for lora and dora",
         "remove rslora",
     ),
+    "init of a lokr": (
+        "[adapter]\nkind = 'lokr'\ninit = 'gaussian'",
+        codes.IMPOSSIBLE_PAIR,
+        "'gaussian'",
+        "init = 'gaussian' is for lora and dora, and kind is 'lokr'",
+        "remove init",
+    ),
+    "a lokr's init": (
+        "[adapter]\ninit = 'lycoris'",
+        codes.IMPOSSIBLE_PAIR,
+        "'lycoris'",
+        "init = 'lycoris' is for lokr, and kind is 'lora'",
+        "kind = 'lokr'",
+    ),
+    "a start that is not the base": (
+        "[adapter]\ninit = false",
+        codes.OTHER_TRAINER,
+        "false",
+        "'init' cannot be false: it leaves no factor zero",
+        "'default'",
+    ),
     "factor of a lora": (
         "[adapter]\nfactor = 8",
         codes.IMPOSSIBLE_PAIR,
@@ -77,6 +101,19 @@ def test_is_refused_at_its_place(name):
     assert diagnostic.code is code and span.line > 4
     assert message in diagnostic.message and cure in diagnostic.cure
     assert span.source[span.column - 1 : span.end_column - 1] == under
+
+
+@pytest.mark.parametrize("config", [(LoraConfig, "init_lora_weights"), (LoKrConfig, "init_weights")])
+def test_every_start_that_peft_has_is_offered_or_refused_by_name(config):
+    cls, field = config
+    literals = [o for o in get_args(get_type_hints(cls)[field]) if get_args(o)]
+    for start in (name for literal in literals for name in get_args(literal)):
+        text = f"{HEAD}[adapter]\ninit = '{start.replace('[number of iters]', '16')}'"
+        try:
+            assert parse_recipe(f"{text}\nkind = '{'lokr' if cls is LoKrConfig else 'lora'}'")
+        except IdeoflowError as error:
+            (diagnostic,) = error.diagnostics
+            assert diagnostic.code is codes.OTHER_TRAINER and start[:5] in diagnostic.message
 
 
 def test_tables_of_ranks_and_alphas_are_read():

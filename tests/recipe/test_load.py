@@ -10,7 +10,7 @@ from toml_documents import documents
 from ideoflow.diagnostics import IdeoflowError, render_text
 from ideoflow.diagnostics.codes import recipe as codes
 from ideoflow.recipe import RecipeTables, load_recipe, parse_recipe
-from ideoflow.recipe.settings import COMPILE_ELSEWHERE
+from ideoflow.recipe.elsewhere import COMPILE_ELSEWHERE
 from ideoflow.recipe.sources import matching_files
 
 HEAD = '[model]\nbase = "nano"\n[data]\nimages = "pictures"\n'

@@ -60,8 +60,8 @@ CANNOT_CONVERT = define(
     - A LoKr whose q, k and v were trained apart has three Kronecker products that share no factor; ComfyUI
       reads one for each matrix, and there q, k and v are one matrix. LoKr adapters that ideoflow trains share
       the second factor, so they do convert.
-    - A DoRA stores the length of each row. ComfyUI takes it relative to the base's rows, PEFT relative to the
-      changed ones; converting needs the base: `--base`.
+    - A DoRA stores the length of each row. ComfyUI takes it relative to the base's rows (forms `comfyui` and
+      `kohya`), PEFT and LyCORIS relative to the changed ones; converting needs the base: `--base`.
     - diffusers has no reader for a LoHa.
 
     `ideoflow adapter resize` makes a LoRA of any kind, which every form holds; `ideoflow adapter merge` needs

@@ -119,7 +119,8 @@ CANNOT_BE_DONE = define(
       `offload = "block"`, `"leaf"` and `"disk"`, on any;
     - `offload = "shard"` cuts the weights up among the processes that torchrun starts, so there must be two
       or more (`ideoflow plan --processes N` plans for them); a plan.json is for as many as it was made for;
-    - `activation_budget` and `checkpointing` say the same thing: set one.
+    - `activation_budget` and `checkpointing` say the same thing: set one;
+    - `quantize_via` says where weights are rounded, and `precision = "bf16"` or `"float32"` rounds none.
 
     Nothing is replaced in silence. Leave a key at "auto" and the planner takes what the machine can do.
     """,
@@ -256,4 +257,22 @@ OPTIONS_APART = define(
     (`--diff`). `-o` and `--html` go with each of them. A plan.json is a finished plan: for another card, or a
     table of variants, give the recipe.
     """,
+)
+EMPTY_OPTION = define(
+    "IP032",
+    "an option without a value",
+    """
+    An option of `ideoflow plan` has an empty text for its value, as an unset variable of a shell script gives
+    (`--gpu "$CARD"`). Give a value, or leave the option out.
+    """,
+)
+WITHOUT_EFFECT = define(
+    "IP033",
+    "a setting without effect",
+    """
+    `memory.quantize_via` says where weights are rounded while they load, and the plan rounds none: they are
+    used as they are stored, or in bf16 or float32. With `precision = "auto"` this depends on the base and the
+    card, so it is no error. Remove the key, or say the precision that is meant.
+    """,
+    severity="warning",
 )

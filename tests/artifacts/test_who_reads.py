@@ -1,0 +1,112 @@
+"""What ``adapter info`` says of who loads a file, held to diffusers' own loader and to ComfyUI's rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_readers import comfyui, dense, load_in_diffusers, original_layout
+from diffusers import Ideogram4Transformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ideoflow.artifacts.adapter_file import read_adapter
+from ideoflow.artifacts.info import describe
+from ideoflow.artifacts.merge import find_base, merge
+from ideoflow.model.base import BaseFacts
+
+FUSED = ("attention.qkv", "attention.o", "feed_forward.w2")
+APART = ("attention.to_k", "attention.to_out.0", "feed_forward.w2")
+COMFYUI, DIFFUSERS, BOTH, NEITHER = "ComfyUI, not", "diffusers, not", "ComfyUI and diffusers", "neither"
+BY_TRANSFORMER = "diffusers, with transformer.load_lora_adapter, not"
+AB, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+
+
+def lora(prefix: str, modules: tuple[str, ...], names: tuple[str, str] = AB, *more: str) -> dict[str, Tensor]:
+    """A LoRA of rank 2 in block 1, spelt so; ``more``: further tensors of each module."""
+    g = torch.Generator().manual_seed(0)
+    state = {}
+    for module in modules:
+        key = f"{prefix}layers.1.{module}"
+        if prefix.endswith("_"):
+            key = key.replace(".", "_")
+        rows, columns = (3 if "qkv" in module else 1) * 192, 512 if module.endswith("w2") else 192
+        state[f"{key}.{names[0]}"] = torch.randn(2, columns, generator=g)
+        state[f"{key}.{names[1]}"] = torch.randn(rows, 2, generator=g)
+        sizes = {"alpha": (), "dora_scale": (rows, 1), "lora_magnitude_vector": (rows,)}
+        state |= {f"{key}.{name}": torch.full(sizes[name], 1.5) for name in more}
+    return state
+
+
+def lokr(prefix: str, module: str, *more: str) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    key = f"{prefix}layers.1.{module}"
+    state = {f"{key}.lokr_w1": torch.randn(12, 12, generator=g), f"{key}.lokr_w2_a": torch.randn(16, 2),
+             f"{key}.lokr_w2_b": torch.randn(2, 16, generator=g)}  # fmt: skip
+    return state | {f"{key}.{name}": torch.tensor(1.0) for name in more}
+
+
+LENGTHS = lora("transformer.", APART[1:], AB, "lora_magnitude_vector")
+FILES: dict[str, tuple[dict[str, Tensor], str]] = {
+    "comfyui": (lora("diffusion_model.", FUSED), BOTH),
+    "comfyui, alpha": (lora("diffusion_model.", FUSED, AB, "alpha"), BOTH),
+    "comfyui, down and up": (lora("diffusion_model.", FUSED, DOWN_UP, "alpha"), BOTH),
+    "comfyui, apart": (lora("diffusion_model.", APART), NEITHER),
+    "comfyui, to_out": (lora("diffusion_model.", ("attention.to_out.0",)), NEITHER),
+    "comfyui, lengths": (lora("diffusion_model.", FUSED, AB, "dora_scale"), NEITHER),
+    "another prefix": (lora("model.diffusion_model.", FUSED), NEITHER),
+    "conditional": (lora("conditional_transformer.", FUSED), DIFFUSERS),
+    "conditional, no qkv": (lora("conditional_transformer.", FUSED[1:]), NEITHER),
+    "diffusers": (lora("transformer.", APART), DIFFUSERS),
+    "diffusers, alpha": (lora("transformer.", APART, AB, "alpha"), NEITHER),
+    "diffusers, down and up": (lora("transformer.", APART, DOWN_UP), NEITHER),
+    "diffusers, fused": (lora("transformer.", FUSED), NEITHER),
+    "diffusers, o": (lora("transformer.", FUSED[1:]), NEITHER),
+    "diffusers, lengths": (lora("transformer.", APART, AB, "lora_magnitude_vector"), DIFFUSERS),
+    "diffusers, some lengths": (lora("transformer.", APART[:1]) | LENGTHS, NEITHER),
+    "diffusers, lokr": (lokr("transformer.", "attention.to_q"), BY_TRANSFORMER),
+    "diffusers, lokr, alpha": (lokr("transformer.", "attention.to_q", "alpha"), NEITHER),
+    "diffusers, lokr, o": (lokr("transformer.", "attention.o"), NEITHER),
+    "comfyui, lokr": (lokr("diffusion_model.", "attention.o", "alpha"), COMFYUI),
+    "no prefix": (lora("", FUSED), DIFFUSERS),
+    "no prefix, apart": (lora("", APART), NEITHER),
+    "kohya": (lora("lora_unet_", FUSED, DOWN_UP, "alpha"), COMFYUI),
+    "kohya, apart": (lora("lora_unet_", APART, DOWN_UP, "alpha"), NEITHER),
+    "kohya, lengths": (lora("lora_unet_", FUSED, DOWN_UP, "dora_scale"), NEITHER),
+    "lycoris": (lora("lycoris_", FUSED, DOWN_UP), NEITHER),
+    "peft": (lora("base_model.model.", APART), NEITHER),
+    "comfyui and diffusers": (lora("diffusion_model.", FUSED[:1]) | lora("transformer.", APART[1:]), NEITHER),
+    "comfyui and kohya": (lora("diffusion_model.", FUSED[:1]) | lora("lora_unet_", FUSED[1:]), COMFYUI),
+    "two spellings": (
+        lora("diffusion_model.", FUSED[:1]) | lora("diffusion_model.", FUSED[1:], DOWN_UP), COMFYUI,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_info_says_who_loads_a_file(
+    nano: BaseFacts, base: Ideogram4Transformer2DModel, tmp_path: Path, name: str
+) -> None:
+    state, words = FILES[name]
+    file = tmp_path / "a.safetensors"
+    save_file(state, file)
+    found = describe(file)
+    assert found.readers.startswith(words)
+    assert bool(found.remarks) == (words == NEITHER or name == "comfyui and kohya")
+    merge(read_adapter(file), find_base(str(nano.folder / "transformer")), tmp_path / "merged")
+    meant = {k: v for f in (tmp_path / "merged").glob("*.safetensors") for k, v in load_file(f).items()}
+
+    def same(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+        return all(torch.allclose(weights[n], expected[n], rtol=1e-4, atol=1e-4) for n in expected)
+
+    try:
+        loads = same(dense(load_in_diffusers(nano, file, by_transformer="lokr" in name)), meant)
+    except (ValueError, RuntimeError, KeyError, IndexError):
+        loads = False
+    assert loads == (words in (DIFFUSERS, BY_TRANSFORMER, BOTH))
+    try:
+        loads = same(comfyui(state, original_layout(base.state_dict())), original_layout(meant))
+    except AssertionError:
+        loads = False
+    assert loads == (words in (COMFYUI, BOTH))
