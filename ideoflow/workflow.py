@@ -30,8 +30,8 @@ from ideoflow.plan.codec import encode
 from ideoflow.plan.decide import for_processes
 from ideoflow.plan.document import DataSummary, Hardware, Plan, load_plan
 from ideoflow.plan.lock import LOCK, lock_of, version_changes
+from ideoflow.plan.problem import Evaluation
 from ideoflow.plan.record import RunMeter, engine_digest, measured_run, predict
-from ideoflow.plan.search import Evaluation
 from ideoflow.plan.variants import trials
 from ideoflow.processes import this_process
 from ideoflow.recipe import Recipe, load_recipe, parse_recipe

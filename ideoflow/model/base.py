@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +46,9 @@ NANO_VAE = VaeSpec(block_out_channels=(16, 32, 32, 32), layers_per_block=1, late
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae")
 # What a single file leaves out: all but the transformers.
 PARTS = ("text_encoder", "tokenizer", "vae")
+# An id that huggingface_hub takes without question; of others it says itself what is wrong.
+_WORDS = r"[A-Za-z0-9]+(?:[-_.][A-Za-z0-9]+)*"
+_HUB_ID = re.compile(rf"(?!.*\.git$){_WORDS}/{_WORDS}")
 WEIGHTED = ("transformer", "text_encoder", "vae", "unconditional_transformer")
 
 
@@ -228,7 +233,10 @@ def _look_in_hub_cache(
 
 def _cached(repository: str, file: str, revision: str | None, name: str, span: Span | None) -> Path | None:
     """A file of a repository that was downloaded before; ``name`` is how the recipe says it."""
-    # huggingface_hub costs 0.3 s to import and is only needed for hub ids.
+    # huggingface_hub costs 0.3 s to import, so it is only asked about what it might have.
+    folder = hub_cache() / f"models--{repository.replace('/', '--')}"
+    if len(repository) < 96 and _HUB_ID.fullmatch(repository) and not folder.exists():
+        return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -242,6 +250,15 @@ def _cached(repository: str, file: str, revision: str | None, name: str, span: S
             cure="a hub id is 'owner/name' of letters, digits and . - _",
         )
     return Path(found) if isinstance(found, str) else None
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads: its ``constants.HF_HUB_CACHE``, without importing it."""
+    if settled := sys.modules.get("huggingface_hub.constants"):
+        return Path(settled.HF_HUB_CACHE)
+    home = os.environ.get("HF_HOME", f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/huggingface")
+    folder = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub"))
+    return Path(os.path.expandvars(folder)).expanduser()
 
 
 def _released(name: str, digest: str) -> BaseFacts:

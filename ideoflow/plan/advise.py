@@ -22,8 +22,9 @@ from ideoflow.diagnostics.codes.plan import (
 from ideoflow.model.spec import PIXELS_PER_TOKEN
 from ideoflow.plan.choices import fixed_by_recipe, refusals
 from ideoflow.plan.document import Change, Plan, Value
+from ideoflow.plan.problem import TIGHT_SHARE, Evaluation, Problem, times_known
 from ideoflow.plan.profiles import DRIVER_SHARE, PROFILES, hardware_from_profile
-from ideoflow.plan.search import TIGHT_SHARE, Evaluation, Problem, solve, times_known
+from ideoflow.plan.search import solve
 from ideoflow.plan.variants import with_axis
 from ideoflow.recipe import Recipe
 

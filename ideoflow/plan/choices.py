@@ -135,6 +135,32 @@ def attention_kernel(hardware: Hardware, engine: str) -> tuple[str, str, str]:
     return "sdpa", "only-choice", "PyTorch's own: the others have no backward pass for heads of 256 here"
 
 
+@dataclass(frozen=True)
+class Series:
+    """Combinations that differ in the activation budget alone: the one with the least, and all budgets."""
+
+    first: Choice
+    budgets: tuple[float, ...]
+
+    def at(self, budget: float) -> Choice:
+        """The combination with this budget."""
+        return (
+            self.first
+            if budget == self.first.activation_budget
+            else replace(self.first, activation_budget=budget)
+        )
+
+    def with_budget(self, budget: float) -> Series | None:
+        """The same with this one budget, where it is among those that it has."""
+        return Series(self.at(budget), (budget,)) if budget in self.budgets else None
+
+    def has(self, decision: str, value: str | float) -> bool:
+        """Whether any of them decides so."""
+        if decision == "activation_budget":
+            return value in self.budgets
+        return bool(getattr(self.first, decision) == value)
+
+
 def combinations(
     hardware: Hardware,
     device: str,
@@ -143,13 +169,13 @@ def combinations(
     kind: str = "lora",
     exact: Iterable[int] = (0,),
     processes: int = 1,
-) -> Iterator[Choice]:
+) -> Iterator[Series]:
     """Everything that the engines can do on a machine, guidance apart (``loaded`` throughout).
 
     ``fixed`` are the recipe's decisions: unusual values are there only if they are asked for. ``kind`` is the
     adapter's, ``exact`` are the numbers of exact blocks beside FP8 products, ``processes`` train together.
     """
-    budgets = {*BUDGETS, *(float(v) for k, v in fixed.items() if k == "activation_budget")}
+    budgets = tuple(sorted({*BUDGETS, *(float(v) for k, v in fixed.items() if k == "activation_budget")}))
     # On a processor, host memory is the device's own.
     open_to = {name: values if device == "cuda" else values[:1] for name, values in _OPEN.items()}
     if not has_fp8_units(hardware):
@@ -160,37 +186,43 @@ def combinations(
         kinds = [(precision, "bf16", 0) for precision in ("bf16", "fp8", "int8", "nf4")]
         if has_fp8_units(hardware):
             kinds += [("fp8", "fp8", count) for count in exact]
-        for (precision, matmul, count), budget in product(kinds, sorted(budgets)):
-            plain = Choice(device, "fused", precision, matmul, budget, "off", "loaded", exact_blocks=count)
-            yield from _lean(plain, unusual, kind, processes)
+        for precision, matmul, count in kinds:
+            plain = Choice(device, "fused", precision, matmul, 0.0, "off", "loaded", exact_blocks=count)
+            yield from _lean(plain, budgets, unusual, kind, processes)
             if attention_kernel(hardware, "fused")[0] == "flash4":
-                recorded = [
-                    replace(plain, optimizer_state=s, graphs="on") for s in unusual["optimizer_state"]
-                ]
-                yield from (c for c in recorded if _possible(c, kind, processes))
+                recorded = replace(plain, graphs="on")
+                here = {name: values[:1] for name, values in unusual.items() if name != "optimizer_state"}
+                yield from _lean(recorded, budgets, {**unusual, **here}, kind, processes)
     # torch.compile makes its GPU kernels with Triton too.
     compiled = hardware.kind == "cuda" and device == "cuda" and "triton" in hardware.packages
-    for precision, budget, compile in product(
-        ("bf16", "fp8", "int8", "nf4", "float32"), (0.0, 1.0), ("off", "regional") if compiled else ("off",)
+    for precision, compile in product(
+        ("bf16", "fp8", "int8", "nf4", "float32"), ("off", "regional") if compiled else ("off",)
     ):
         if precision == "fp8" and compile == "regional" and not has_fp8_units(hardware):
             continue  # Triton reads e4m3 only where there are such units
         matmul = "float32" if precision == "float32" else "bf16"
-        plain = Choice(device, "reference", precision, matmul, budget, compile, "loaded")
+        plain = Choice(device, "reference", precision, matmul, 0.0, compile, "loaded")
         # Compiled blocks whose weights are fetched are right, but nobody measured their speed.
         asked = compile == "off" or {"compile", "offload"} <= fixed.keys()
-        every = _lean(plain, unusual, kind, processes)
-        yield from (c for c in every if c.offload == "none" or asked)
+        every = _lean(plain, (0.0, 1.0), unusual, kind, processes)
+        yield from (s for s in every if s.first.offload == "none" or asked)
 
 
 def _lean(
-    plain: Choice, values: Mapping[str, tuple[str, ...]], kind: str, processes: int
-) -> Iterator[Choice]:
+    plain: Choice,
+    budgets: tuple[float, ...],
+    values: Mapping[str, tuple[str, ...]],
+    kind: str,
+    processes: int,
+) -> Iterator[Series]:
     """A combination, and those that do the same in less memory on the device and more time."""
     for state, offload, inputs in product(*(values[name] for name in _OPEN)):
         choice = replace(plain, optimizer_state=state, offload=offload, activation_offload=inputs)
-        if _possible(choice, kind, processes):
-            yield choice
+        # Nothing but "none" and "some" of a budget decides what can be done.
+        some = replace(choice, activation_budget=budgets[-1])
+        ends = [_possible(c, kind, processes) for c in (choice, some)]
+        if ends[0]:
+            yield Series(choice, budgets if ends[1] else (0.0,))
 
 
 def _possible(choice: Choice, kind: str, processes: int) -> bool:
@@ -357,7 +389,9 @@ def refusals(
     if m.activation_budget != "auto" and m.checkpointing != "auto":
         refuse("checkpointing", "activation_budget says the same more finely",
                "set one of the two")  # fmt: skip
-    if m.compile == "regional" and not any(c.compiled for c in combinations(hardware, device, targets, {})):
+    if m.compile == "regional" and not any(
+        s.first.compiled for s in combinations(hardware, device, targets, {})
+    ):
         refuse("compile", f"torch.compile is for NVIDIA GPUs with Triton, not for {hardware.name}",
                "set compile = 'auto' or 'off'")  # fmt: skip
     return found or list(_never_together(tables, hardware, device, tuple(targets), blocks, processes))
@@ -376,9 +410,9 @@ def _never_together(
     exact = exact_block_counts(blocks, fixed)
     every = list(combinations(hardware, device, targets, fixed, kind, exact, processes))
 
-    def possible(names: Iterable[str], among: Iterable[Choice] = every) -> bool:
+    def possible(names: Iterable[str], among: Iterable[Series] = every) -> bool:
         wanted = [(name, fixed[name]) for name in names]
-        return any(all(getattr(c, name) == value for name, value in wanted) for c in among)
+        return any(all(series.has(name, value) for name, value in wanted) for series in among)
 
     if possible(fixed):
         return

@@ -32,19 +32,17 @@ from ideoflow.plan.document import (
     Rejected,
     Value,
 )
-from ideoflow.plan.reasons import why, why_not
-from ideoflow.plan.search import (
+from ideoflow.plan.problem import (
     NCCL,
     Evaluation,
     Problem,
-    alternatives,
     cache_dtype,
     estimate_time,
-    evaluate,
-    solve,
     times_known,
     with_nccl,
 )
+from ideoflow.plan.reasons import why, why_not
+from ideoflow.plan.search import alternatives, excluded_by, solve
 from ideoflow.plan.sizes import ADAPTER_BYTES, ELEMENT_BYTES, QUANTISED, Choice
 from ideoflow.recipe import Recipe, RecipeTables, TrainSettings
 
@@ -253,7 +251,7 @@ def _attention(problem: Problem, best: Evaluation) -> Decision:
             rejected.append(Rejected(name, missing))
             continue
         packages = (*(p for p in hardware.packages if p not in every), *sorted(needs[name]))
-        with_it = evaluate(replace(problem, hardware=replace(hardware, packages=packages)), best.choice)
+        with_it = Evaluation(replace(problem, hardware=replace(hardware, packages=packages)), best.choice)
         why = missing or ("slower" if with_it.step_ms > best.step_ms else "no-gain")
         rejected.append(Rejected(name, why, *_deltas(best, with_it, timed)))
     return Decision("attention", kernel, "auto", code, reason, rejected=tuple(rejected))
@@ -347,12 +345,14 @@ def _searched(problem: Problem, best: Evaluation, name: str) -> Decision:
     compared = alternatives(problem, best, name)
     if name == "activation_budget":
         compared = _around(float(value), compared)
-    rejected = [
-        Rejected(
-            v, "set-by-recipe" if name in fixed else why_not(problem, best, e, name), *_deltas(best, e, timed)
-        )
-        for v, e in compared.items()
-    ]
+    excluded = {v: setting for v in compared if (setting := excluded_by(problem, name, v))}
+
+    def code_of(v: Value, e: Evaluation) -> str:
+        if name in fixed:
+            return "set-by-recipe"
+        return "excluded" if v in excluded else why_not(problem, best, e, name)
+
+    rejected = [Rejected(v, code_of(v, e), *_deltas(best, e, timed)) for v, e in compared.items()]
     if name != "activation_budget":
         waits = ON_REQUEST.get(name, ()) if problem.device == "cuda" else ()
         for v in DOMAINS[name]:
@@ -362,6 +362,8 @@ def _searched(problem: Problem, best: Evaluation, name: str) -> Decision:
         code, reason = "recipe", "you set this"
         if name == "activation_budget" and "checkpointing" in fixed_by_recipe(problem.tables):
             reason = f"you set checkpointing = '{best.choice.checkpointing}'"
+    elif best.fits and excluded and len(excluded) == len(compared):
+        code, reason = "required", f"all that can be done with {next(iter(excluded.values()))}"
     else:
         code, reason = why(problem, best, name, {str(r.value): r.reason_code for r in rejected})
     evidence = _evidence(best, name, compared, timed)
@@ -382,7 +384,7 @@ def _around(value: float, compared: Mapping[str | float, Evaluation]) -> dict[st
 
 
 def _deltas(best: Evaluation, other: Evaluation, timed: bool) -> tuple[int, float | None]:
-    size = other.ledger.peak_bytes - best.ledger.peak_bytes
+    size = other.peak_bytes - best.peak_bytes
     return size, round(other.step_ms - best.step_ms, 1) if timed else None
 
 
@@ -392,5 +394,5 @@ def _evidence(best: Evaluation, name: str, compared: Mapping[str | float, Evalua
     cells = []
     for value, e in rows.items():
         time = f", {e.step_ms:.0f} ms a step" if timed else ""
-        cells.append(f"{value}: {e.ledger.peak_bytes / GIB:.1f} GiB{time}")
+        cells.append(f"{value}: {e.peak_bytes / GIB:.1f} GiB{time}")
     return "; ".join(cells)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ideoflow.plan.choices import no_fused_engine
-from ideoflow.plan.search import Evaluation, Problem
+from ideoflow.plan.problem import Evaluation, Problem
+from ideoflow.plan.search import rounded
 from ideoflow.plan.sizes import QUANTISED
 
 
 def why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) -> str:
     """Reason code for an alternative ``other`` to the decision ``name`` that was not taken.
 
-    One of over-memory, over-host-memory, tight, less-exact, slower, slower-to-compile, no-gain.
+    One of over-memory, over-host-memory, tight, less-exact, little-gain, slower, slower-to-compile, no-gain.
     """
-    if other.ledger.peak_bytes > problem.hardware.free_bytes:
+    if other.peak_bytes > problem.hardware.free_bytes:
         return "over-memory"
     if not other.fits:
         return "over-host-memory"
@@ -22,20 +23,15 @@ def why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) ->
         return "tight"
     if name == "unconditional":
         return "slower" if other.choice.unconditional == "streamed" else "less-exact"
-    if name == "exact_blocks" and other.choice.exact_blocks < best.choice.exact_blocks:
+    storage = problem.base.storage
+    if rounded(other.choice, storage) > rounded(best.choice, storage):
         return "less-exact"
-    if _exactness(problem, other) > _exactness(problem, best):
-        return "less-exact"
+    away, here = ((e.choice.lean, e.choice.offload != "none") for e in (other, best))
+    if away > here and other.run_seconds < best.run_seconds:
+        return "little-gain"
     if other.run_seconds > 1.03 * best.run_seconds:
         return "slower-to-compile" if other.step_ms < best.step_ms else "slower"
     return "no-gain"
-
-
-def _exactness(problem: Problem, evaluated: Evaluation) -> tuple[int, bool]:
-    """What is rounded away of weights (nothing, to 8 bits, to 4) and of AdamW's moments."""
-    choice = evaluated.choice
-    kept = choice.precision not in QUANTISED or choice.precision == problem.base.storage
-    return 0 if kept else 2 if choice.precision == "nf4" else 1, choice.optimizer_state == "8bit"
 
 
 def why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, str]) -> tuple[str, str]:
@@ -68,7 +64,7 @@ def why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, st
         if value == "off" and over:
             return "needs-memory", "compiled blocks do not fit"
     if name in ("optimizer_state", "offload", "activation_offload"):
-        return _waiting_reason(name, str(value))
+        return _waiting_reason(name, str(value), rejected)
     if name == "exact_blocks":
         return _exact_reason(best.choice.exact_blocks, rejected, over)
     if name == "graphs" and rejected.get("on") == "unsupported":
@@ -91,21 +87,23 @@ def why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, st
     return sentences[name, value]
 
 
-def _waiting_reason(name: str, value: str) -> tuple[str, str]:
-    return {
-        "float32": ("fastest-that-fits", "AdamW's moments fit beside the adapter, exact"),
-        "cpu": ("needs-memory", "AdamW's moments wait on the host: exact, and they leave the card free"),
-        "offload": ("needs-memory", "adapter, gradients and moments wait on the host, exact"),
-        "8bit": ("needs-memory", "AdamW's moments in a quarter of their size"),
-        "stream": ("needs-memory", "the blocks' weights wait on the host, fetched ahead of both passes"),
-        "inputs": ("needs-memory", "the blocks' inputs wait on the host for the backward pass"),
-        "outputs": ("needs-memory", "inputs and products of the blocks wait on the host, rounded to e4m3"),
-        "gate_up": ("needs-memory", "inputs and gate and up wait on the host, rounded to e4m3"),
-        "none": (
-            "fastest-that-fits",
-            "the weights stay on the device" if name == "offload" else "what is kept stays on the device",
-        ),
+def _waiting_reason(name: str, value: str, rejected: Mapping[str, str]) -> tuple[str, str]:
+    plain = "float32" if name == "optimizer_state" else "none"
+    forced = value != plain and rejected.get(plain) in ("over-memory", "tight")
+    words = {
+        "float32": "AdamW's moments fit beside the adapter, exact",
+        "cpu": "AdamW's moments wait on the host: exact, and they leave the card free",
+        "offload": "adapter, gradients and moments wait on the host, exact",
+        "8bit": "AdamW's moments in a quarter of their size",
+        "stream": "the blocks' weights wait on the host, fetched ahead of both passes",
+        "inputs": "the blocks' inputs wait on the host for the backward pass",
+        "outputs": "inputs and products of the blocks wait on the host, rounded to e4m3",
+        "gate_up": "inputs and gate and up wait on the host, rounded to e4m3",
+        "none": "the weights stay on the device" if name == "offload" else "what is kept stays on the device",
     }[value]
+    if value != plain and not forced:
+        words += ": faster than computing more again"
+    return "needs-memory" if forced else "fastest-that-fits", words
 
 
 def _exact_reason(count: int, rejected: Mapping[str, str], over: bool) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 from ideoflow.plan.calibration import Calibration, Measured, shipped
 from ideoflow.plan.document import PHASES, Ledger, LedgerLine, Phase, Plan
 from ideoflow.plan.memory import TRANSIENT
-from ideoflow.plan.search import Evaluation, Problem, evaluate
+from ideoflow.plan.problem import Evaluation, Problem
 from ideoflow.plan.sizes import Choice
 
 # Lines that are no tensors, which an allocator's figures do not hold.
@@ -56,7 +56,7 @@ def predict(plan: Plan, calibration: Calibration) -> Evaluation:
     problem = Problem(*facts, calibration, 0, plan.processes)
     if any(line.phase == "sample" for line in plan.ledger.lines):
         problem = replace(problem, prompts=1)
-    return evaluate(problem, planned_choice(plan))
+    return Evaluation(problem, planned_choice(plan))
 
 
 def measured_run(

@@ -23,8 +23,8 @@ from ideoflow.plan.document import (
     Rejected,
     TimeEstimate,
 )
+from ideoflow.plan.problem import Evaluation
 from ideoflow.plan.record import allocated
-from ideoflow.plan.search import Evaluation
 
 GIB, GB = 1 << 30, 10**9
 WIDTH = 80
@@ -50,9 +50,11 @@ _USUAL = {
 _SIZES = 8
 _REJECTED = {
     "set-by-recipe": "",
+    "excluded": "not with what you set",
     "over-memory": "over by {over}",
     "over-host-memory": "host memory too small",
     "tight": "leaves less than 5 % free",
+    "little-gain": "only {faster}for what waits on the host",
     "slower": "{ms} slower",
     "slower-to-compile": "compiling takes longer",
     "less-exact": "less exact",

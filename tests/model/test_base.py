@@ -1,9 +1,11 @@
 """Bases are found and read without loading them; whatever is wrong with their files is told."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ideoflow.diagnostics import IdeoflowError, Span
 from ideoflow.diagnostics.codes import model as codes
-from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE, locate_base
+from ideoflow.model.base import NANO_TEXT, NANO_TRANSFORMER, NANO_VAE, hub_cache, locate_base
 from ideoflow.model.files import read_safetensors_header
 from ideoflow.model.load import load_tokenizer, load_transformer, load_vae, read_tensors
 from ideoflow.model.spec import TransformerSpec
@@ -433,3 +435,25 @@ def test_tensors_by_name_that_are_missing(nano_folder):
         read_tensors, nano_folder / "transformer", ["llm_cond_norm.weight", "no.such"], **CPU
     )
     assert diagnostic.code is codes.WRONG_WEIGHTS and "no.such" in diagnostic.message
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {},
+        {"XDG_CACHE_HOME": "/xdg"},
+        {"HF_HOME": "~/hf", "XDG_CACHE_HOME": "/xdg"},
+        {"HUGGINGFACE_HUB_CACHE": "$HOME/older", "HF_HOME": "/hf"},
+        {"HF_HUB_CACHE": "~/$SUB/newer", "HUGGINGFACE_HUB_CACHE": "/older", "SUB": "sub"},
+    ],
+)
+def test_the_hub_cache_is_where_the_hub_has_it(place, monkeypatch):
+    """Worked out without the client, which takes long to import, as its own code does."""
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    wanted = importlib.util.module_from_spec(importlib.util.find_spec("huggingface_hub.constants"))
+    wanted.__spec__.loader.exec_module(wanted)
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants")
+    assert hub_cache() == Path(wanted.HF_HUB_CACHE)

@@ -120,7 +120,7 @@ WARNINGS = {
     "little disk": ({"machine": "h200", "disk_free_bytes": 10**6}, "IP024"),
     "little host memory": ({"machine": "h200", "host_free_bytes": 10**8}, "IP025"),
     "shared card": ({"machine": "h200", "other_processes": 2}, "IP026"),
-    "proxy": ({"machine": "rtx-4090", "extra": SAMPLES}, "IP027"),
+    "proxy": ({"machine": "rtx-4090", "extra": SAMPLES, "host_free_bytes": 12 * GIB}, "IP027"),
 }
 
 

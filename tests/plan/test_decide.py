@@ -1,4 +1,4 @@
-"""What is decided, one row a situation, so that a change of mind shows in a diff; and why it says so."""
+"""Why something is decided: against plain enumeration, with its costs and reasons; and what is refused."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ from ideoflow.diagnostics import IdeoflowError
 from ideoflow.plan import Plan, make_plan, named_hardware, search
 from ideoflow.plan.calibration import shipped
 from ideoflow.plan.choices import DOMAINS
-from ideoflow.plan.search import Problem, candidates, evaluate, times_known
+from ideoflow.plan.problem import Evaluation, Problem, times_known
+from ideoflow.plan.search import candidates
 
 GIB = 1 << 30
 SAMPLES = '[validate]\nprompts = ["a.icap"]\n'
@@ -19,190 +20,8 @@ def memory(text):
     return f"[memory]\n{text}\n"
 
 
-def in_words(plan):
-    """A plan in a line: its decisions, then those that are unusual, then what does not fit."""
-    precision = f"{plan.value('precision')}/{plan.value('matmul')}"
-    precision += f"+{plan.value('exact_blocks')}" if plan.value("exact_blocks") else ""
-    words = [plan.value("engine"), precision, plan.value("attention"), plan.value("activation_budget")]
-    unusual = {
-        "compile": "off",
-        "offload": "none",
-        "activation_offload": "none",
-        "optimizer_state": "float32",
-    }
-    words += [f"{id}={plan.value(id)}" for id, usual in unusual.items() if plan.value(id) != usual]
-    words += ["graphs"] * (plan.value("graphs") == "on") + [plan.value("unconditional")]
-    return " ".join(map(str, words)) + ("" if plan.fits else "; over")
-
-
-# base, machine, further recipe, resolution -> engine, precision of weights/products+exact blocks, attention,
-# activation budget, whatever is not as usual, guidance.
-SITUATIONS = {
-    "laptop, nano": ("nano", "cpu", SAMPLES, 256, "reference float32/float32 sdpa 1.0 loaded"),
-    "laptop, nano, no prompts": ("nano", "cpu", "", 256, "reference float32/float32 sdpa 1.0 proxy"),
-    "laptop, full model": ("full", "cpu", "", 1024, "reference float32/float32 sdpa 0.0 proxy"),
-    "laptop, FP8": ("fp8", "cpu", "", 1024, "reference fp8/bf16 sdpa 0.0 proxy"),
-    "nano on a large card": ("nano", "h200", SAMPLES, 256, "fused bf16/bf16 flash4 1.0 graphs loaded"),
-    # bf16 base
-    "8 GB": ("full", "rtx-4060", LONG, 1024,
-        "fused bf16/bf16 sdpa 0.15 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
-    "12 GB": ("full", "rtx-3060", LONG + SAMPLES, 1024,
-        "fused bf16/bf16 sdpa 0.25 offload=stream activation_offload=inputs optimizer_state=cpu streamed"),
-    "16 GB": ("full", "rtx-4080", LONG, 1024, "fused fp8/fp8+6 sdpa 0.06 proxy"),
-    "24 GB": ("full", "rtx-4090", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.02 proxy"),
-    "24 GB, 512": ("full", "rtx-4090", LONG, 512, "fused bf16/bf16 sdpa 0.3 proxy"),
-    "24 GB, few steps": ("full", "rtx-4090", SHORT, 512, "fused bf16/bf16 sdpa 0.3 proxy"),
-    "24 GB, rank 128": ("full", "rtx-4090", LONG + "[adapter]\nrank = 128\n", 1024,
-        "fused bf16/bf16 sdpa 0.1 activation_offload=gate_up optimizer_state=offload proxy"),
-    "32 GB": ("full", "rtx-5090", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.35 streamed"),
-    "40 GB": ("full", "a100-40gb", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.7 loaded"),
-    "48 GB": ("full", "l40s", LONG + SAMPLES, 1024, "fused bf16/bf16 sdpa 0.9 loaded"),
-    "80 GB": ("full", "h100", LONG + SAMPLES, 1024, "fused bf16/bf16 flash4 1.0 loaded"),
-    "80 GB, batch of 4": ("full", "h100", "[train]\nsteps = 2000\nbatch = 4\n", 1024,
-        "fused bf16/bf16 flash4 0.5 proxy"),
-    "141 GB, few steps": ("full", "h200", SHORT, 1024, "reference bf16/bf16 sdpa 1.0 proxy"),
-    # FP8 base
-    "FP8, 8 GB": ("fp8", "rtx-4060", LONG, 1024,
-        "fused fp8/fp8+6 sdpa 0.25 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
-    "FP8, 12 GB": ("fp8", "rtx-4070", LONG, 1024,
-        "fused fp8/fp8+6 sdpa 0.5 offload=stream activation_offload=gate_up proxy"),
-    "FP8, 12 GB, no FP8 units": ("fp8", "rtx-3060", LONG, 1024,
-        "fused fp8/bf16 sdpa 0.25 offload=stream activation_offload=inputs proxy"),
-    "FP8, 12 GB, 512": ("fp8", "rtx-3060", LONG, 512,
-        "fused fp8/bf16 sdpa 0.08 activation_offload=inputs optimizer_state=offload proxy"),
-    "FP8, 10 GB": ("fp8", "rtx-3080", LONG + SAMPLES, 1024,
-        "fused fp8/bf16 sdpa 0.2 offload=stream activation_offload=inputs optimizer_state=cpu streamed"),
-    "FP8, 6 GB": ("fp8", "6gb", LONG, 1024,
-        "fused fp8/bf16 sdpa 0.04 offload=stream activation_offload=inputs optimizer_state=cpu proxy"),
-    "FP8, 4 GB": ("fp8", "4gb", LONG, 1024,
-        "fused nf4/bf16 sdpa 0.0 offload=stream activation_offload=inputs optimizer_state=offload proxy"),
-    "FP8, 8 GB, 512": ("fp8", "rtx-4060", LONG, 512,
-        "fused fp8/fp8+6 sdpa 1.0 offload=stream activation_offload=gate_up optimizer_state=cpu proxy"),
-    "FP8, 8 GB, little host memory": ("fp8", "rtx-4060, host 6", LONG, 1024,
-        "fused nf4/bf16 sdpa 0.0 activation_offload=outputs optimizer_state=offload proxy"),
-    "FP8, 16 GB": ("fp8", "rtx-4080", LONG, 1024, "fused fp8/fp8+6 sdpa 0.06 proxy"),
-    "FP8, 24 GB": ("fp8", "rtx-4090", LONG + SAMPLES, 1024, "fused fp8/fp8+6 sdpa 0.45 loaded"),
-    "FP8, 24 GB, data centre": ("fp8", "a10", LONG + SAMPLES, 1024, "fused fp8/bf16 sdpa 0.35 loaded"),
-    "FP8, 24 GB, batch of 4": ("fp8", "rtx-4090", "[train]\nsteps = 2000\nbatch = 4\n", 1024,
-        "fused fp8/fp8+6 sdpa 0.02 proxy"),
-    "FP8, 24 GB, batch of 4 in passes": ("fp8", "rtx-4090", "[train]\nsteps = 2000\naccumulation = 4\n", 1024,
-        "fused fp8/fp8+6 sdpa 0.4 proxy"),
-    "FP8, 24 GB, 2048": ("fp8", "rtx-4090", LONG, 2048, "fused fp8/fp8+6 sdpa 0.04 proxy"),
-    "FP8, 24 GB, a DoRA": ("fp8", "rtx-4090", LONG + '[adapter]\nkind = "dora"\n', 1024,
-        "fused fp8/fp8+6 sdpa 0.25 proxy"),
-    "FP8, 24 GB, a LoKr": ("fp8", "rtx-4090", LONG + '[adapter]\nkind = "lokr"\n', 1024,
-        "fused fp8/fp8+6 sdpa 0.45 proxy"),
-    "FP8, 24 GB, no FP8 units": ("fp8", "rtx-3090", LONG + SAMPLES, 1024, "fused fp8/bf16 sdpa 0.35 loaded"),
-    "FP8, 32 GB": ("fp8", "rtx-5090", LONG + SAMPLES, 1024, "fused fp8/fp8+6 sdpa 0.8 loaded"),
-    "FP8, 40 GB, no FP8 units": ("fp8", "a100-40gb", LONG + SAMPLES, 1024, "fused fp8/bf16 sdpa 1.0 loaded"),
-    "FP8, 141 GB": ("fp8", "h200", LONG + SAMPLES, 1024, "fused fp8/fp8+6 flash4 1.0 loaded"),
-    "FP8, 80 GB, a small share is free": ("fp8", "h100, free 10", LONG + SAMPLES, 1024,
-        "fused fp8/fp8+6 flash4 0.4 offload=stream activation_offload=gate_up streamed"),
-    "FP8, 141 GB, 512": ("fp8", "h200", LONG, 512, "fused fp8/fp8+6 flash4 1.0 graphs proxy"),
-    "FP8, 141 GB, 2048": ("fp8", "h200", LONG, 2048, "fused fp8/fp8+6 flash4 1.0 proxy"),
-    "FP8, 192 GB": ("fp8", "b200", LONG + SAMPLES, 1024, "fused fp8/fp8+6 flash4 1.0 graphs loaded"),
-    "FP8, 141 GB, batch of 8": ("fp8", "h200", "[train]\nsteps = 2000\nbatch = 8\n", 1024,
-        "fused fp8/fp8+6 flash4 0.6 proxy"),
-    "FP8, unknown 24 GB": ("fp8", "24gb", LONG, 1024, "fused fp8/bf16 sdpa 0.35 proxy"),
-    "FP8, no Triton": ("fp8", "h100, no triton", LONG + SAMPLES, 1024, "reference fp8/bf16 sdpa 0.0 loaded"),
-    "FP8, no FlashAttention-4": ("fp8", "h100, no flash-attn-4", LONG + SAMPLES, 1024,
-        "fused fp8/fp8+6 cudnn_varlen 1.0 loaded"),
-    "FP8, neither it nor cuDNN's front end": ("fp8", "h100, no flash-attn-4, no cudnn", LONG + SAMPLES, 1024,
-        "fused fp8/fp8+6 sdpa 1.0 loaded"),
-    "NF4, 24 GB": ("nf4", "rtx-4090", LONG, 1024, "fused nf4/bf16 sdpa 0.5 proxy"),
-    "NF4, 16 GB": ("nf4", "rtx-4080", LONG, 1024, "fused nf4/bf16 sdpa 0.2 proxy"),
-    "NF4, 12 GB": ("nf4", "rtx-4070", LONG, 1024, "fused nf4/bf16 sdpa 0.06 proxy"),
-    "NF4, 8 GB": ("nf4", "rtx-4060", LONG, 1024,
-        "fused nf4/bf16 sdpa 0.0 activation_offload=outputs optimizer_state=offload proxy"),
-    "NF4, 8 GB, rank 128": ("nf4", "rtx-4060", LONG + "[adapter]\nrank = 128\n", 1024,
-        "fused nf4/bf16 sdpa 0.2 offload=stream activation_offload=gate_up optimizer_state=offload proxy"),
-    # elsewhere
-    "unknown 24 GB": ("full", "24gb", LONG, 1024, "fused bf16/bf16 sdpa 0.02 proxy"),
-    "no bf16 units": ("full", "t4", LONG, 512, "reference int8/bf16 sdpa 0.0 compile=regional proxy"),
-    "AMD": ("full", "mi300x", LONG + SAMPLES, 1024, "reference bf16/bf16 sdpa 1.0 loaded"),
-    "Apple, nano": ("nano", "m3-max", SAMPLES, 256, "reference float32/float32 sdpa 1.0 loaded"),
-    # wishes
-    "you want float32": ("full", "h200", memory('precision = "float32"'), 1024,
-        "reference float32/float32 sdpa 1.0 compile=regional proxy"),
-    "you want float32 on 24 GB": ("full", "rtx-4090", memory('precision = "float32"'), 1024,
-        "reference float32/float32 sdpa 0.0 offload=stream proxy"),
-    "you want no checkpointing": ("full", "rtx-4090", memory('checkpointing = "off"'), 1024,
-        "fused bf16/bf16 sdpa 1.0 offload=stream activation_offload=outputs proxy"),
-    "you want checkpointing": ("full", "h200", memory('checkpointing = "on"'), 1024,
-        "fused bf16/bf16 flash4 0.0 proxy"),
-    "you want the reference engine": ("full", "h200", LONG + memory('engine = "reference"'), 1024,
-        "reference bf16/bf16 sdpa 1.0 compile=regional proxy"),
-    "you want the reference engine, few steps": ("full", "h200", SHORT + memory('engine = "reference"'), 1024,
-        "reference bf16/bf16 sdpa 1.0 proxy"),
-    "the reference engine on 24 GB": ("full", "rtx-4090", LONG + memory('engine = "reference"'), 1024,
-        "reference int8/bf16 sdpa 0.0 compile=regional proxy"),
-    "you want the reference engine with FP8": ("fp8", "rtx-4090", LONG + memory('engine = "reference"'), 1024,
-        "reference fp8/bf16 sdpa 0.0 compile=regional proxy"),
-    "you want compiling": ("full", "h100", LONG + memory('compile = "regional"'), 1024,
-        "reference bf16/bf16 sdpa 1.0 compile=regional proxy"),
-    "you want no compiling": ("full", "h100", LONG + memory('compile = "off"'), 1024,
-        "fused bf16/bf16 flash4 1.0 proxy"),
-    "you want adapters on the modulations": ("fp8", "h200",
-        LONG + '[adapter]\ntargets = ["layers.*.attention.*", "layers.*.adaln_modulation"]\n', 1024,
-        "reference fp8/bf16 sdpa 1.0 compile=regional proxy"),
-    "you want FP8": ("full", "h100", LONG + memory('precision = "fp8"'), 1024,
-        "fused fp8/fp8+6 flash4 1.0 proxy"),
-    "you want FP8 products": ("full", "h100", LONG + memory('matmul = "fp8"'), 1024,
-        "fused fp8/fp8+6 flash4 1.0 proxy"),
-    "you want bf16 of FP8": ("fp8", "h100", LONG + memory('precision = "bf16"'), 1024,
-        "fused bf16/bf16 flash4 1.0 proxy"),
-    "you want bf16 products of FP8": ("fp8", "h100", LONG + memory('matmul = "bf16"'), 1024,
-        "fused fp8/bf16 flash4 1.0 proxy"),
-    "you want a budget": ("fp8", "h100", LONG + memory('activation_budget = 0.35'), 1024,
-        "fused fp8/fp8+6 flash4 0.35 proxy"),
-    "you want everything kept": ("fp8", "rtx-4090", LONG + memory('activation_budget = 1'), 1024,
-        "fused fp8/fp8+6 sdpa 1.0 offload=stream activation_offload=outputs proxy"),
-    "you want everything kept and at hand": ("fp8", "rtx-4090",
-        LONG + memory('activation_budget = 1\noffload = "none"\nactivation_offload = "none"'), 1024,
-        "fused nf4/bf16 sdpa 1.0 optimizer_state=offload proxy; over"),
-    "you want NF4": ("fp8", "rtx-4060", LONG + memory('precision = "nf4"'), 1024,
-        "fused nf4/bf16 sdpa 0.0 activation_offload=outputs optimizer_state=offload proxy"),
-    "you want int8": ("full", "rtx-3090", LONG + memory('precision = "int8"'), 1024,
-        "fused int8/bf16 sdpa 0.35 proxy"),
-    "you want weights on the host": ("fp8", "h200", LONG + memory('offload = "stream"'), 1024,
-        "fused fp8/fp8+6 flash4 1.0 offload=stream proxy"),
-    "you want groups of blocks": ("fp8", "rtx-4090", LONG + memory('offload = "block"'), 1024,
-        "reference fp8/bf16 sdpa 0.0 offload=block proxy"),
-    "you want everything on the device": ("fp8", "rtx-4060", LONG + memory('offload = "none"'), 1024,
-        "fused nf4/bf16 sdpa 0.0 activation_offload=outputs optimizer_state=offload proxy"),
-    "you want moments in 8 bits": ("fp8", "h200", LONG + memory('optimizer_state = "8bit"'), 1024,
-        "fused fp8/fp8+6 flash4 1.0 optimizer_state=8bit proxy"),
-    "you want inputs on the host": ("fp8", "h200", LONG + memory('activation_offload = "inputs"'), 1024,
-        "fused fp8/fp8+6 flash4 1.0 activation_offload=inputs proxy"),
-    "you want graphs": ("fp8", "h200", LONG + memory('graphs = "on"'), 1024,
-        "fused fp8/fp8+6 flash4 1.0 graphs proxy"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
-def test_situations(situation, plan_for):
-    """What is decided, and that the plan agrees with itself."""
-    *given, wanted = situation
-    plan = plan_for(*given)
-    assert in_words(plan) == wanted
-    assert Plan.from_json(plan.to_json()) == plan
-    for d in plan.decisions:
-        assert d.reason and d.reason_code
-        assert d.value not in [r.value for r in d.rejected]
-    assert plan.fits == (plan.ledger.peak_bytes <= plan.hardware.free_bytes) == (not plan.changes)
-    assert ("IP020" in {w.code.id for w in plan.warnings}) == (not plan.fits)
-    assert len({d.id for d in plan.decisions}) == len(plan.decisions)
-
-
-# Each engine, both ways to wait on the host, a small base, what does not fit, and graphs.
-@pytest.mark.parametrize(
-    "name",
-    ["24 GB", "FP8, 8 GB, little host memory", "no bf16 units", "Apple, nano", "you want groups of blocks",
-     "you want everything kept and at hand", "you want graphs"],
-)  # fmt: skip
-def test_a_plan_is_the_same_again(name, plan_for):
-    first, second = (plan_for(*SITUATIONS[name][:4]).to_json() for _ in range(2))
-    assert first == second
+def every_choice(problem):
+    return [series.at(budget) for series in candidates(problem) for budget in series.budgets]
 
 
 @pytest.mark.parametrize("name", ["rtx-4090", "h100", "a100-40gb"])
@@ -211,7 +30,7 @@ def test_no_allowed_combination_that_fits_makes_a_faster_run(name, full_base, wr
     hardware, recipe = named_hardware(name), write_recipe(LONG)
     problem = Problem(recipe.tables, full_base, summarize(), hardware, shipped(), 0)
     plan = make_plan(recipe, full_base, summarize(), hardware)
-    every = candidates(problem)
+    every = every_choice(problem)
     fp8 = hardware.compute_capability >= (8, 9)
     # The fused engine: nineteen budgets, four precisions and, with FP8 units, FP8 products with exact blocks
     # and without; and the reference engine: five precisions, checkpointing and compiling or not (FP8 only
@@ -224,26 +43,33 @@ def test_no_allowed_combination_that_fits_makes_a_faster_run(name, full_base, wr
     lean = 19 * (31 if fp8 else 15) * (6 if fp8 else 4) + 5 * (5 + 3 * 2) - (0 if fp8 else 2 * 2)
     lean += 2 * 19 * 6 * graphs
     assert (len(every), sum(c.lean for c in every)) == (plain + lean, lean)
-    # A twentieth of the memory stays free where that is possible at all.
-    # Weights in bf16 are not rounded, and nothing waits on the host, as there is room.
-    whole = [evaluate(problem, c) for c in every if c.precision in ("bf16", "float32") and not c.lean]
-    room = [e for e in whole if e.ledger.peak_bytes <= 0.95 * hardware.free_bytes]
-    fitting = room or [e for e in whole if e.ledger.peak_bytes <= hardware.free_bytes]
-    taken = next(e for e in whole if all(getattr(e.choice, d) == plan.value(d) for d in DOMAINS))
-    assert taken in fitting
-    assert taken.run_seconds <= 1.03 * min(e.run_seconds for e in fitting)
+    # A twentieth of the memory stays free where that is possible at all. Weights in bf16 are not rounded, nor
+    # is anything else, as there is room; where they and the rest wait is a matter of time alone.
+    exact = [
+        Evaluation(problem, c)
+        for c in every
+        if c.precision in ("bf16", "float32")
+        and c.optimizer_state != "8bit"
+        and c.activation_offload in ("none", "inputs")
+    ]
+    room = [e for e in exact if e.ledger.peak_bytes <= 0.95 * hardware.free_bytes]
+    taken = next(e for e in exact if all(getattr(e.choice, d) == plan.value(d) for d in DOMAINS))
+    assert taken in room
+    # Something waits on the host for a tenth of the time or more.
+    at_hand = min(e.run_seconds for e in room if taken.choice.lean or not e.choice.lean)
+    assert taken.run_seconds <= 1.03 * at_hand <= 1.14 * min(e.run_seconds for e in room)
 
 
-@pytest.mark.parametrize("machine", ["4gb", "rtx-4070", "a100-40gb"])
-def test_the_search_leaves_nothing_out_that_is_better(
-    machine, full_base, write_recipe, summarize, monkeypatch
-):
-    """Budgets beyond one that is too large are not evaluated; the result is that of evaluating all."""
+@pytest.mark.parametrize("machine", ["4gb", "rtx-4070", "rtx-4090", "a100-40gb"])
+def test_the_search_leaves_nothing_out_that_is_better(machine, full_base, write_recipe, summarize):
+    """What it does not look at would not have been chosen from among everything."""
     base = dataclasses.replace(full_base, storage="fp8")
     problem = Problem(write_recipe(LONG).tables, base, summarize(), named_hardware(machine), shipped(), 1)
-    quick = search.solve(problem)
-    monkeypatch.setattr(search, "_evaluations", lambda problem, some: [evaluate(problem, c) for c in some])
-    assert search.solve(problem) == quick
+    found = search.solve(problem)
+    best = search.choose([Evaluation(problem, c) for c in every_choice(problem)], "fp8")
+    assert found.run_seconds == best.run_seconds
+    others = dataclasses.replace(found.choice, activation_budget=best.choice.activation_budget)
+    assert others == best.choice
 
 
 def test_rejected_alternatives_carry_their_cost(plan_for):
@@ -252,13 +78,25 @@ def test_rejected_alternatives_carry_their_cost(plan_for):
     assert (least.value, less.value) == (0.0, 0.9) and least.reason_code == "slower"
     assert least.delta_bytes < -15 * GIB and least.delta_ms > 100 > less.delta_ms > 0
     reference = plan.decision("engine").rejected[0]
-    assert reference.value == "reference" and reference.reason_code == "over-memory"
-    assert plan.ledger.peak_bytes + reference.delta_bytes > plan.hardware.free_bytes
+    assert reference.value == "reference" and reference.reason_code == "slower" and reference.delta_ms > 100
+    assert plan.ledger.peak_bytes + reference.delta_bytes <= plan.hardware.free_bytes
     evidence = plan.decision("engine").evidence
     assert "fused" in evidence and "GiB" in evidence and "ms a step" in evidence
     precisions = {r.value: r for r in plan.decision("precision").rejected}
     assert precisions["fp8"].delta_bytes < -5 * GIB
     assert {r.value: r.reason_code for r in plan.decision("matmul").rejected}.keys() == {"fp8", "float32"}
+
+
+def test_what_another_setting_leaves_no_choice_of_says_so(plan_for):
+    """Not that it were as fast: what is left out would be faster, and its figures stand beside it."""
+    plan = plan_for("fp8", "rtx-4090", LONG + memory('offload = "leaf"'))
+    engine = plan.decision("engine")
+    assert (engine.value, engine.reason_code) == ("reference", "required")
+    assert "offload = 'leaf'" in engine.reason
+    (fused,) = engine.rejected
+    assert (fused.value, fused.reason_code) == ("fused", "excluded") and fused.delta_ms < 0
+    assert plan.decision("compile").reason_code == "required"
+    assert plan.decision("offload").source == "recipe"
 
 
 def test_the_reference_engine_tells_of_checkpointing(plan_for):
@@ -484,4 +322,4 @@ def test_without_a_data_set_the_recipes_resolution_is_planned(full_base, write_r
 def test_problem_knows_when_times_are_known(full_base, write_recipe):
     recipe = write_recipe()
     problem = Problem(recipe.tables, full_base, None, named_hardware("24gb"), shipped(), 0)
-    assert not times_known(problem, candidates(problem)[0])
+    assert not times_known(problem, candidates(problem)[0].first)
