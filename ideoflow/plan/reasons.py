@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ideoflow.plan.choices import no_fused_engine
 from ideoflow.plan.problem import Evaluation, Problem
-from ideoflow.plan.search import rounded
+from ideoflow.plan.search import cost, rounded
 from ideoflow.plan.sizes import QUANTISED
 
 
@@ -26,8 +26,7 @@ def why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) ->
     storage = problem.base.storage
     if rounded(other.choice, storage) > rounded(best.choice, storage):
         return "less-exact"
-    away, here = ((e.choice.lean, e.choice.offload != "none") for e in (other, best))
-    if away > here and other.run_seconds < best.run_seconds:
+    if other.run_seconds < best.run_seconds and cost(other) > cost(best):
         return "little-gain"
     if other.run_seconds > 1.03 * best.run_seconds:
         return "slower-to-compile" if other.step_ms < best.step_ms else "slower"
@@ -43,7 +42,7 @@ def why(problem: Problem, best: Evaluation, name: str, rejected: Mapping[str, st
     if name == "precision":
         return _precision_reason(problem, best, over, rejected.get("bf16"))
     if name == "activation_budget":
-        return _budget_reason(best, over)
+        return _budget_reason(best, over, rejected)
     if name == "engine" and not fused:
         if missing := no_fused_engine(problem.hardware, problem.device, problem.targets):
             return "only-choice", missing
@@ -116,7 +115,9 @@ def _exact_reason(count: int, rejected: Mapping[str, str], over: bool) -> tuple[
     return "only-choice", "too few blocks for a share of them"
 
 
-def _budget_reason(best: Evaluation, over: bool) -> tuple[str, str]:
+def _budget_reason(best: Evaluation, over: bool, rejected: Mapping[str, str]) -> tuple[str, str]:
+    if not rejected and best.choice.offload != "none":
+        return "only-choice", "autograd would keep the weights that are fetched"
     if best.choice.checkpointing == "off":
         return "fastest-that-fits", "all activations fit, nothing is recomputed"
     if not over:

@@ -1,10 +1,10 @@
 """Chooses among all combinations of what may be decided: what fits, and makes the run shortest.
 
 There are few enough to look through them all with the ledger and the time model, so the choice is a minimum
-over real alternatives and not a chain of rules per card. First it is settled how exact the run can be: what
-is rounded is only rounded where nothing more exact leaves room, or makes the run a tenth longer. Of what is
-as exact, the fastest whole run wins (compiling counts), wherever its weights, moments and activations wait;
-alternatives within 3 % of it are equals, and of equals the simplest wins.
+over real alternatives and not a chain of rules per card. First it is settled how exact weights and moments
+can be. Of what is as exact as that, the fastest whole run wins (compiling counts), where whatever else is
+rounded, and whatever waits on the host, counts as a tenth more; alternatives within 3 % of it are equals, and
+of equals the simplest wins.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from ideoflow.plan.problem import Evaluation, Problem
 from ideoflow.plan.sizes import Choice
 
 _EQUAL = 1.03
-# What rounds less is taken for up to this much of a run's time.
-EXACT_WORTH = 1.1
-# So is what has nothing wait on the host, or no weights: that takes host memory, its time hangs on the link,
-# and steps that fetch weights take 4 % longer than told (benchmarks/results/plan-accuracy.json).
-AT_HAND = 1.1
+# Each thing that is rounded must make the run this much shorter. So must having anything wait on the host,
+# and once more having weights wait: that takes host memory, its time hangs on the link, and steps that fetch
+# weights take 4 % longer than told (benchmarks/results/plan-accuracy.json).
+WORTH = 1.1
 _PRECISION_BITS = {"nf4": 4, "fp8": 8, "int8": 8, "float16": 16, "bf16": 16, "float32": 32}
 # How far weights are from those that are stored: kept, rounded to 8 bits, rounded to 4. Of what is FP8, wider
 # ones are as exact, but no better than rounded ones: more of what there is too little of.
@@ -129,6 +128,13 @@ def rounded(choice: Choice, storage: str) -> tuple[int, bool, bool, bool]:
     )
 
 
+def cost(e: Evaluation) -> float:
+    """Seconds of the whole run, and more for what must be worth it."""
+    choice = e.choice
+    count = sum(map(bool, rounded(choice, e.problem.base.storage))) + choice.lean + (choice.offload != "none")
+    return e.run_seconds * WORTH**count
+
+
 def _plainness(choice: Choice, storage: str) -> tuple[int, bool, bool, int, bool, bool, bool]:
     """Of equals, the least: no bits of the weights lost or wasted, no FP8 products, nothing on the host,
     nothing compiled, nothing recomputed, and the adapter where it is trained."""
@@ -167,14 +173,14 @@ def _promising(problem: Problem, every: Iterable[Series]) -> list[Evaluation]:
         parted[most.choice.unconditional == "proxy"].append(most)
         series_of[most.choice] = series
     for some in parted:
-        fastest = math.inf
-        for most in sorted(some, key=lambda e: e.run_seconds):
-            if most.run_seconds > EXACT_WORTH * AT_HAND * _EQUAL * fastest:
+        least = math.inf
+        for most in sorted(some, key=cost):
+            if cost(most) > _EQUAL * least:
                 break
             here = _worth_looking_at(problem, series_of[most.choice])
             found += here
-            fastest = min([fastest, *(e.run_seconds for e in here if _room(e) == 3)])
-        if fastest < math.inf:
+            least = min([least, *(cost(e) for e in here if _room(e) == 3)])
+        if least < math.inf:
             break
     return found
 
@@ -201,16 +207,15 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
 
     What leaves some memory free comes first: running out of it costs more than a slower step. Of that, what
     is as exact as the least degree of sacrifice allows; then pictures with true guidance: the second
-    transformer is there only while sampling, so it costs the training nothing; then what rounds least for
-    little time.
+    transformer is there only while sampling, so it costs the training nothing.
     """
     evaluated = list(evaluated)
     fitting = [e for e in evaluated if e.fits]
     if fitting:
         pool = [e for e in fitting if not e.tight] or fitting
     else:
-        least = min(e.peak_bytes for e in evaluated)
-        pool = [e for e in evaluated if e.peak_bytes == least]
+        smallest = min(e.peak_bytes for e in evaluated)
+        pool = [e for e in evaluated if e.peak_bytes == smallest]
         # It may be the encoders alone that do not fit; the training is then planned as if they did.
         if not (pool := [e for e in pool if e.trainable] or pool)[0].trainable:
             return min(pool, key=lambda e: (e.ledger.peak("train"), _plainness(e.choice, storage)))
@@ -218,15 +223,7 @@ def choose(evaluated: Iterable[Evaluation], storage: str) -> Evaluation:
     pool = [e for e in pool if _no_less_exact(e.choice, storage, degree)]
     # Fetching the second transformer makes the same pictures, later; that time is part of the run's.
     pool = [e for e in pool if e.choice.unconditional != "proxy"] or pool
-    fastest = min(e.run_seconds for e in pool)
-    worth = [e for e in pool if e.run_seconds <= EXACT_WORTH * fastest]
-    least_rounded = min(rounded(e.choice, storage) for e in worth)
-    pool = [e for e in pool if rounded(e.choice, storage) == least_rounded]
-    fastest = min(e.run_seconds for e in pool)
-    quick = [e for e in pool if e.run_seconds <= AT_HAND * fastest]
-    pool = [e for e in quick if not e.choice.lean] or [e for e in quick if e.choice.offload == "none"] or pool
-    fastest = min(e.run_seconds for e in pool)
+    least = min(map(cost, pool))
     return min(
-        (e for e in pool if e.run_seconds <= _EQUAL * fastest),
-        key=lambda e: (_plainness(e.choice, storage), e.run_seconds),
+        (e for e in pool if cost(e) <= _EQUAL * least), key=lambda e: (_plainness(e.choice, storage), cost(e))
     )

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from ideoflow.diagnostics import IdeoflowError
+from ideoflow.kernels.budget import ROUNDING
 from ideoflow.plan import Plan, make_plan, named_hardware, search
 from ideoflow.plan.calibration import shipped
 from ideoflow.plan.choices import DOMAINS
@@ -43,21 +44,17 @@ def test_no_allowed_combination_that_fits_makes_a_faster_run(name, full_base, wr
     lean = 19 * (31 if fp8 else 15) * (6 if fp8 else 4) + 5 * (5 + 3 * 2) - (0 if fp8 else 2 * 2)
     lean += 2 * 19 * 6 * graphs
     assert (len(every), sum(c.lean for c in every)) == (plain + lean, lean)
-    # A twentieth of the memory stays free where that is possible at all. Weights in bf16 are not rounded, nor
-    # is anything else, as there is room; where they and the rest wait is a matter of time alone.
-    exact = [
-        Evaluation(problem, c)
-        for c in every
-        if c.precision in ("bf16", "float32")
-        and c.optimizer_state != "8bit"
-        and c.activation_offload in ("none", "inputs")
-    ]
-    room = [e for e in exact if e.ledger.peak_bytes <= 0.95 * hardware.free_bytes]
-    taken = next(e for e in exact if all(getattr(e.choice, d) == plan.value(d) for d in DOMAINS))
-    assert taken in room
-    # Something waits on the host for a tenth of the time or more.
-    at_hand = min(e.run_seconds for e in room if taken.choice.lean or not e.choice.lean)
-    assert taken.run_seconds <= 1.03 * at_hand <= 1.14 * min(e.run_seconds for e in room)
+    # A twentieth of the memory stays free, and weights and moments are as they are, as there is room.
+    every = [c for c in every if c.precision in ("bf16", "float32") and c.optimizer_state != "8bit"]
+    room = [e for c in every if (e := Evaluation(problem, c)).peak_bytes <= 0.95 * hardware.free_bytes]
+    taken = next(e for e in room if all(getattr(e.choice, d) == plan.value(d) for d in DOMAINS))
+    assert search.cost(taken) <= 1.03 * min(map(search.cost, room))
+    # Whatever is faster rounds something, or has something wait on the host that does not wait here.
+    for e in room:
+        if e.run_seconds < taken.run_seconds / 1.03:
+            more = (e.choice.lean, e.choice.offload != "none", e.choice.activation_offload in ROUNDING)
+            here = (taken.choice.lean, taken.choice.offload != "none", False)
+            assert any(a and not b for a, b in zip(more, here, strict=True))
 
 
 @pytest.mark.parametrize("machine", ["4gb", "rtx-4070", "rtx-4090", "a100-40gb"])
@@ -96,6 +93,7 @@ def test_what_another_setting_leaves_no_choice_of_says_so(plan_for):
     (fused,) = engine.rejected
     assert (fused.value, fused.reason_code) == ("fused", "excluded") and fused.delta_ms < 0
     assert plan.decision("compile").reason_code == "required"
+    assert plan.decision("checkpointing").reason_code == "only-choice"
     assert plan.decision("offload").source == "recipe"
 
 
