@@ -26,7 +26,8 @@ def why_not(problem: Problem, best: Evaluation, other: Evaluation, name: str) ->
     storage = problem.base.storage
     if rounded(other.choice, storage) > rounded(best.choice, storage):
         return "less-exact"
-    if other.run_seconds < best.run_seconds and cost(other) > cost(best):
+    faster = best.run_seconds / other.run_seconds
+    if faster > 1.03 or (faster > 1 and cost(other) > cost(best)):
         return "little-gain"
     if other.run_seconds > 1.03 * best.run_seconds:
         return "slower-to-compile" if other.step_ms < best.step_ms else "slower"
