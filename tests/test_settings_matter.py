@@ -26,7 +26,7 @@ BASE = {
     "data": {"images": '"pictures"', "resolution": "64"},
     "captions": {"placeholders": '{ token = "a cup" }'},
     "adapter": {"rank": "2"},
-    "train": {"steps": "3", "learning_rate": "1e-2", "checkpoint_every": "1"},
+    "train": {"steps": "3", "learning_rate": "1e-2"},
     "output": {"dtype": '"float32"'},
 }
 CHANGES = {

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,21 +65,30 @@ def losses(events: list[Any]) -> list[float]:
     return [e.loss for e in events if isinstance(e, StepDone)]
 
 
+class Plain(NamedTuple):
+    """The recipe's run, which no test changes; paths in its result are relative to ``folder``."""
+
+    folder: Path
+    result: Result
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+
+
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and adapter of the recipe's run, in a folder of its own."""
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
     events: list[Any] = []
+    folder = made_in(tmp_path_factory.mktemp("plain"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(made_in(tmp_path_factory.mktemp("plain")))
-        train(events)
+        patch.chdir(folder)
+        result = train(events)
         assert not Path("outputs/try/profile").exists()
-        return losses(events), load_file("outputs/try/try.safetensors")
+        return Plain(folder, result, losses(events), load_file("outputs/try/try.safetensors"))
 
 
-def test_it_trains_and_leaves_everything(project: Path) -> None:
-    events: list[Any] = []
-    result = train(events)
-    assert result.finished and result.step == 4 and len(losses(events)) == 4
+def test_it_trains_and_leaves_everything(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(plain.folder)
+    result = plain.result
+    assert result.finished and result.step == 4 and len(plain.losses) == 4
     assert result.adapter == Path("outputs/try/try.safetensors")
     samples = sorted(p.relative_to("outputs/try/samples") for p in Path("outputs/try/samples").rglob("*.png"))
     assert [s.parts[0] for s in samples] == ["step-000000", "step-000002", "step-000004"]
@@ -94,8 +103,8 @@ def test_it_trains_and_leaves_everything(project: Path) -> None:
     assert len(pipe.get_active_adapters()) == 1
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(project: Path, plain: Any) -> None:
-    first, weights = plain
+def test_the_same_seed_gives_the_same_run_and_another_does_not(project: Path, plain: Plain) -> None:
+    first, weights = plain.losses, plain.weights
     second: list[Any] = []
     third: list[Any] = []
     train(second)
@@ -110,21 +119,20 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(project: Path, pl
 
 
 def test_a_profile_is_told_everywhere_and_changes_nothing(
-    project: Path, plain: Any, capsys: pytest.CaptureFixture
+    project: Path, plain: Plain, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["run", "try.toml", "--profile"]) == 0
     shown = " ".join(capsys.readouterr().err.split())
     assert "steps 2 to 4 on CPU" in shown and "products with frozen weights" in shown
     recorded = [json.loads(line) for line in Path("outputs/try/metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in recorded if line["kind"] == "step"] == plain[0]
+    assert [line["loss"] for line in recorded if line["kind"] == "step"] == plain.losses
     found = json.loads(Path("outputs/try/profile/profile.json").read_text())
     assert found["numbers"] == [2, 3, 4] and Path("outputs/try/profile", found["trace"]).exists()
     page = Path("outputs/try/report.html").read_text(encoding="utf-8")
     assert 'href="#profile"' in page and "attention, backward" in page
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(project: Path, plain: Any) -> None:
-    whole, weights = plain
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(project: Path, plain: Plain) -> None:
     stop, first, second = Stop(), [], []
 
     def on_event(event: Any) -> None:
@@ -136,10 +144,10 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(project: Path, pl
     assert [e.step for e in first if isinstance(e, CheckpointSaved)] == [2, 3]
     resumed = train(second)
     assert resumed.finished
-    assert losses(first) + losses(second) == whole
+    assert losses(first) + losses(second) == plain.losses
     assert not any("changed" in e.text for e in second if isinstance(e, Note))
     again = load_file("outputs/try/try.safetensors")
-    assert all(torch.equal(weights[k], again[k]) for k in weights)
+    assert all(torch.equal(plain.weights[k], again[k]) for k in plain.weights)
 
 
 def test_a_plan_file_runs_as_planned_and_refuses_what_changed(

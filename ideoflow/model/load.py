@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ideoflow.diagnostics import fail
-from ideoflow.diagnostics.codes.model import BAD_CONFIG, WRONG_WEIGHTS
+from ideoflow.diagnostics.codes.model import BAD_CONFIG, UNEVEN_ROWS, WRONG_WEIGHTS
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear, ScaledLinear
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.files import part_headers
@@ -259,6 +259,10 @@ class _Filler:
             packed, state = packed_pieces(pieces, empty.weight.shape, into)
             state.to(device)
         self._check(weight, state.shape, empty.weight.shape)
+        if empty.in_features % state.blocksize:
+            uneven = f"rows of {empty.in_features} numbers do not fill blocks of {state.blocksize}"
+            cure = "set memory.precision = 'fp8', 'int8' or 'bf16'"
+            fail(UNEVEN_ROWS, f"{self.checkpoint.place(weight)}: {uneven}", cure=cure)
         return linear_4bit(empty, packed, state)
 
     def _check(self, name: str, found: Sequence[int] | None, wanted: torch.Size) -> None:

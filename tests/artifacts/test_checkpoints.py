@@ -1,12 +1,11 @@
 """Checkpoints against crashes and damage."""
 
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
-import sys
-import textwrap
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -92,28 +91,30 @@ def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(tmp_path: Path) -> No
         subprocess.run(["umount", disk], check=True)
 
 
+def _save_forever(folder: Path, ready: Event) -> None:
+    torch.set_num_threads(1)
+    store = Checkpoints(folder, IDENTITY, keep=2)
+    found, _ = store.newest()
+    step = found.step if found else 0
+    ready.set()
+    while True:
+        step += 1
+        adapter = {"w": torch.full((400_000,), float(step))}
+        store.save(step, adapter, {"m": torch.zeros(400_000)}, {})
+
+
 def test_killed_while_writing_the_last_good_checkpoint_is_there(tmp_path: Path) -> None:
     """A child writes checkpoints without end; SIGKILL at odd moments never leaves a broken newest one."""
-    child = textwrap.dedent(f"""
-        import torch
-        from pathlib import Path
-        from ideoflow.artifacts import Checkpoints
-        store = Checkpoints(Path({str(tmp_path)!r}), {IDENTITY!r}, keep=2)
-        found, _ = store.newest()
-        step = found.step if found else 0
-        print("ready", flush=True)
-        while True:
-            step += 1
-            adapter = {{"w": torch.full((400_000,), float(step))}}
-            store.save(step, adapter, {{"m": torch.zeros(400_000)}}, {{}})
-    """)
+    context = multiprocessing.get_context("fork")
     last = 0
     for wait in (0.05, 0.11, 0.17):
-        process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        ready = context.Event()
+        process = context.Process(target=_save_forever, args=(tmp_path, ready))
+        process.start()
+        assert ready.wait(60)
         time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         found, warnings = Checkpoints(tmp_path, IDENTITY, keep=2).newest()
         assert not warnings
         step = found.step if found else 0

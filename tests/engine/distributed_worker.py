@@ -7,6 +7,7 @@ makes its samples with proxy guidance, for which the trained transformer runs wi
 held and launched in a run, ran-RANK.json says.
 """
 
+import gc
 import json
 import os
 import signal
@@ -91,6 +92,7 @@ def run_all(recipes: list[str]) -> int:
 if __name__ == "__main__":
     TROUBLE, *recipes = sys.argv[1:]
     torch.set_num_threads(1)
+    gc.freeze()  # as conftest.py has it
     ideoflow.workflow.make_plan, Batches.of = planned, troubled  # type: ignore[method-assign,assignment]
     ideoflow.engine.session.build = build
     Shards.fetch, GradientExchange._send = fetch, send  # type: ignore[method-assign]

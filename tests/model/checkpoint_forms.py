@@ -43,16 +43,36 @@ def to_fp8(state: dict[str, Tensor], scale_shape: str, marker: bool = False) -> 
 
 
 def to_nf4(state: dict[str, Tensor], nested: bool) -> dict[str, Tensor]:
-    """The blocks' Linears in bitsandbytes' 4-bit form (its CPU kernels need rows of a multiple of 64)."""
+    """The blocks' Linears in bitsandbytes' 4-bit form."""
     out = {}
     for name, value in state.items():
-        if not (is_linear(name, value) and name.startswith("layers.")):
+        if is_linear(name, value) and name.startswith("layers."):
+            out |= nf4(name, value, nested)[0]
+        else:
             out[name] = value
-            continue
-        packed, quant_state = bnb.quantize_4bit(value, quant_type="nf4", compress_statistics=nested)
-        out[name] = packed
-        out |= {f"{name}.{key}": t for key, t in quant_state.as_dict(packed=True).items()}
     return out
+
+
+def nf4(name: str, weight: Tensor, nested: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """(A weight's codes and what stands beside them, by key; the numbers that they stand for).
+
+    The numbers are by the formula, code[nibble] * scale of 64, and of nested scales code[byte] * scale of 256
+    + offset: bitsandbytes 0.50.2 itself looks them up wrong on processors with AVX-512 where rows do not hold
+    whole blocks.
+    """
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    scales = state.absmax
+    if nested:
+        inner = state.state2
+        scales = inner.code[scales.long()] * _each(inner.absmax, inner.blocksize, len(scales)) + state.offset
+    nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()[: weight.numel()]
+    numbers = state.code[nibbles.long()] * _each(scales, state.blocksize, weight.numel())
+    sides = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {name: packed, **sides}, numbers.to(weight.dtype).view(weight.shape)
+
+
+def _each(scales: Tensor, block: int, count: int) -> Tensor:
+    return scales.repeat_interleave(block)[:count]
 
 
 FORMS: dict[str, tuple[Any, float]] = {

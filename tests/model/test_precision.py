@@ -1,6 +1,7 @@
 """Weights held in each precision, from each stored form: their values, their velocities, their size."""
 
 import gc
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import psutil
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from checkpoint_forms import FORMS, to_nf4
+from checkpoint_forms import FORMS, nf4, to_nf4
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from ideoflow.diagnostics import IdeoflowError
 from ideoflow.engine.fused import FusedTransformer
 from ideoflow.engine.step import accumulate, accumulate_packed, predict_velocity, prepare
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear, quantize_int8, quantize_weight
+from ideoflow.model.base import NANO_TRANSFORMER
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.four_bit import FrozenLinear4bit, linear_4bit, stored_state
 from ideoflow.model.load import load_transformer
+from ideoflow.model.random import random_transformer
 
 CPU = torch.device("cpu")
 HELD = {"fp8": Float8Linear, "int8": Int8Linear, "nf4": FrozenLinear4bit, "bf16": nn.Linear,
@@ -154,13 +157,12 @@ def test_rounding_a_row_to_integers() -> None:
 def test_four_bits_are_looked_up_by_runs_of_rows(
     tmp_path: Path, monkeypatch: Any, rows: int, columns: int, nested: bool
 ) -> None:
-    """Any size of run gives bitsandbytes' own numbers, also where blocks of 64 do not end with rows."""
+    """Any size of run gives the formula's numbers, also where blocks of 64 do not end with rows."""
     name = "layers.0.attention.qkv.weight"
     weight = torch.randn(rows, columns).bfloat16()
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
-    parts = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-    save_file({name: packed, **parts}, tmp_path / "x.safetensors")
-    whole = bnb.dequantize_4bit(packed, state).chunk(3)
+    stored, numbers = nf4(name, weight, nested)
+    save_file(stored, tmp_path / "x.safetensors")
+    whole = numbers.chunk(3)
     checkpoint = Checkpoint(tmp_path / "x.safetensors")
     for numbers in (columns, 5 * columns, 1 << 23):
         monkeypatch.setattr("ideoflow.model.checkpoint._PIECE", numbers)
@@ -169,6 +171,25 @@ def test_four_bits_are_looked_up_by_runs_of_rows(
             for run, piece in checkpoint.pieces(f"layers.0.attention.{part}.weight", torch.bfloat16, CPU):
                 found[run] = piece
             assert torch.equal(found, whole[third])
+
+
+@pytest.mark.parametrize("form", ["NF4, nested", "diffusers, bf16"])
+def test_rows_that_four_bit_blocks_do_not_fill(tmp_path: Path, form: str) -> None:
+    """They are refused where they would be multiplied with, and right in another precision."""
+    config = asdict(NANO_TRANSFORMER) | {"num_layers": 1, "intermediate_size": 96, "mrope_section": (6, 5, 5)}
+    made = random_transformer(config, precision="bf16", device=CPU)
+    made.save_config(tmp_path / "transformer")
+    file, key = tmp_path / "transformer" / "x.safetensors", "layers.0.feed_forward.w2.weight"
+    save_file(FORMS[form][0](made.state_dict()), file)
+    with pytest.raises(IdeoflowError) as caught:
+        load_transformer(tmp_path, precision="nf4", device=CPU)
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code.id == "IM011"
+    assert diagnostic.message == f"{file}: {key}: rows of 96 numbers do not fill blocks of 64"
+    weight = made.get_parameter(key)
+    expected = nf4(key, weight, nested=True)[1] if form.startswith("NF4") else weight
+    found = load_transformer(tmp_path, precision="bf16", device=CPU)
+    assert torch.equal(found.get_parameter(key), expected)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])

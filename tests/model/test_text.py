@@ -2,10 +2,9 @@
 
 import json
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
-from checkpoint_forms import to_fp8
+from checkpoint_forms import nf4, to_fp8
 from diffusers import Ideogram4Transformer2DModel
 from safetensors.torch import load_file, save_file
 
@@ -57,9 +56,7 @@ def test_an_encoder_as_the_official_releases_store_it(copy, encoder, form, shard
             made = to_fp8({name: dense[name]}, "[out]")
             exact[name] = made[name].float() * made[f"{name}_scale"][:, None]
         else:
-            packed, state = bnb.quantize_4bit(dense[name], quant_type="nf4")
-            made = {name: packed} | {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
-            exact[name] = bnb.dequantize_4bit(packed, state)
+            made, exact[name] = nf4(name, dense[name], nested=False)
         stored |= made
     config = json.loads((part / "config.json").read_text())
     mark = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -115,3 +115,14 @@ NO_LIBRARY = define(
     can load. Install it again, or choose another `memory.precision` or `memory.optimizer_state`.
     """,
 )
+UNEVEN_ROWS = define(
+    "IM011",
+    "rows that blocks of 4-bit numbers do not fill",
+    """
+    With `memory.precision = "nf4"` bitsandbytes multiplies with weights whose numbers have a scale for each
+    block, 64 as a rule. That is right on every machine only where the rows of a weight hold whole blocks: on
+    processors with AVX-512 its kernel begins each row with a scale of its own. The released models have such
+    rows. Another base, also one that is stored in NF4, can be held in any other precision: its 4-bit numbers
+    are then looked up in one run, whatever the rows' length.
+    """,
+)
