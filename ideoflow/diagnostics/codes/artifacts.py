@@ -84,5 +84,8 @@ CANNOT_MERGE = define(
     in diffusers' names or the original ones, in one file or several. Weights in other forms (bitsandbytes'
     NF4, int8) would be rounded again from an already rounded weight with nothing gained: merge into the bf16
     or FP8 release instead, and quantise that.
+
+    Nothing is written either where a new weight is too large for the base's type (float16 ends at 65504), or
+    where the base itself holds numbers that are not finite.
     """,
 )
