@@ -43,8 +43,9 @@ DAMAGED_ADAPTER = define(
     "a damaged or foreign adapter file",
     """
     An adapter file does not hold together: it is cut short, a tensor has no partner (`lora_A` without
-    `lora_B`), shapes do not fit, numbers are integers or not finite, or keys do not belong to the blocks of
-    Ideogram 4. The message names the file and the key.
+    `lora_B`), shapes do not fit, numbers are integers (alpha may be one) or not finite, PEFT's configuration
+    gives no rank and alpha, or keys do not belong to the blocks of Ideogram 4. The message names the file and
+    the key.
 
     Get the file again from where it came from. Where the keys are those of another model, the adapter was
     trained for that model and cannot be used here; adapters that also change modules outside the blocks
@@ -63,6 +64,7 @@ CANNOT_CONVERT = define(
     - A DoRA stores the length of each row. ComfyUI takes it relative to the base's rows (forms `comfyui` and
       `kohya`), PEFT and LyCORIS relative to the changed ones; converting needs the base: `--base`.
     - diffusers has no reader for a LoHa.
+    - Forms without alpha (`diffusers`, `peft`) have it multiplied in, which may be too large for float16.
 
     `ideoflow adapter resize` makes a LoRA of any kind, which every form holds; `ideoflow adapter merge` needs
     no adapter file at all.
