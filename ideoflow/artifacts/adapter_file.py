@@ -307,6 +307,24 @@ def state_dict(updates: Mapping[str, Update], form: Form, dtype: torch.dtype) ->
     return dict(sorted(state.items()))
 
 
+def check_output(out: Path, *, folder: bool) -> None:
+    """Refuses to write what is there already, or a file that ideoflow would not open.
+
+    Raises:
+        IdeoflowError: before anything is read or computed.
+    """
+    span, cure = Span(str(out)), "choose another name, or remove it"
+    try:
+        there = out.exists() or out.is_symlink()
+    except OSError as error:
+        fail(UNWRITABLE, f"cannot write {out}: {error.strerror}", span, cure=cure)
+    if there:
+        fail(UNWRITABLE, f"{out} is there already", span, cure=cure)
+    if not folder and out.suffix not in (".safetensors", ".sft"):
+        cure = "end the name with .safetensors: files of another name are not opened"
+        fail(UNWRITABLE, f"{out} is no name of a safetensors file", span, cure=cure)
+
+
 def write_adapter(
     path: Path,
     updates: Mapping[str, Update],

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ideoflow.artifacts.adapter_file import Adapter
+from ideoflow.artifacts.adapter_file import Adapter, check_output
 from ideoflow.artifacts.names import PARTS, QKV, attention_of
 from ideoflow.artifacts.updates import CannotJoin, Lora, Update
 from ideoflow.diagnostics import Collector, IdeoflowError, Span, fail
@@ -128,8 +128,7 @@ def merge(adapter: Adapter, base: BasePlace, out: Path) -> Merged:
         IdeoflowError: when the two do not belong together, the base's form cannot be merged into, or ``out``
             is there or cannot be written.
     """
-    if out.exists():
-        fail(UNWRITABLE, f"{out} is there already", Span(str(out)), cure="choose another name, or remove it")
+    check_output(out, folder=not base.transformer.is_file())
     work, files = _Work(adapter, base.header), {stored.file for stored in base.header.values()}
     try:
         if base.transformer.is_file():

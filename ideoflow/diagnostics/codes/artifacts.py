@@ -8,6 +8,9 @@ UNWRITABLE = define(
     """
     Results cannot be written: the disk is full, or the folder belongs to somebody else. Checkpoints are
     written beside their place and renamed when they are complete, so the last one is always whole.
+
+    `ideoflow adapter` replaces nothing that is there: choose another name, or remove the old file. Adapters
+    are files named `.safetensors`, since none of another name is opened.
     """,
 )
 OTHER_RUN = define(
