@@ -104,8 +104,9 @@ def read_adapter(path: Path) -> Adapter:
         try:
             scale = config.scale(module) if config and "alpha" not in parts else None
         except ValueError as error:
-            message = f"PEFT's configuration gives {spelt[module]} no rank and alpha: {error}"
-            _damaged(problems, Path(config.place), message)
+            assert config is not None
+            message = f"{config.name} gives {spelt[module]} no rank and alpha: {error}"
+            _damaged(problems, config.file, message)
             break  # and most others with it
         updates[module] = _update(kind, parts, scale, base_norm)
         rows = updates[module].shape[0]

@@ -57,7 +57,8 @@ def readers(file: Path, peft: Callable[[], str] | None = None) -> Readers:
     if peft and all(k.prefix == "base_model.model." and k.leaf in DIFFUSERS_MODULES for k in keys):
         if not (refused := peft()):
             return Readers("PEFT", tuple(remarks))
-        remarks.append(f"PEFT does not load it as it is meant, {refused}: ideoflow adapter convert --to peft")
+        cure = "ideoflow adapter convert --to peft writes a configuration that fits"
+        remarks.append(f"PEFT does not load it as it is meant ({refused}): {cure}")
     comfyui, diffusers = all(map(_in_comfyui, keys)), _in_diffusers(keys)
     if comfyui and metadata.get(BASE_NORM) != "base" and any(k.name == "dora_scale" for k in keys):
         comfyui = False

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from safetensors import safe_open
@@ -29,9 +30,10 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "lycoris")
 
 @dataclass(frozen=True)
 class SavedConfig:
-    """What PEFT's configuration says, and where it says so."""
+    """What PEFT's configuration says; ``file`` and ``name`` say where."""
 
-    place: str
+    file: Path
+    name: str
     values: Mapping[str, Any]
 
     def scale(self, module: str) -> float:
@@ -82,7 +84,7 @@ def read_config(file: Path) -> SavedConfig:
         fail(NOT_AN_ADAPTER, f"{file} cannot be read: {why}", Span(str(file)), cure=cure)
     if not isinstance(values, dict):
         fail(NOT_AN_ADAPTER, f"{file} is not a JSON object", Span(str(file)), cure="save it with PEFT again")
-    return SavedConfig(str(file), values)
+    return SavedConfig(file, file.name, values)
 
 
 def config_in(metadata: Mapping[str, str], file: Path) -> SavedConfig | None:
@@ -101,7 +103,7 @@ def config_in(metadata: Mapping[str, str], file: Path) -> SavedConfig | None:
         cure = "save it again with diffusers, or remove this entry of its metadata"
         fail(DAMAGED_ADAPTER, f"{file}: {METADATA_KEY} is not a JSON object", Span(str(file)), cure=cure)
     values = {name.removeprefix("transformer."): value for name, value in saved.items()}
-    return SavedConfig(f"{file}: {METADATA_KEY}", values)
+    return SavedConfig(file, METADATA_KEY, values)
 
 
 def refusal(folder: Path, config: SavedConfig, updates: Mapping[str, Update]) -> str:
@@ -121,7 +123,7 @@ def refusal(folder: Path, config: SavedConfig, updates: Mapping[str, Update]) ->
                 _skeleton(updates), str(folder), low_cpu_mem_usage=True, torch_device="cpu"
             )
     except Exception as error:  # whatever PEFT raises for what a file may say
-        return f"it raises {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+        return "it raises " + shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
     with safe_open(folder / PEFT_FILES[1], "pt") as opened:
         there = set(opened.keys())
     wanted = set(get_peft_model_state_dict(loaded))
