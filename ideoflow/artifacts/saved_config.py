@@ -109,10 +109,15 @@ def config_in(metadata: Mapping[str, str], file: Path) -> SavedConfig | None:
 def refusal(folder: Path, config: SavedConfig, updates: Mapping[str, Update]) -> str:
     """Why PEFT does not load a folder as it is meant; empty where it does.
 
-    PEFT itself is asked, with a model of the same Linears without numbers.
+    PEFT itself is asked, with a model of the same Linears without numbers; but never for what may run code.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
+    kind = config.values.get("peft_type")
+    if kind not in ("LORA", "LOHA", "LOKR"):
+        return f"its peft_type is {json.dumps(kind)}"
+    if config.values.get("megatron_config"):  # PEFT would import whatever module megatron_core names
+        return "it is for Megatron"
     start = config.values.get("init_lora_weights", config.values.get("init_weights"))
     if start not in _PLAIN_STARTS:
         return f"with the start {json.dumps(start)} it changes the base's weights"

@@ -132,6 +132,7 @@ CONFIGS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "fewer modules": ({"target_modules": ["to_k"]}, False),
     "other modules": ({"target_modules": ["to_sail"]}, False),
     "another task": ({"task_type": "CAUSAL_LM"}, False),
+    "megatron": ({"megatron_config": {"a": 1}, "megatron_core": "no_such_module"}, False),
     "pissa": ({"init_lora_weights": "pissa"}, False),
 }
 
