@@ -7,6 +7,7 @@ too, and how to write a file so that it is never half there.
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,26 @@ def whole_file(file: Path) -> Iterator[Path]:
     except BaseException:
         with contextlib.suppress(OSError):
             scratch.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder to fill: the folder is there whole after the block or not at all.
+
+    It may be there before, empty. Files in it are synchronised by whoever writes them.
+
+    Raises:
+        OSError: as :func:`whole_file`; also when the folder is there and holds something.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 

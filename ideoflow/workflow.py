@@ -7,6 +7,7 @@ imported when the engine starts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -285,6 +286,14 @@ class _Run:
         for change in changes:
             emit(Note(change))
         outcome = None
+
+        def closed() -> Path:
+            for sentence in meter.wrong_lines():
+                emit(Note(sentence))
+            end = asdict(outcome) if outcome else {"finished": False}
+            recorder.write("end", seconds=perf_counter() - started, **end)
+            return write_report(folder, plan)
+
         try:
             outcome = carry_out(
                 plan, prepared.dataset, prepared.prompts, folder, emit=emit, stop=stop, profile=profile,
@@ -297,12 +306,11 @@ class _Run:
                     append_runs([measured])
                 except OSError as error:
                     emit(Note(f"what was measured is not kept for later plans: {error}"))
-        finally:
-            for sentence in meter.wrong_lines():
-                emit(Note(sentence))
-            end = asdict(outcome) if outcome else {"finished": False}
-            recorder.write("end", seconds=perf_counter() - started, **end)
-            report = write_report(folder, plan)
+        except BaseException:
+            with suppress(IdeoflowError):  # the first error is the one to tell
+                closed()
+            raise
+        report = closed()
         return Result(folder, outcome.step, outcome.finished, outcome.adapter, report)
 
     def _check(self, force: bool) -> None:

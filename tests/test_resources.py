@@ -68,6 +68,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tm
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    with pytest.raises(OSError, match="no space left"), resources.whole_folder(folder) as scratch:
+        (scratch / "first").touch()
+        raise OSError("no space left")
+    assert list(folder.parent.iterdir()) == []
+    with resources.whole_folder(folder) as scratch:
+        (scratch / "first").touch()
+    assert [f.name for f in folder.iterdir()] == ["first"] and list(folder.parent.iterdir()) == [folder]
+    with pytest.raises(OSError), resources.whole_folder(folder):  # what is there is never replaced
+        pass
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 def test_a_written_file_may_be_read_by_those_who_may_read_any_new_file(tmp_path):
     (tmp_path / "plain").touch()

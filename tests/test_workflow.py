@@ -271,9 +271,11 @@ def test_a_full_disk_is_told_and_loses_nothing(project: Path, capsys: pytest.Cap
         pytest.skip("needs the right to mount a tmpfs")
     try:
         edit(project, "[train]", f'[output]\nfolder = "{disk}/out"\n[train]')
+        (disk / "out/report.html").mkdir(parents=True)  # so that the report fails as well, after the rest
         assert main(["run", "try.toml", "--quiet"]) == 1
         err = capsys.readouterr().err
         assert "error[IA001]" in err and "Traceback" not in err
+        assert "report.html" not in err, "what came first is told"
         assert not list(disk.rglob(".writing-*"))
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -20,16 +20,16 @@ from torch import Tensor
 from ideoflow import __version__
 from ideoflow.artifacts.names import FUSED, PARTS, QKV, Form, attention_of, read_key, write_key
 from ideoflow.artifacts.readers import BASE_NORM
+from ideoflow.artifacts.saved_config import METADATA_KEY, PEFT_FILES, SavedConfig, config_in, read_config
 from ideoflow.artifacts.updates import CannotJoin, Loha, Lokr, Lora, Update, join
 from ideoflow.diagnostics import Collector, Span, fail
 from ideoflow.diagnostics.codes.artifacts import CANNOT_CONVERT, DAMAGED_ADAPTER, NOT_AN_ADAPTER, UNWRITABLE
 from ideoflow.model.files import read_safetensors_header
 from ideoflow.model.forms import unread_file
-from ideoflow.resources import write_whole
+from ideoflow.resources import whole_folder, write_whole
 
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
-_SAVED_CONFIG = "lora_adapter_metadata"  # PEFT's configuration, where diffusers saved the file
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # torch.tensor(16) is one
 _REQUIRED = {"lora": {"down", "up"}, "loha": {"w1_a", "w1_b", "w2_a", "w2_b"}}
 
 
@@ -42,6 +42,7 @@ class Adapter:
         form: of the file it came from.
         dtype: of most of its numbers.
         metadata: the file's own.
+        config: PEFT's configuration, where one came with it.
     """
 
     updates: dict[str, Update]
@@ -49,6 +50,7 @@ class Adapter:
     dtype: torch.dtype
     metadata: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
+    config: SavedConfig | None = None
 
     @property
     def kinds(self) -> list[str]:
@@ -61,13 +63,10 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         IdeoflowError: naming the file and every key that is wrong.
     """
-    file, config = path, None
-    if path.is_dir():
-        config_file, file = (path / name for name in PEFT_FILES)
-        config = _read_config(config_file)
+    *beside, file = files_of(path)
+    config = read_config(beside[0]) if beside else None
     tensors, metadata = _read_tensors(file)
-    if config is None and _SAVED_CONFIG in metadata:
-        config = _saved_config(file, metadata[_SAVED_CONFIG])
+    config = config or config_in(metadata, file)
     problems = Collector()
     grouped: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, str] = {}
@@ -82,7 +81,7 @@ def read_adapter(path: Path) -> Adapter:
         spelt[key.module] = name.removesuffix(f".{key.name}")
         if key.form:
             forms[key.form] = forms.get(key.form, 0) + 1
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in (_FLOATS | _INTEGERS if key.tensor == "alpha" else _FLOATS):
             kind = str(tensor.dtype).removeprefix("torch.")
             _damaged(problems, file, f"{name} holds {kind}, not floating-point numbers")
         elif key.tensor in grouped.setdefault(key.module, {}):
@@ -103,10 +102,12 @@ def read_adapter(path: Path) -> Adapter:
             _damaged(problems, file, f"{spelt[module]}: {wrong}")
             continue
         try:
-            scale = _peft_scale(config, module, parts)
-        except (TypeError, ValueError, AttributeError, ZeroDivisionError):
-            _damaged(problems, file, f"PEFT's configuration gives {spelt[module]} no rank and alpha")
-            continue
+            scale = config.scale(module) if config and "alpha" not in parts else None
+        except ValueError as error:
+            assert config is not None
+            message = f"{config.name} gives {spelt[module]} no rank and alpha: {error}"
+            _damaged(problems, config.file, message)
+            break  # and most others with it
         updates[module] = _update(kind, parts, scale, base_norm)
         rows = updates[module].shape[0]
         if module.endswith(QKV) and rows % 3:
@@ -117,10 +118,26 @@ def read_adapter(path: Path) -> Adapter:
     problems.raise_if_errors()
     types: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
-        types[tensor.dtype] = types.get(tensor.dtype, 0) + tensor.numel()
+        if tensor.is_floating_point():
+            types[tensor.dtype] = types.get(tensor.dtype, 0) + tensor.numel()
     dtype = max(types, key=lambda t: types[t])
     form = max(forms, key=lambda f: forms[f], default="diffusers")
-    return Adapter(dict(sorted(updates.items(), key=_in_order)), form, dtype, metadata, path)
+    return Adapter(dict(sorted(updates.items(), key=_in_order)), form, dtype, metadata, path, config)
+
+
+def files_of(path: Path) -> list[Path]:
+    """An adapter's files, the tensors last: PEFT's configuration lies beside its own.
+
+    Raises:
+        IdeoflowError: when the path cannot be looked up.
+    """
+    try:
+        file = path / PEFT_FILES[1] if path.is_dir() else path
+        config = file.with_name(PEFT_FILES[0])
+        return [config, file] if path.is_dir() or (file.name == PEFT_FILES[1] and config.exists()) else [file]
+    except OSError as error:
+        cure = "give an adapter's .safetensors file"
+        fail(NOT_AN_ADAPTER, f"{path} cannot be read: {error.strerror}", Span(str(path)), cure=cure)
 
 
 def _in_order(item: tuple[str, Any]) -> tuple[int, str]:
@@ -147,45 +164,6 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         fail(NOT_AN_ADAPTER, f"there is no adapter {file}", span, cure="give an adapter's .safetensors file")
     except (OSError, ValueError, SafetensorError) as error:
         fail(DAMAGED_ADAPTER, f"{file}: {error}", span, cure="get the file again; it must be safetensors")
-
-
-def _read_config(file: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        cure = "a folder is read as PEFT saves it: adapter_config.json beside adapter_model.safetensors"
-        why = error.strerror if isinstance(error, OSError) else error
-        fail(NOT_AN_ADAPTER, f"{file} cannot be read: {why}", Span(str(file)), cure=cure)
-    if not isinstance(config, dict):
-        fail(NOT_AN_ADAPTER, f"{file} is not a JSON object", Span(str(file)), cure="save it with PEFT again")
-    return config
-
-
-def _saved_config(file: Path, text: str) -> Mapping[str, Any]:
-    """PEFT's configuration from the metadata of a file that diffusers saved."""
-    try:
-        saved = json.loads(text)
-    except ValueError:
-        saved = None
-    if not isinstance(saved, dict):
-        cure = "save it again with diffusers, or remove this entry of its metadata"
-        fail(DAMAGED_ADAPTER, f"{file}: {_SAVED_CONFIG} is not a JSON object", Span(str(file)), cure=cure)
-    return {name.removeprefix("transformer."): value for name, value in saved.items()}
-
-
-def _peft_scale(config: Mapping[str, Any] | None, module: str, parts: Mapping[str, Tensor]) -> float | None:
-    """What PEFT multiplies by, from its config; None for files that say it themselves."""
-    if config is None or "alpha" in parts:
-        return None
-    from peft.utils.other import get_pattern_key
-
-    def value(patterns: str, *names: str) -> float:
-        table = config.get(patterns) or {}
-        given = next((config[n] for n in names if config.get(n) is not None), 8)
-        return float(table.get(get_pattern_key(table, module), given))
-
-    rank, alpha = value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha", "alpha")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _wrong(kind: str, parts: Mapping[str, Tensor]) -> str:
@@ -330,6 +308,24 @@ def state_dict(updates: Mapping[str, Update], form: Form, dtype: torch.dtype) ->
     return dict(sorted(state.items()))
 
 
+def check_output(out: Path, *, folder: bool) -> None:
+    """Refuses to write what is there already, or a file that ideoflow would not open.
+
+    Raises:
+        IdeoflowError: before anything is read or computed.
+    """
+    span, cure = Span(str(out)), "choose another name, or remove it"
+    try:
+        there = out.exists() or out.is_symlink()
+    except OSError as error:
+        fail(UNWRITABLE, f"cannot write {out}: {error.strerror}", span, cure=cure)
+    if there:
+        fail(UNWRITABLE, f"{out} is there already", span, cure=cure)
+    if not folder and out.suffix not in (".safetensors", ".sft"):
+        cure = "end the name with .safetensors: files of another name are not opened"
+        fail(UNWRITABLE, f"{out} is no name of a safetensors file", span, cure=cure)
+
+
 def write_adapter(
     path: Path,
     updates: Mapping[str, Update],
@@ -351,27 +347,30 @@ def write_adapter(
         raise ValueError("row lengths must be made relative to the form's norm first")
     facts = {"format": "pt", "ideoflow.version": __version__, **(metadata or {})}
     facts.pop(BASE_NORM, None)
-    facts.pop(_SAVED_CONFIG, None)  # of the file that this one comes from
+    facts.pop(METADATA_KEY, None)  # of the file that this one comes from
     if relative == {True}:
         facts[BASE_NORM] = "base"
     state = state_dict(arranged, form, dtype)
-    if form == "peft":
-        from ideoflow.artifacts.peft_config import config_of
-
-        config = json.dumps(config_of(arranged), indent=2, sort_keys=True).encode()
-        for name, content in zip(PEFT_FILES, (config, save(state, facts)), strict=True):
-            _write(path / name, content)
-    else:
-        _write(path, save(state, facts))
-    return path
-
-
-def _write(file: Path, content: bytes) -> None:
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            message = f"{key} would hold numbers that are not finite, or too large for {kind}"
+            cure = "use a form that keeps alpha (comfyui, kohya), and look at alpha (ideoflow adapter info)"
+            fail(CANNOT_CONVERT, message, Span(str(path)), cure=cure)
     try:
-        write_whole(file, content)
+        if form == "peft":
+            from ideoflow.artifacts.peft_config import config_of
+
+            config = json.dumps(config_of(arranged), indent=2, sort_keys=True).encode()
+            with whole_folder(path) as scratch:
+                for name, content in zip(PEFT_FILES, (config, save(state, facts)), strict=True):
+                    write_whole(scratch / name, content)
+        else:
+            write_whole(path, save(state, facts))
     except OSError as error:
         cure = "free some space, or choose another place"
-        fail(UNWRITABLE, f"cannot write {file}: {error.strerror or error}", cure=cure)
+        fail(UNWRITABLE, f"cannot write {path}: {error.strerror or error}", cure=cure)
+    return path
 
 
 def digest(files: Iterable[Path]) -> str:

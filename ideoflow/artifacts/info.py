@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ideoflow.artifacts.adapter_file import PEFT_FILES, digest, read_adapter
+from ideoflow.artifacts.adapter_file import digest, files_of, read_adapter
 from ideoflow.artifacts.readers import readers
+from ideoflow.artifacts.saved_config import refusal
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,14 @@ def describe(path: Path) -> AdapterInfo:
         IdeoflowError: when it cannot be read.
     """
     adapter = read_adapter(path)
-    files = [path / name for name in PEFT_FILES] if path.is_dir() else [path]
+    files = files_of(path)
     updates = adapter.updates
     blocks = {module.split(".")[1] for module in updates}
     tensors = [t for u in updates.values() for t in vars(u).values() if isinstance(t, Tensor)]
-    loads = readers(files[-1], folder=path.is_dir())
+    peft = None
+    if adapter.config and len(files) > 1:
+        peft = partial(refusal, files[-1].parent, adapter.config, updates)
+    loads = readers(files[-1], peft)
     return AdapterInfo(
         path,
         adapter.form,

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +39,12 @@ class Readers:
     remarks: tuple[str, ...] = ()
 
 
-def readers(file: Path, *, folder: bool = False) -> Readers:
-    """Who loads an adapter file; ``folder``: it lies beside PEFT's configuration."""
+def readers(file: Path, peft: Callable[[], str] | None = None) -> Readers:
+    """Who loads an adapter file.
+
+    Args:
+        peft: of a file beside PEFT's configuration, why PEFT does not load it, or "".
+    """
     with safe_open(file, "pt") as opened:
         names, metadata = list(opened.keys()), opened.metadata() or {}
     keys = [key for name in names if (key := read_key(name))]
@@ -50,8 +54,11 @@ def readers(file: Path, *, folder: bool = False) -> Readers:
         remarks.append(
             f"it mixes the forms {' and '.join(forms)}: ideoflow adapter convert makes one of them"
         )
-    if folder and all(k.prefix == "base_model.model." and k.leaf in DIFFUSERS_MODULES for k in keys):
-        return Readers("PEFT", tuple(remarks))
+    if peft and all(k.prefix == "base_model.model." and k.leaf in DIFFUSERS_MODULES for k in keys):
+        if not (refused := peft()):
+            return Readers("PEFT", tuple(remarks))
+        cure = "ideoflow adapter convert --to peft writes a configuration that fits"
+        remarks.append(f"PEFT does not load it as it is meant ({refused}): {cure}")
     comfyui, diffusers = all(map(_in_comfyui, keys)), _in_diffusers(keys)
     if comfyui and metadata.get(BASE_NORM) != "base" and any(k.name == "dora_scale" for k in keys):
         comfyui = False

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ideoflow.artifacts.updates import Loha, Lokr, Lora, Update
+from ideoflow.diagnostics import fail
+from ideoflow.diagnostics.codes.artifacts import CANNOT_CONVERT
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,22 @@ def resize(
 ) -> tuple[dict[str, Update], list[Resized]]:
     """LoRAs of at most ``rank``, or of the least rank that keeps the share ``energy`` of the squared norm.
 
-    A DoRA keeps its row lengths. Factors come in the type of the old ones.
+    A DoRA keeps its row lengths. Factors come in float32.
+
+    Raises:
+        IdeoflowError: when a module's numbers are too large to be decomposed.
     """
     made: dict[str, Update] = {}
     report = []
     for module, update in updates.items():
-        u, s, v = decompose(update)
+        try:
+            u, s, v = decompose(update)
+            finite = bool(s.isfinite().all())
+        except torch.linalg.LinAlgError:
+            finite = False
+        if not finite:
+            message = f"the change of {module} is too large for float32"
+            fail(CANNOT_CONVERT, message, cure="look at its alpha (ideoflow adapter info)")
         squares = s.double().square()
         total = float(squares.sum())
         shares = squares.cumsum(0) / total if total else torch.ones(len(s), dtype=torch.float64)

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     command = actions.add_parser("convert", help="the same adapter in another form, exactly")
     command.add_argument("file", type=Path, help=adapter)
-    command.add_argument("output", type=Path, help="what to write; a folder for peft")
+    command.add_argument(
+        "output", type=Path, help="what to write, a new .safetensors file; a folder for peft"
+    )
     command.add_argument("--to", choices=FORMS, required=True, help="who is to read it (docs/adapters.md)")
     command.add_argument("--base", help="the base, which a DoRA needs: nano, a folder, a file or a hub id")
     command.set_defaults(act=convert)
@@ -34,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = actions.add_parser("merge", help="a base with the adapter in its weights")
     command.add_argument("file", type=Path, help=adapter)
     command.add_argument("base", help="bf16 or FP8: nano, a folder, a single file or a hub id")
-    command.add_argument("output", type=Path, help="what to write: a folder, or a file like the base's")
+    command.add_argument("output", type=Path, help="a new folder, or of a single file a new file")
     command.set_defaults(act=merge)
 
     command = actions.add_parser("resize", help="the nearest LoRA of a lower rank, from any kind")
     command.add_argument("file", type=Path, help=adapter)
-    command.add_argument("output", type=Path, help="what to write, in the file's own form")
+    command.add_argument("output", type=Path, help="a new file (of PEFT's form, a folder)")
     size = command.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=_rank, help="the rank of every module")
     size.add_argument("--energy", type=_share, metavar="SHARE", help="the least ranks that keep this share")
@@ -90,11 +92,12 @@ def _page(found: AdapterInfo) -> str:
 
 
 def convert(args: argparse.Namespace) -> None:
-    from ideoflow.artifacts.adapter_file import for_form, read_adapter, write_adapter
+    from ideoflow.artifacts.adapter_file import check_output, for_form, read_adapter, write_adapter
     from ideoflow.artifacts.merge import base_weights, find_base
 
+    check_output(args.output, folder=args.to == "peft")
     adapter = read_adapter(args.file)
-    weight = base_weights(find_base(args.base)) if args.base else None
+    weight = None if args.base is None else base_weights(find_base(args.base))
     updates = for_form(adapter.updates, args.to, weight)
     print(f"wrote {write_adapter(args.output, updates, args.to, adapter.dtype, adapter.metadata)}")
 
@@ -110,10 +113,11 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def resize(args: argparse.Namespace) -> None:
-    from ideoflow.artifacts.adapter_file import read_adapter, write_adapter
+    from ideoflow.artifacts.adapter_file import check_output, read_adapter, write_adapter
     from ideoflow.artifacts.resize import resize as resize_to
 
     adapter = read_adapter(args.file)
+    check_output(args.output, folder=adapter.form == "peft")
     updates, report = resize_to(adapter.updates, rank=args.rank, energy=args.energy)
     write_adapter(args.output, updates, adapter.form, adapter.dtype, adapter.metadata)
     for one in report:

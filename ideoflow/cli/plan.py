@@ -22,6 +22,7 @@ from ideoflow.diagnostics.codes.plan import (
     OPTIONS_APART,
     PLAN_UNWRITABLE,
 )
+from ideoflow.resources import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -282,8 +283,10 @@ def _console() -> Iterator[Console]:
 
 def _write(file: Path, text: str) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            file.write_text(text, encoding="utf-8")  # such as /dev/stdout, which must stay what it is
+        else:
+            write_whole(file, text.encode())
     except OSError as error:
         cure = "choose another file"
         fail(PLAN_UNWRITABLE, f"cannot write {file}: {error.strerror or error}", cure=cure)

@@ -16,7 +16,7 @@ from ideoflow.diagnostics import Collector, Diagnostic, IdeoflowError, Span, fai
 from ideoflow.diagnostics.codes.data import BAD_LIST, EMPTY_DATASET, NO_HUB_DATASET, NOT_READ
 from ideoflow.model.download import snapshot
 from ideoflow.recipe import Recipe, SourceSettings
-from ideoflow.recipe.sources import HUB_PREFIX, SHARD_SUFFIX, TABLE_SUFFIXES, matching_files
+from ideoflow.recipe.sources import HUB_PREFIX, SHARD_SUFFIX, TABLE_SUFFIXES, is_folder, matching_files
 from ideoflow.resources import user_cache
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -76,7 +76,7 @@ def _report_unread(names: Iterable[str], span: Span, problems: Collector) -> Non
 def _locate(folder: Path, images: str, span: Span, say: Callable[[str], None]) -> tuple[Path, list[Path]]:
     """(folder that names are relative to, its lists or shards; none where it is a folder of pictures)."""
     if not images.startswith(HUB_PREFIX):
-        if (folder / images).is_dir():
+        if is_folder(folder / images):
             return folder / images, _files_of(folder / images)
         files = matching_files(folder, images)
         return (files[0].parent if files else folder / images), files

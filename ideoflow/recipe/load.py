@@ -218,14 +218,7 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
             recipe.span("train.betas"),
             cure="for example betas = [0.9, 0.999]",
         )
-    name = t.output.name
-    if name is not None and (name in ("", "..") or FilePath(name).name != name):
-        problems.add(
-            BAD_VALUE,
-            f"output.name is the name of a file, and '{name}' is none",
-            recipe.span("output.name"),
-            cure="leave out folders, or put them in output.folder",
-        )
+    _check_names(recipe, problems)
     if t.captions.variants is not None and t.captions.most_variants == 1:
         contradiction(
             "captions.variants",
@@ -262,6 +255,25 @@ def _check_pairs(recipe: Recipe, problems: Collector) -> None:
             recipe.span("adapter.targets"),
             cure="targets = 'all' trains every Linear of the blocks",
         )
+
+
+def _check_names(recipe: Recipe, problems: Collector) -> None:
+    """Reports names that no file, folder or revision can have."""
+    model, output = recipe.tables.model, recipe.tables.output
+    if output.name is not None and (output.name in ("", "..") or FilePath(output.name).name != output.name):
+        message = f"output.name is the name of a file, and '{output.name}' is none"
+        cure = "leave out folders, or put them in output.folder"
+        problems.add(BAD_VALUE, message, recipe.span("output.name"), cure=cure)
+    if model.revision == "":
+        cure = "remove it for what the hub has now, or write a commit, tag or branch"
+        problems.add(BAD_VALUE, "model.revision is empty", recipe.span("model.revision"), cure=cure)
+    paths = {"model.base": model.base, "model.parts": model.parts, "output.folder": output.folder}
+    for key, text in (paths | {"output.name": output.name}).items():
+        # Names that results and scratch files get are longer than output.name.
+        most = 255 if key in paths else 200
+        if text and (len(text.encode()) > 4000 or any(len(p.encode()) > most for p in text.split("/"))):
+            cure = f"a name has at most {most} bytes, a path 4000"
+            problems.add(BAD_VALUE, f"{key} is too long for a file system", recipe.span(key), cure=cure)
 
 
 def _check_paths(recipe: Recipe) -> None:

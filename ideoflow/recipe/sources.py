@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -75,9 +76,18 @@ def matching_files(folder: FilePath, pattern: str) -> list[FilePath]:
 
     ``{000..012}`` and ``{a,b}`` are written out first, as in names of WebDataset shards.
     """
-    if (folder / pattern).is_file():  # also a name with brackets, which a glob would read as a set
-        return [folder / pattern]
+    with contextlib.suppress(OSError):  # too long for a name, as a list in braces may be
+        if (folder / pattern).is_file():  # also a name with brackets, which a glob would read as a set
+            return [folder / pattern]
     return sorted({file for plain in _without_braces(pattern) for file in _glob(folder, plain)})
+
+
+def is_folder(path: FilePath) -> bool:
+    """Whether a folder is there; a path that is too long names none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _glob(folder: FilePath, pattern: str) -> list[FilePath]:
@@ -85,7 +95,7 @@ def _glob(folder: FilePath, pattern: str) -> list[FilePath]:
     base, rest = (FilePath(root), pattern[len(root) :]) if root else (folder, pattern)
     try:
         return [p for p in base.glob(rest) if p.is_file()]
-    except ValueError:  # no pattern at all, or ** inside a name
+    except (ValueError, OSError):  # no pattern at all, ** inside a name, or too long for one
         return []
 
 
@@ -108,9 +118,9 @@ def _without_braces(pattern: str) -> Iterator[str]:
 def check_images(recipe: Recipe, number: int, source: SourceSettings, problems: Collector) -> None:
     """Reports ``images`` that names nothing, and a wrong ``image_folder``; the hub is not asked."""
     images, beside = source.images, source.image_folder
-    whole = images.startswith(HUB_PREFIX) or (recipe.folder / images).is_dir()
+    whole = images.startswith(HUB_PREFIX) or is_folder(recipe.folder / images)
     no_list = whole or images.endswith(SHARD_SUFFIX)
-    if beside is not None and (no_list or not (recipe.folder / beside).is_dir()):
+    if beside is not None and (no_list or not is_folder(recipe.folder / beside)):
         message = "image_folder is set, but images is no list" if no_list else f"'{beside}' is no folder"
         cure = "image_folder is where the paths in a list begin, relative to the recipe's own folder"
         code = IMPOSSIBLE_PAIR if no_list else NO_SUCH_PATH

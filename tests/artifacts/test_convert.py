@@ -50,9 +50,11 @@ def test_every_form_and_back(adapted: Any, tmp_path: Path, kind: str) -> None:
     forms = [f for f in FORMS if not (f == "diffusers" and kind == "loha")]
     weight = base_weights(find_base("nano"))
     expected = deltas(updates)
-    for first, second in product(forms, forms):
-        file, other = place(tmp_path, first, first), place(tmp_path, f"{first}-{second}", second)
-        write_adapter(file, for_form(updates, first, weight), first, torch.float32)
+    files = {form: place(tmp_path, form, form) for form in forms}
+    for form, file in files.items():
+        write_adapter(file, for_form(updates, form, weight), form, torch.float32)
+    for (first, file), second in product(files.items(), forms):
+        other = place(tmp_path, f"{first}-{second}", second)
         read = read_adapter(file)
         assert read.form == first
         write_adapter(other, for_form(read.updates, second, weight), second, torch.float32)

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ideoflow.artifacts.adapter_file import read_adapter
+from ideoflow.artifacts.adapter_file import read_adapter, write_adapter
+from ideoflow.artifacts.resize import resize
+from ideoflow.artifacts.updates import Lora
 from ideoflow.diagnostics import IdeoflowError
-from ideoflow.diagnostics.codes.artifacts import DAMAGED_ADAPTER, NOT_AN_ADAPTER
+from ideoflow.diagnostics.codes.artifacts import CANNOT_CONVERT, DAMAGED_ADAPTER, NOT_AN_ADAPTER
 
 LORA, LOKR, LOHA = (f"diffusion_model.layers.0.feed_forward.{w}" for w in ("w1", "w2", "w3"))
 
@@ -114,11 +116,62 @@ def test_damage_is_told_with_its_file_and_key(tmp_path: Path, name: str) -> None
     assert all(word in found.message for word in words), found.message
 
 
-def test_a_damaged_configuration_in_the_metadata_is_told(tmp_path: Path) -> None:
-    for text in ("{", "[]", '{"r": 0}', '{"r": "many"}', '{"rank_pattern": 3}'):
-        save_file(whole(), tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
-        found = refused(tmp_path / "a.safetensors")
+CONFIGS = (
+    "{", "[]", '{"r": 0}', '{"r": "many"}', '{"r": true}', '{"rank_pattern": 3}',
+    '{"rank_pattern": {"*": 3}}',
+    '{"alpha_pattern": {"(": 3}}', '{"r": 4, "lora_alpha": NaN}', '{"r": -4, "use_rslora": true}',
+    '{"lora_alpha": 1%s}' % ("0" * 400), '{"r": 1e-300, "lora_alpha": 1e300}', "[" * 100_000,
+)  # fmt: skip
+
+
+def test_a_damaged_configuration_is_told(tmp_path: Path) -> None:
+    file, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    for text in CONFIGS:
+        beside.unlink(missing_ok=True)
+        save_file(whole(), file, {"lora_adapter_metadata": text})
+        found = refused(file)
         assert found.code is DAMAGED_ADAPTER and re.search("lora_adapter_metadata|no rank", found.message)
+        save_file(whole(), file)
+        beside.write_text(text, encoding="utf-8")
+        for path in (tmp_path, file):
+            with pytest.raises(IdeoflowError) as caught:
+                read_adapter(path)
+            (found,) = caught.value.diagnostics
+            assert str(beside) in found.message and found.cure, found.message
+
+
+def test_a_configuration_beside_the_file_counts(tmp_path: Path) -> None:
+    file, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({name: tensor for name, tensor in whole().items() if LOKR in name}, file)
+    beside.write_text('{"r": 2, "alpha": 3}', encoding="utf-8")
+    assert [u.scale for u in read_adapter(file).updates.values()] == [1.5]
+
+
+def test_alpha_may_be_an_integer(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.float64):
+        save_file(whole() | {f"{LORA}.alpha": torch.tensor(16, dtype=dtype)}, file)
+        adapter = read_adapter(file)
+        assert adapter.updates["layers.0.feed_forward.w1"].scale == 8 and adapter.dtype == torch.float32
+
+
+def test_what_is_too_large_is_not_written(tmp_path: Path) -> None:
+    state = {name: t.half() for name, t in whole().items() if LORA in name}
+    save_file(state | {f"{LORA}.alpha": torch.tensor(1e6)}, tmp_path / "a.safetensors")
+    adapter = read_adapter(tmp_path / "a.safetensors")
+    for form, fits in (("diffusers", False), ("peft", False), ("comfyui", True), ("kohya", True)):
+        out = tmp_path / f"{form}.safetensors"
+        if fits:
+            write_adapter(out, adapter.updates, form, adapter.dtype)
+            continue
+        with pytest.raises(IdeoflowError) as caught:
+            write_adapter(out, adapter.updates, form, adapter.dtype)
+        found = caught.value.diagnostics[0]
+        assert found.code is CANNOT_CONVERT and not out.exists()
+        assert "layers.0.feed_forward.w1.lora_B.weight" in found.message and "float16" in found.message
+    large = Lora(torch.full((2, 8), 1e30), torch.full((12, 2), 1e30))
+    with pytest.raises(IdeoflowError, match="w1 is too large"):
+        resize({"layers.0.feed_forward.w1": large}, rank=1)
 
 
 def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
@@ -176,6 +229,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str, zipped: bool) -> 
 
 def test_what_is_not_there_or_no_adapter_is_told(tmp_path: Path) -> None:
     assert refused(tmp_path / "no.safetensors").code is NOT_AN_ADAPTER
+    assert refused(tmp_path / ("x" * 5000)).code is NOT_AN_ADAPTER
     save_file({}, tmp_path / "empty.safetensors")
     assert refused(tmp_path / "empty.safetensors").code is NOT_AN_ADAPTER
     assert refused(tmp_path).code is NOT_AN_ADAPTER  # a folder, but not PEFT's

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_readers import original_layout, velocities
+from bitsandbytes.functional import quantize_4bit
 from diffusers import Ideogram4Transformer2DModel
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +20,7 @@ from ideoflow.artifacts.adapter_file import read_adapter, write_adapter
 from ideoflow.artifacts.merge import find_base, merge
 from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes.artifacts import CANNOT_MERGE, UNWRITABLE, WRONG_BASE
+from ideoflow.diagnostics.codes.model import NOT_A_BASE
 from ideoflow.engine.adapt import trained_updates
 from ideoflow.kernels.float8 import quantize_weight
 from ideoflow.model.base import BaseFacts
@@ -161,8 +165,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         save_file(state, tmp_path / "other.safetensors")
         other = read_adapter(tmp_path / "other.safetensors")
         assert words in refused(WRONG_BASE, lambda adapter=other: merge(adapter, base, out))
-    packed = load_file(bases["split bf16"])
-    packed["layers.0.feed_forward.w1.weight"] = torch.zeros(512 * 192 // 2, 1, dtype=torch.uint8)
+    packed, weight = load_file(bases["split bf16"]), "layers.0.feed_forward.w1.weight"
+    packed[weight], state = quantize_4bit(packed[weight], quant_type="nf4")
+    packed |= {f"{weight}.{key}": side for key, side in state.as_dict(packed=True).items()}
     save_file(packed, tmp_path / "nf4.safetensors")
     nf4 = find_base(str(tmp_path / "nf4.safetensors"))
     message = refused(CANNOT_MERGE, lambda: merge(good, nf4, out))
@@ -171,3 +176,90 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     before = out.read_bytes()
     assert "is there already" in refused(UNWRITABLE, lambda: merge(good, base, out))
     assert out.read_bytes() == before
+
+
+W1 = "layers.0.feed_forward.w1.weight"
+SCALE = f"{W1}_scale"
+NAN = torch.full((512, 1), float("nan"))
+
+
+def header_of(**facts: Any) -> Callable[[Path], object]:
+    """Changes what the header says of the first tensor."""
+
+    def change(file: Path) -> None:
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        key = min(k for k in header if k != "__metadata__")
+        header[key] = {k: v for k, v in (header[key] | facts).items() if v is not ...}
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return change
+
+
+def tensors_of(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def rewrite(file: Path) -> None:
+        state = load_file(file)
+        change(state)
+        save_file(state, file)
+
+    return rewrite
+
+
+def put(key: str, value: torch.Tensor) -> Callable[[Path], object]:
+    return tensors_of(lambda state: state.update({key: value}))
+
+
+def index_of(text: str) -> Callable[[Path], object]:
+    return lambda file: file.with_name("x.safetensors.index.json").write_text(text)
+
+
+# Damage of an FP8 base in the original layout, and what must be named.
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no scale": (tensors_of(lambda state: state.pop(SCALE)), SCALE),
+    "NaN as a scale": (put(SCALE, NAN), W1),
+    "half a scale": (put(SCALE, torch.ones(256, 1)), SCALE),
+    "a wrong shape": (put(W1, torch.ones(512, 96)), W1),
+    "one row": (put(W1, torch.ones(512)), W1),
+    "a cube": (put(W1, torch.ones(512, 192, 1)), W1),
+    "int8": (put(W1, torch.ones(512, 192, dtype=torch.int8)), W1),
+    "int32": (put(W1, torch.ones(512, 192, dtype=torch.int32)), W1),
+    "all int8": (tensors_of(lambda s: s.update({n: t.char() for n, t in s.items()})), "int8"),
+    "no shape": (header_of(shape=...), ""),
+    "words for offsets": (header_of(data_offsets=["none", 4]), ""),
+    "overlapping": (header_of(data_offsets=[8, 8 + 2 * 192 * 64]), ""),
+    "a pickle": (lambda file: file.write_bytes(pickle.dumps(1)), "pickle"),
+}
+INDEXES = {"cut": "{", "a list": "[]", "no map": "{}", "a number": '{"weight_map": 3}'}
+
+
+def test_a_damaged_base_is_refused_by_file_and_key(bases: Any, adapted: Any, tmp_path: Path) -> None:
+    updates = trained_updates(adapted('kind = "dora"\nrank = 2\ntargets = ["*.w1"]'))
+    adapter = read_adapter(write_adapter(tmp_path / "a.safetensors", updates, "peft", torch.float32))
+    folder = tmp_path / "base"
+    folder.mkdir()
+    given, out = folder / "x.safetensors", tmp_path / "out.safetensors"
+    cases = [(given, *case) for case in DAMAGES.values()]
+    cases += [(folder, index_of(text), "") for text in INDEXES.values()]
+    for place, damage, word in cases:
+        shutil.copy(bases["fused fp8 a row"], given)
+        damage(given)
+        with pytest.raises(IdeoflowError) as caught:
+            merge(adapter, find_base(str(place)), out)
+        first = caught.value.diagnostics[0]
+        assert str(place) in first.message and word in first.message and first.cure, first.message
+        assert list(tmp_path.glob("*out*")) == [], first.message
+    for name in ("", "~nobody/x", "x" * 5000, str(tmp_path / "not there")):
+        assert name[:50] in refused(NOT_A_BASE, lambda name=name: find_base(name))
+
+
+def test_what_the_bases_form_cannot_hold_is_not_written(bases: Any, tmp_path: Path) -> None:
+    state = {name: value.half() for name, value in load_file(bases["split bf16"]).items()}
+    file, key = tmp_path / "base.safetensors", f"diffusion_model.{W1.removesuffix('.weight')}"
+    save_file(state, file)
+    ones = {f"{key}.lora_A.weight": torch.ones(1, 192), f"{key}.lora_B.weight": torch.ones(512, 1) * 1e5}
+    save_file(ones, tmp_path / "a.safetensors")
+    adapter, out = read_adapter(tmp_path / "a.safetensors"), tmp_path / "out.safetensors"
+    message = refused(CANNOT_MERGE, lambda: merge(adapter, find_base(str(file)), out))
+    assert W1 in message and "too large" in message and not out.exists()

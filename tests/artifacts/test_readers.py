@@ -14,9 +14,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ideoflow.artifacts.adapter_file import PEFT_FILES, for_form, read_adapter, write_adapter
+from ideoflow.artifacts.adapter_file import for_form, read_adapter, write_adapter
+from ideoflow.artifacts.info import describe
 from ideoflow.artifacts.names import FUSED
 from ideoflow.artifacts.readers import readers
+from ideoflow.artifacts.saved_config import PEFT_FILES
 from ideoflow.engine.adapt import base_weight, trained_updates
 from ideoflow.model.base import BaseFacts
 
@@ -91,7 +93,7 @@ def test_diffusers_own_form_gives_the_same_velocities(
 def test_peft_loads_its_own_form(nano: BaseFacts, adapted: Any, tmp_path: Path, kind: str) -> None:
     model = adapted(KINDS[kind])
     folder = written(model, tmp_path / "a", "peft")
-    assert readers(folder / PEFT_FILES[1], folder=True).words == "PEFT"
+    assert describe(folder).readers == describe(folder / PEFT_FILES[1]).readers == "PEFT"
     plain = Ideogram4Transformer2DModel.from_pretrained(nano.folder, subfolder="transformer")
     loaded = PeftModel.from_pretrained(plain, folder)
     torch.testing.assert_close(velocities(model), velocities(loaded.base_model.model), rtol=1e-4, atol=1e-4)

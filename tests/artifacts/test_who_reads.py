@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from adapter_readers import comfyui, dense, load_in_diffusers, original_layout
 from diffusers import Ideogram4Transformer2DModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ideoflow.artifacts.adapter_file import read_adapter
+from ideoflow.artifacts.adapter_file import read_adapter, write_adapter
 from ideoflow.artifacts.info import describe
 from ideoflow.artifacts.merge import find_base, merge
 from ideoflow.model.base import BaseFacts
@@ -110,3 +113,51 @@ def test_info_says_who_loads_a_file(
     except AssertionError:
         loads = False
     assert loads == (words in (COMFYUI, BOTH))
+
+
+# What PEFT's configuration says -> whether PEFT then computes what ideoflow reads.
+CONFIGS: dict[str, tuple[dict[str, Any] | None, bool]] = {
+    "as written": ({}, True),
+    "a regular expression": ({"target_modules": r"layers\.1\..*(to_k|to_out\.0|w2)"}, True),
+    "rslora": ({"lora_alpha": 3, "use_rslora": True}, True),
+    "orthogonal": ({"init_lora_weights": "orthogonal"}, True),
+    "nothing": (None, False),
+    "another rank": ({"r": 4}, False),
+    "another rank there": ({"rank_pattern": {"to_k": 3}}, False),
+    "no rank": ({"r": None}, False),
+    "no kind": ({"peft_type": None}, False),
+    "an unknown kind": ({"peft_type": "SAILS"}, False),
+    "loha": ({"peft_type": "LOHA"}, False),
+    "dora": ({"use_dora": True}, False),
+    "fewer modules": ({"target_modules": ["to_k"]}, False),
+    "other modules": ({"target_modules": ["to_sail"]}, False),
+    "another task": ({"task_type": "CAUSAL_LM"}, False),
+    "megatron": ({"megatron_config": {"a": 1}, "megatron_core": "no_such_module"}, False),
+    "pissa": ({"init_lora_weights": "pissa"}, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword", "ignore:Found missing adapter keys")
+def test_info_says_whether_peft_loads_a_folder(nano: BaseFacts, base: Any, tmp_path: Path) -> None:
+    save_file(lora("diffusion_model.", APART), tmp_path / "a.safetensors")
+    updates = read_adapter(tmp_path / "a.safetensors").updates
+    folder = write_adapter(tmp_path / "peft", updates, "peft", torch.float32)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    for name, (changes, loads) in CONFIGS.items():
+        config = {} if changes is None else written | changes
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        found = describe(folder)
+        assert (found.readers == "PEFT") == loads, name
+        assert any("PEFT does not load it" in remark for remark in found.remarks) == (not loads), name
+        model = Ideogram4Transformer2DModel.from_config(base.config)
+        model.load_state_dict(base.state_dict())
+        try:
+            theirs = dense(PeftModel.from_pretrained(model, str(folder)).base_model.model)
+        except Exception:
+            assert not loads, name
+            continue
+        same = True
+        for module, update in read_adapter(folder).updates.items():
+            meant = base.get_submodule(module).weight + update.delta()
+            same &= torch.allclose(theirs[f"{module}.weight"], meant, rtol=1e-4, atol=1e-4)
+        assert same == loads, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ideoflow import resources
 from ideoflow.cli import main
 
 KEY = "diffusion_model.layers.{}.attention.qkv"
@@ -61,13 +63,14 @@ def test_the_examples_of_the_docs_work_as_they_stand(file: Path, capsys: Any) ->
 def test_a_dora_by_lycoris_rule_is_told_and_keeps_its_rule(file: Path, capsys: Any) -> None:
     state = load_file(file) | {f"{KEY.format(n)}.dora_scale": torch.ones(576, 1) for n in range(2)}
     save_file(state, "dora.safetensors")
-    for name in ("dora", "resized"):
+    for name, smaller in (("dora", "resized"), ("resized", "again")):
         assert main(["adapter", "info", f"{name}.safetensors"]) == 0
         text = " ".join(capsys.readouterr().out.split())
         assert (
             "dora in the form of comfyui; loads in neither" in text and "ComfyUI would compute other" in text
         )
-        assert main(["adapter", "resize", f"{name}.safetensors", "resized.safetensors", "--rank", "2"]) == 0
+        resize = ["adapter", "resize", f"{name}.safetensors", f"{smaller}.safetensors", "--rank", "2"]
+        assert main(resize) == 0
         capsys.readouterr()
     convert = ["adapter", "convert", "dora.safetensors", "a.safetensors", "--to", "kohya"]
     assert main(convert) == 1 and "--base" in capsys.readouterr().err
@@ -85,3 +88,36 @@ def test_mistakes_are_diagnostics(file: Path, capsys: Any) -> None:
         with pytest.raises(SystemExit) as caught:
             main(["adapter", "resize", "a", "b", *wrong])
         assert caught.value.code == 2
+
+
+def test_nothing_is_replaced_and_nothing_written_that_is_not_opened(file: Path, capsys: Any) -> None:
+    before = file.read_bytes()
+    Path("folder").mkdir()
+    Path("other.safetensors").write_text("mine")
+    for out, word in (
+        (file.name, "there already"), ("other.safetensors", "there already"), ("folder", "there already"),
+        ("x.pt", "safetensors"), ("plain", "safetensors"), ("x" * 300 + ".safetensors", "too long"),
+    ):  # fmt: skip
+        for command in (
+            ["convert", file.name, out, "--to", "kohya"],
+            ["resize", file.name, out, "--rank", "2"],
+        ):
+            assert main(["adapter", *command]) == 1
+            told = " ".join(capsys.readouterr().err.split())
+            assert "IA001" in told and word in told and "Traceback" not in told
+    assert main(["adapter", "convert", file.name, "folder", "--to", "peft"]) == 1
+    assert main(["adapter", "convert", file.name, "new", "--to", "kohya", "--base", ""]) == 1
+    assert file.read_bytes() == before and Path("other.safetensors").read_text() == "mine"
+    assert sorted(p.name for p in Path().iterdir()) == ["folder", "other.safetensors", file.name]
+
+
+def test_a_full_disk_leaves_nothing(file: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resources.os, "fsync", full)
+    for out, form in (("new", "peft"), ("new.safetensors", "kohya")):
+        assert main(["adapter", "convert", file.name, out, "--to", form]) == 1
+        assert "No space left" in capsys.readouterr().err
+    assert main(["adapter", "merge", file.name, "nano", "merged"]) == 1
+    assert [p.name for p in Path().iterdir()] == [file.name]

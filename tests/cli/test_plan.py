@@ -1,11 +1,13 @@
 """``ideoflow plan``: exit codes, what goes where, and that nothing heavy is loaded."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from ideoflow import resources
 from ideoflow.cli import main
 from ideoflow.plan import Plan, load_plan
 from ideoflow.plan.decide import for_processes
@@ -113,6 +115,21 @@ def test_the_page_is_written(recipe, capsys, tmp_path):
     file = tmp_path / "plan.html"
     assert run(capsys, recipe, "--gpu", "h200", "--html", file)[0] == 0
     assert "H200" in file.read_text(encoding="utf-8")
+
+
+def test_a_full_disk_leaves_no_half_page_and_devices_stay_devices(nano, capsys, tmp_path, monkeypatch):
+    link, file = tmp_path / "link", tmp_path / "plan.html"
+    link.symlink_to(os.devnull)
+    assert run(capsys, nano, "--gpu", "h100", "--html", link)[0] == 0 and link.is_symlink()
+
+    def full(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(resources.os, "fsync", full)
+    for option in ("--html", "-o"):
+        code, _, told = run(capsys, nano, "--gpu", "h100", option, file)
+        assert code == 1 and "IP009" in told and "no space left" in told
+    assert not list(tmp_path.glob("*plan.html*"))
 
 
 def test_written_shown_and_compared(recipe, capsys, tmp_path):

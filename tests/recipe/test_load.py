@@ -239,6 +239,8 @@ CASES = {
         "output.folder",
     ),
     "name of a folder": ("[output]\nname = '..'", codes.BAD_VALUE, "'..'", "name of a file", ""),
+    "name too long": (f"[output]\nname = '{'a' * 201}'", codes.BAD_VALUE, "", "too long", "200 bytes"),
+    "folder too long": (f"[output]\nfolder = 'x/{'a' * 256}'", codes.BAD_VALUE, "", "too long", "255 bytes"),
     "instance without words": (
         "caption = 'instance'",
         codes.IMPOSSIBLE_PAIR,
@@ -316,6 +318,16 @@ def test_is_refused_at_its_place(name):
     if under:
         assert marked(diagnostic) == under
     assert diagnostic.span.line > 4, "at its own line, not at a line of the head"
+
+
+@pytest.mark.parametrize("key", ["base", "parts", "revision"])
+def test_what_no_base_can_be_called_is_refused(key):
+    value = "" if key == "revision" else "a" * 5000
+    text = HEAD.replace("[data]", f"{key} = '{value}'\n[data]", 1)
+    if key == "base":
+        text = HEAD.replace("nano", value)
+    (diagnostic,) = refused(text)
+    assert diagnostic.code is codes.BAD_VALUE and f"model.{key} is" in diagnostic.message and diagnostic.cure
 
 
 def test_a_missing_key_is_named_with_what_it_is_for():
@@ -422,6 +434,9 @@ def test_paths_that_are_not_there_are_told_together(folder):
         (codes.NO_SUCH_PATH, 9, "''"),
     ]
     assert str(folder / "no where") in diagnostics[0].message
+    long = f"[model]\nbase = 'nano'\n[data]\nimages = '{'a' * 5000}'\nimage_folder = '{'b' * 300}'\n"
+    (folder / "long.toml").write_text(long + f"[validate]\nprompts = ['{'c' * 300}']\n")
+    assert {d.code for d in failed_to_load(folder / "long.toml")} == {codes.NO_SUCH_PATH}
     (folder / "no where").touch()
     assert "is a file, not a folder" in failed_to_load(folder / "r.toml")[0].message
 

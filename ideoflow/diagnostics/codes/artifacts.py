@@ -8,6 +8,9 @@ UNWRITABLE = define(
     """
     Results cannot be written: the disk is full, or the folder belongs to somebody else. Checkpoints are
     written beside their place and renamed when they are complete, so the last one is always whole.
+
+    `ideoflow adapter` replaces nothing that is there: choose another name, or remove the old file. Adapters
+    are files named `.safetensors`, since none of another name is opened.
     """,
 )
 OTHER_RUN = define(
@@ -43,8 +46,9 @@ DAMAGED_ADAPTER = define(
     "a damaged or foreign adapter file",
     """
     An adapter file does not hold together: it is cut short, a tensor has no partner (`lora_A` without
-    `lora_B`), shapes do not fit, numbers are integers or not finite, or keys do not belong to the blocks of
-    Ideogram 4. The message names the file and the key.
+    `lora_B`), shapes do not fit, numbers are integers (alpha may be one) or not finite, PEFT's configuration
+    gives no rank and alpha, or keys do not belong to the blocks of Ideogram 4. The message names the file and
+    the key.
 
     Get the file again from where it came from. Where the keys are those of another model, the adapter was
     trained for that model and cannot be used here; adapters that also change modules outside the blocks
@@ -63,6 +67,7 @@ CANNOT_CONVERT = define(
     - A DoRA stores the length of each row. ComfyUI takes it relative to the base's rows (forms `comfyui` and
       `kohya`), PEFT and LyCORIS relative to the changed ones; converting needs the base: `--base`.
     - diffusers has no reader for a LoHa.
+    - Forms without alpha (`diffusers`, `peft`) have it multiplied in, which may be too large for float16.
 
     `ideoflow adapter resize` makes a LoRA of any kind, which every form holds; `ideoflow adapter merge` needs
     no adapter file at all.
@@ -84,5 +89,8 @@ CANNOT_MERGE = define(
     in diffusers' names or the original ones, in one file or several. Weights in other forms (bitsandbytes'
     NF4, int8) would be rounded again from an already rounded weight with nothing gained: merge into the bf16
     or FP8 release instead, and quantise that.
+
+    Nothing is written either where a new weight is too large for the base's type (float16 ends at 65504), or
+    where the base itself holds numbers that are not finite.
     """,
 )
