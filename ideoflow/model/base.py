@@ -6,18 +6,20 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
-from ideoflow.diagnostics import IdeoflowError, Span, fail
+from ideoflow.diagnostics import Diagnostic, IdeoflowError, Span, fail
 from ideoflow.diagnostics.codes.model import NO_PARTS, NO_REVISION, NOT_A_BASE, UNSUPPORTED_FORM
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.files import part_headers, weight_files
 from ideoflow.model.fit import Examined, examine
 from ideoflow.model.forms import unread_file
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
+from ideoflow.model.together import mismatches
+from ideoflow.model.tokens import largest_id
 from ideoflow.resources import user_cache
 
 NANO = "nano"
@@ -196,7 +198,12 @@ def _single_file(
     )
     if companion.present and companion.folder is not None:
         return read_base(name, companion.folder, span, files=files, parts=parts)
-    transformer = _examined(files, None, span)["transformer"]
+    found = _examined(files, None, span)
+    if companion.folder is not None:  # nano, which is not made yet
+        for part, spec in (("text_encoder", companion.text_encoder), ("vae", companion.vae)):
+            found[part] = Examined(companion.storage, spec, companion.folder / part / "config.json")
+        _refuse(mismatches(found), span)
+    transformer = found["transformer"]
     return replace(
         companion,
         name=name,
@@ -308,6 +315,7 @@ def read_base(
     places = {part: files.get(part, folder / part) for part in (*WEIGHTED[:3], *second)}
     places = {part: place for part, place in places.items() if place.exists()}
     found = _examined(places, folder, span)
+    _refuse(mismatches(found, largest_id(folder / "tokenizer", span)), span)
     transformer, text_encoder, vae = (found[part] for part in WEIGHTED[:3])
     return BaseFacts(
         name,
@@ -364,6 +372,10 @@ def _examined(places: Mapping[str, Path], folder: Path | None, span: Span | None
         part: examine(part, place, part_headers(place, span), folder and folder / part / "config.json")
         for part, place in places.items()
     }
-    if problems := [replace(p, span=span) for part in found.values() for p in part.problems]:
-        raise IdeoflowError(problems)
+    _refuse([problem for part in found.values() for problem in part.problems], span)
     return found
+
+
+def _refuse(problems: Sequence[Diagnostic], span: Span | None) -> None:
+    if problems:
+        raise IdeoflowError([replace(problem, span=span) for problem in problems])

@@ -3,7 +3,6 @@ the architecture, told from headers and small files alone (torch-free)."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 
 from ideoflow.diagnostics import Diagnostic, IdeoflowError, fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, UNSUPPORTED_FORM, WRONG_WEIGHTS
+from ideoflow.model.configuration import check_values, read_json
 from ideoflow.model.files import AGAIN, Stored
 from ideoflow.model.forms import (
     form_of,
@@ -45,10 +45,14 @@ _VAE_OPTIONS = {
 
 @dataclass(frozen=True)
 class Examined:
-    """A part's form and sizes, and why it cannot be trained on; ``spec`` is None where nothing tells them."""
+    """A part's form and sizes, and why it cannot be trained on; ``spec`` is None where nothing tells them.
+
+    ``source`` is the file or folder that told the sizes.
+    """
 
     form: str
     spec: Any
+    source: Path
     problems: tuple[Diagnostic, ...] = ()
 
 
@@ -60,19 +64,21 @@ def examine(part: str, place: Path, header: Header, config: Path | None) -> Exam
         place: the folder or single file that ``header`` is of.
         config: where its config.json belongs, if anywhere; a transformer's shapes may stand in for it.
     """
-    form, spec = form_of(header), None
+    form, spec, source = form_of(header), None, place
     try:
         problems = _form_problems(part, place, header, form)
         if not problems:
-            facts = _config(part, place, header, config)
+            facts, source = _config(part, place, header, config)
             _check_config(part, place, facts)
-            spec = _spec(part, facts, config or place)
+            check_values(part, facts, source)
+            spec = _spec(part, facts)
+            _check_layers(spec, place, header, source)
             problems = _misfits(part, place, header, spec, facts)
     except IdeoflowError as error:
         problems = list(error.diagnostics)
     except OSError as error:
         problems = [Diagnostic(BAD_CONFIG, f"{place} cannot be read: {error}", cure=AGAIN)]
-    return Examined(form, spec, tuple(problems))
+    return Examined(form, spec, source, tuple(problems))
 
 
 def some(names: Iterable[str]) -> str:
@@ -127,8 +133,9 @@ def _missing(place: Path, header: Header, names: Iterable[str]) -> Diagnostic:
 # Configurations -------------------------------------------------------------------------------------------
 
 
-def _config(part: str, place: Path, header: Header, file: Path | None) -> Mapping[str, Any]:
-    """A part's configuration; that of a transformer may be told by its shapes, or lie with its parts."""
+def _config(part: str, place: Path, header: Header, file: Path | None) -> tuple[Mapping[str, Any], Path]:
+    """A part's configuration and what tells it; that of a transformer may be told by its shapes, or lie with
+    its parts."""
     there = file is not None and file.exists()
     if part.endswith("transformer") and (
         file is None or place.is_file() or (not there and is_original_layout(header))
@@ -140,21 +147,10 @@ def _config(part: str, place: Path, header: Header, file: Path | None) -> Mappin
                 _no_sizes(place, header, error)
         else:
             if file is not None and there:
-                _same_sizes(place, inferred, file)
-            return inferred
+                _same_sizes(part, place, inferred, file)
+            return inferred, place
     assert file is not None
-    data = _read_json(file)
-    if not isinstance(data, dict):
-        fail(BAD_CONFIG, f"{file} is not a JSON object", cure=AGAIN)
-    return data
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        fail(BAD_CONFIG, f"{file} {reason}", cure=AGAIN)
+    return read_json(file), file
 
 
 def _no_sizes(place: Path, header: Header, error: Exception) -> NoReturn:
@@ -170,11 +166,10 @@ def _no_sizes(place: Path, header: Header, error: Exception) -> NoReturn:
     fail(WRONG_WEIGHTS, f"{place} is no transformer of Ideogram 4", cure=_ANOTHER)
 
 
-def _same_sizes(place: Path, inferred: Mapping[str, Any], file: Path) -> None:
+def _same_sizes(part: str, place: Path, inferred: Mapping[str, Any], file: Path) -> None:
     """A single file and the config.json among its parts must be of one model."""
-    config = _read_json(file)
-    if not isinstance(config, dict):
-        fail(BAD_CONFIG, f"{file} is not a JSON object", cure=AGAIN)
+    config = read_json(file)
+    check_values(part, config, file)
     if other := [k for k, v in inferred.items() if k in config and config[k] != v]:
         message = f"{place} has {other[0]} = {inferred[other[0]]}, and {file} says {config[other[0]]}"
         fail(WRONG_WEIGHTS, message, cure="give model.parts of the same model as the file")
@@ -193,13 +188,18 @@ def _check_config(part: str, place: Path, config: Mapping[str, Any]) -> None:
         fail(UNSUPPORTED_FORM, message, cure="give a base of Ideogram 4")
 
 
-def _spec(part: str, config: Mapping[str, Any], where: Path) -> Spec:
-    try:
-        if part == "text_encoder":
-            return TextEncoderSpec.from_config(dict(config.get("text_config", config)))
-        return (VaeSpec if part == "vae" else TransformerSpec).from_config(config)
-    except (TypeError, ValueError, AttributeError) as error:
-        fail(BAD_CONFIG, f"{where} cannot be used: {error}", cure=AGAIN)
+def _check_layers(spec: Spec, place: Path, header: Header, source: Path) -> None:
+    """Refuses more layers than there are tensors, before names are made for all of them."""
+    for key in ("num_layers", "num_hidden_layers", "layers_per_block"):
+        if (count := getattr(spec, key, 0)) > len(header):
+            message = f"{source}: {key} is {count}, and {place} has {len(header)} tensors in all"
+            fail(WRONG_WEIGHTS, message, cure=_ANOTHER)
+
+
+def _spec(part: str, config: Mapping[str, Any]) -> Spec:
+    if part == "text_encoder":
+        return TextEncoderSpec.from_config(config.get("text_config", {}))
+    return (VaeSpec if part == "vae" else TransformerSpec).from_config(config)
 
 
 # Tensors --------------------------------------------------------------------------------------------------

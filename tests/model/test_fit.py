@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 from checkpoint_forms import FORMS
+from damage import SPAN, refused, store, weights
 from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file, save_file
 
-from ideoflow.diagnostics import IdeoflowError, Span
+from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import model as codes
 from ideoflow.model.base import locate_base
 from ideoflow.model.inspect import inspect
 
-SPAN = Span("recipe.toml", 2, 8, 2, 14, 'base = "base"')
 W1 = "layers.1.feed_forward.w1.weight"
 STATE = f"{W1}.quant_state.bitsandbytes__nf4"
 
@@ -31,29 +31,6 @@ def forms(nano_folder):
         return dict(made[name])
 
     return form
-
-
-def weights(folder, part):
-    return next((folder / part).glob("*.safetensors"))
-
-
-def store(folder, part, tensors):
-    file = weights(folder, part)
-    file.unlink()
-    save_file(tensors, file, metadata={"format": "pt"})
-    return file
-
-
-def refused(folder, *wanted, code=codes.WRONG_WEIGHTS):
-    """Both refuse it, in the same words; the base's reader points at the recipe."""
-    with pytest.raises(IdeoflowError) as caught:
-        locate_base(str(folder), span=SPAN)
-    (read,) = caught.value.diagnostics
-    (inspected,) = inspect(folder).problems
-    assert (read.code, read.message) == (inspected.code, inspected.message)
-    assert read.code is code and read.span is SPAN and read.cure
-    for text in wanted:
-        assert str(text) in read.message
 
 
 # Names and shapes -----------------------------------------------------------------------------------------

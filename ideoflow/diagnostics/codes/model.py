@@ -31,8 +31,10 @@ BAD_CONFIG = define(
     "IM003",
     "a file of the base model is damaged",
     """
-    A `config.json` is missing or unreadable, or a weight file is cut short. The usual cause is a download
-    that was interrupted: remove the file and download again.
+    A `config.json` is missing or unreadable or has a value that the part cannot be built with, the tokenizer
+    lacks its words or its chat template, or a weight file is cut short. The message names the file, and the
+    key where there is one. The usual cause is a download that was interrupted: remove the file and download
+    again.
     """,
 )
 NO_ACCESS = define(
@@ -63,6 +65,12 @@ WRONG_WEIGHTS = define(
     `absmax`, `quant_map` and `quant_state`, whose lengths follow from the weight's shape. The message names
     the file and the tensor. The usual cause is a download that was put together from two revisions: remove
     the file and download again.
+
+    Or the parts are whole, and of different models, as when `model.parts` names another one than the file's:
+    `llm_features_dim` of the transformer is 13 times `hidden_size` of the text encoder, which has at least
+    36 layers and a word for every id of the tokenizer; `in_channels` is 4 times `latent_channels` of the
+    autoencoder, whose latents are 8 pixels wide; and the second transformer has the sizes of the first. The
+    message names both files and keys.
 
     All of it is told from the files' headers, before anything is encoded; `ideoflow model inspect PATH` tells
     the same of a file or folder. Nothing is trained on a model that is partly random.

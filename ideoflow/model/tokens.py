@@ -1,0 +1,43 @@
+"""Whether a base's tokenizer can be used, told from its small files (torch-free)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ideoflow.diagnostics import Span, fail
+from ideoflow.diagnostics.codes.model import BAD_CONFIG
+from ideoflow.model.configuration import read_json
+from ideoflow.model.files import AGAIN
+
+
+def largest_id(folder: Path, span: Span | None = None) -> tuple[Path, int]:
+    """The file of a tokenizer's vocabulary, and the largest id in it.
+
+    Raises:
+        IdeoflowError: when there is none, or the files beside it are damaged.
+    """
+    settings: dict[str, Any] = {}
+    if (config := folder / "tokenizer_config.json").exists():
+        settings = read_json(config, span)
+    templates = [folder / name for name in ("chat_template.jinja", "chat_template.json")]
+    if not (settings.get("chat_template") or any(file.is_file() for file in templates)):
+        fail(BAD_CONFIG, f"{templates[0]} is missing: the tokenizer has no chat template", span, cure=AGAIN)
+    file = folder / "tokenizer.json"
+    if file.exists() or not (folder / "vocab.json").exists():
+        facts = read_json(file, span)
+        ids = _ids(facts)
+    else:
+        file = folder / "vocab.json"
+        ids = list(read_json(file, span).values())
+    if not ids or not all(type(number) is int and number >= 0 for number in ids):
+        fail(BAD_CONFIG, f"{file} has no vocabulary of words and their ids", span, cure=AGAIN)
+    return file, max(ids)
+
+
+def _ids(facts: dict[str, Any]) -> list[Any]:
+    """The ids in a tokenizer.json; none where it has another form."""
+    try:
+        return [*facts["model"]["vocab"].values(), *(token["id"] for token in facts["added_tokens"])]
+    except (LookupError, TypeError, AttributeError):
+        return []
