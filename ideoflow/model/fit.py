@@ -3,17 +3,20 @@ the architecture, told from headers and small files alone (torch-free)."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ideoflow.diagnostics import Diagnostic, IdeoflowError, fail
+from ideoflow.diagnostics.codes import Code
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, UNSUPPORTED_FORM, WRONG_WEIGHTS
 from ideoflow.model.configuration import check_values, read_json
 from ideoflow.model.files import AGAIN, Stored
 from ideoflow.model.forms import (
+    FLOATS,
     form_of,
     infer_transformer,
     instead,
@@ -22,7 +25,15 @@ from ideoflow.model.forms import (
     plain_name,
     readable,
 )
-from ideoflow.model.sides import is_side, missing_sides, odd_four_bit, odd_scales, weight_shapes
+from ideoflow.model.sides import (
+    is_side,
+    missing_sides,
+    numbers,
+    odd_four_bit,
+    odd_scales,
+    odd_shapes,
+    weight_shapes,
+)
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 
 Header = Mapping[str, Stored]
@@ -73,7 +84,7 @@ def examine(part: str, place: Path, header: Header, config: Path | None) -> Exam
             check_values(part, facts, source)
             spec = _spec(part, facts)
             _check_layers(spec, place, header, source)
-            problems = _misfits(part, place, header, spec, facts)
+            problems = _misfits(part, place, header, spec, facts) or _number_problems(part, header, form)
     except IdeoflowError as error:
         problems = list(error.diagnostics)
     except OSError as error:
@@ -104,20 +115,44 @@ def beside_decoder(name: str) -> bool:
 
 def _form_problems(part: str, place: Path, header: Header, form: str) -> list[Diagnostic]:
     """Numbers that cannot be read, or not as what they were."""
-    cure = _cure(part, form)
     if form not in readable(part):
-        return [Diagnostic(UNSUPPORTED_FORM, f"{place} is stored as {form}", cure=cure)]
+        return [Diagnostic(UNSUPPORTED_FORM, f"{place} is stored as {form}", cure=_cure(part, form))]
     if missing := missing_sides(header):
         return [_missing(place, header, missing)]
-    odd = [(UNSUPPORTED_FORM, key, what, cure) for key, what in odd_scales(header)]
-    odd += [(WRONG_WEIGHTS, key, what, _ANOTHER) for key, what in odd_four_bit(header)]
+    odd = list(odd_four_bit(header))
     if key := no_number(header):
-        what = f"is stored as {header[key].dtype}, which is no floating point"
-        odd.append((WRONG_WEIGHTS, key, what, _ANOTHER))
-    problems = [Diagnostic(code, f"{header[k].file}: {k} {what}", cure=cure) for code, k, what, cure in odd]
+        odd.append((key, f"is stored as {header[key].dtype}, which is no floating point"))
+    return _odd(header, odd)
+
+
+def _number_problems(part: str, header: Header, form: str) -> list[Diagnostic]:
+    """Scales and statistics that nothing can be computed with, of tensors that fit."""
+    if shapes := list(odd_shapes(header)):
+        return _odd(header, shapes, UNSUPPORTED_FORM, _cure(part, form))
+    return _odd(header, [*odd_scales(header), *(_odd_statistics(header) if part == "vae" else ())])
+
+
+def _odd(
+    header: Header, odd: Sequence[tuple[str, str]], code: Code = WRONG_WEIGHTS, cure: str = _ANOTHER
+) -> list[Diagnostic]:
+    """A diagnostic of each (name, what is wrong), the first three of many."""
+    problems = [Diagnostic(code, f"{header[key].file}: {key} {what}", cure=cure) for key, what in odd]
     if len(problems) > 3:
         problems[2:] = [replace(problems[2], notes=(f"and {len(problems) - 3} more like it",))]
     return problems
+
+
+def _odd_statistics(header: Header) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of the statistics that latents are normalised with."""
+    for name, least in (("bn.running_mean", -math.inf), ("bn.running_var", 0.0)):
+        if name not in header:  # of an autoencoder that only diffusers' class knows
+            continue
+        if header[name].dtype not in FLOATS:
+            yield name, f"is stored as {header[name].dtype}, which is no floating point"
+            continue
+        values = numbers(header[name])
+        if not ((values > least) & (values < math.inf)).all():
+            yield name, f"holds numbers that are not finite{' or not above 0' if least == 0 else ''}"
 
 
 def _cure(part: str, form: str) -> str:

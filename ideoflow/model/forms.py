@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ideoflow.model.files import Stored
 
 DENSE = ("float32", "bf16", "float16")
+FLOATS = ("F64", "F32", "BF16", "F16")
 READABLE = (*DENSE, "fp8", "nf4")
 _DTYPES = {"F32": "float32", "BF16": "bf16", "F16": "float16", "F8_E4M3": "fp8", "I8": "int8"}
 _OFFICIAL = "the official release in FP8 (ideogram-ai/ideogram-4-fp8) or NF4 (ideogram-ai/ideogram-4-nf4)"
@@ -72,7 +73,7 @@ def no_number(header: Mapping[str, Stored]) -> str | None:
     """The first plain weight, bias or scale whose type cannot hold it, such as an integer."""
     for name, tensor in header.items():
         plain = name.endswith((".weight", ".bias", "_scale")) and f"{name}.absmax" not in header
-        if plain and tensor.dtype not in ("F64", "F32", "BF16", "F16", "F8_E4M3"):
+        if plain and tensor.dtype not in (*FLOATS, "F8_E4M3"):
             return name
     return None
 

@@ -60,11 +60,11 @@ WRONG_WEIGHTS = define(
     "IM006",
     "weights do not fit the model",
     """
-    A tensor is missing, left over, or of another shape than the configuration asks for; or what stands beside
-    quantised weights does not belong to them: FP8 has a scale beside each weight, and bitsandbytes' NF4 has
-    `absmax`, `quant_map` and `quant_state`, whose lengths follow from the weight's shape. The message names
-    the file and the tensor. The usual cause is a download that was put together from two revisions: remove
-    the file and download again.
+    A tensor is missing, left over, or of another shape than the configuration asks for; or what stands
+    beside quantised weights does not belong to them: FP8 has a scale beside each weight, and bitsandbytes'
+    NF4 has `absmax`, `quant_map` and `quant_state`, whose lengths follow from the weight's shape, and whose
+    numbers are finite. The message names the file and the tensor. The usual cause is a download that was put
+    together from two revisions: remove the file and download again.
 
     Or the parts are whole, and of different models, as when `model.parts` names another one than the file's:
     `llm_features_dim` of the transformer is 13 times `hidden_size` of the text encoder, which has at least
@@ -121,5 +121,14 @@ NO_LIBRARY = define(
     Some settings need a library that the others do not: NF4 weights and 8-bit or paged moments need
     bitsandbytes. It comes with ideoflow's own dependencies, but it brings native code that not every machine
     can load. Install it again, or choose another `memory.precision` or `memory.optimizer_state`.
+    """,
+)
+NOT_FINITE = define(
+    "IM011",
+    "the base model gives numbers that are not finite",
+    """
+    A caption's features or a picture's latents came out as NaN or infinite. Nothing of the kind is cached, so
+    that a repaired base encodes it anew. The weights of the part that the message names are damaged: remove
+    its files and download them again.
     """,
 )
