@@ -31,7 +31,7 @@ from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.model import NOT_FINITE, TOO_LONG
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.fit import beside_decoder, decoder_prefix
-from ideoflow.model.load import complete, load_tokenizer, read_tensors, told
+from ideoflow.model.load import complete, in_template, load_tokenizer, read_tensors, told
 from ideoflow.model.spec import TAPPED_LAYERS
 
 # Tokens of the captions that go through a layer in turn. Their states and sums take 26 KB a token at the true
@@ -52,8 +52,7 @@ def tokenize(
     Raises:
         IdeoflowError: when there are more than ``max_tokens``.
     """
-    messages = [{"role": "user", "content": [{"type": "text", "text": caption}]}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = in_template(tokenizer, caption)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > max_tokens:
         cure = "shorten descriptions, or drop the least important elements"

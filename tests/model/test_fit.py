@@ -130,8 +130,9 @@ def test_a_part_that_a_base_lacks(copy):
         inspect(copy)
 
 
-@pytest.mark.parametrize("shape", [(575,), (1, 576), (5, 2)])
+@pytest.mark.parametrize("shape", [(575,), (1, 576), (5, 2), (2, 2, 144)])
 def test_a_scale_that_belongs_to_no_row(copy, forms, shape):
+    """Blocks of 128 x 128 or columns: other ways to quantise, whose weights would be read wrongly."""
     whole = forms("split, FP8, [out]")
     file = store(copy, "transformer", {**whole, f"{W1}_scale": torch.ones(shape)})
     refused(copy, f"{file}: {W1}_scale has the shape {list(shape)}", code=codes.UNSUPPORTED_FORM)
