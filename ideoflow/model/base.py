@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ideoflow.diagnostics import Diagnostic, IdeoflowError, Span, fail
 from ideoflow.diagnostics.codes.model import NO_PARTS, NO_REVISION, NOT_A_BASE, UNSUPPORTED_FORM
+from ideoflow.model.configuration import read_json
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.files import part_headers, weight_files
 from ideoflow.model.fit import Examined, examine
@@ -46,6 +47,7 @@ NANO_VAE = VaeSpec(block_out_channels=(16, 32, 32, 32), layers_per_block=1, late
 
 # What a base in diffusers' layout has, apart from the scheduler; the second transformer may be absent.
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae")
+PIPELINE = "Ideogram4Pipeline"
 # What a single file leaves out: all but the transformers.
 PARTS = ("text_encoder", "tokenizer", "vae")
 # An id that huggingface_hub takes without question; of others it says itself what is wrong.
@@ -309,7 +311,7 @@ def read_base(
         IdeoflowError: when a part is missing, damaged, or in a form that cannot be trained on.
     """
     files = files or {}
-    check_components(folder, names_in(folder), files, span)
+    check_layout(folder, files, span)
     # Beside single files, a second transformer from somewhere else would be of another model.
     second = () if files and "unconditional_transformer" not in files else ("unconditional_transformer",)
     places = {part: files.get(part, folder / part) for part in (*WEIGHTED[:3], *second)}
@@ -357,9 +359,16 @@ def check_components(
         fail(UNSUPPORTED_FORM, f"{place} {what}", span, cure=cure or layout)
 
 
-def names_in(folder: Path) -> set[str]:
-    """The sub-folders of a base, and its index."""
-    return {path.name for path in folder.iterdir() if path.is_dir() or path.name == "model_index.json"}
+def check_layout(folder: Path, files: Collection[str] = (), span: Span | None = None) -> None:
+    """Refuses a folder that is no base, as :func:`check_components` says, or of another pipeline."""
+    names = {path.name for path in folder.iterdir() if path.is_dir() or path.name == "model_index.json"}
+    check_components(folder, names, files, span)
+    index = folder / "model_index.json"
+    if index.name in names:
+        made_for = str(read_json(index, span).get("_class_name", PIPELINE))
+        if not made_for.startswith("Ideogram4"):
+            message = f"{index}: _class_name is {made_for}, and a base of Ideogram 4 has {PIPELINE}"
+            fail(UNSUPPORTED_FORM, message, span, cure="give a base of Ideogram 4")
 
 
 def _examined(places: Mapping[str, Path], folder: Path | None, span: Span | None) -> dict[str, Examined]:

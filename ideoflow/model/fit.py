@@ -14,7 +14,7 @@ from ideoflow.diagnostics import Diagnostic, IdeoflowError, fail
 from ideoflow.diagnostics.codes import Code
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, UNSUPPORTED_FORM, WRONG_WEIGHTS
 from ideoflow.model.configuration import check_values, read_json
-from ideoflow.model.files import AGAIN, Stored
+from ideoflow.model.files import AGAIN, Stored, some
 from ideoflow.model.forms import (
     FLOATS,
     form_of,
@@ -92,13 +92,6 @@ def examine(part: str, place: Path, header: Header, config: Path | None) -> Exam
     return Examined(form, spec, source, tuple(problems))
 
 
-def some(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
-    listed = sorted(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
-
-
 def decoder_prefix(names: Iterable[str]) -> str:
     """What the names of the text encoder's decoder begin with in its files."""
     decoder = "language_model."
@@ -121,7 +114,7 @@ def _form_problems(part: str, place: Path, header: Header, form: str) -> list[Di
         return [_missing(place, header, missing)]
     odd = list(odd_four_bit(header))
     if key := no_number(header):
-        odd.append((key, f"is stored as {header[key].dtype}, which is no floating point"))
+        odd.append((key, f"is stored as {header[key].dtype}, which no weight is read from"))
     return _odd(header, odd)
 
 

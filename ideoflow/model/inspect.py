@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ideoflow.diagnostics import Diagnostic, fail
 from ideoflow.diagnostics.codes.model import NOT_A_BASE
-from ideoflow.model.base import PARTS, WEIGHTED, check_components, names_in
+from ideoflow.model.base import COMPONENTS, PARTS, WEIGHTED, check_layout
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.files import Stored, part_headers, weight_files
 from ideoflow.model.fit import Examined, examine
@@ -62,10 +62,10 @@ def inspect(path: Path) -> Inspection:
     """
     if not path.exists():
         fail(NOT_A_BASE, f"there is nothing at {path}", cure="give a folder or a .safetensors file")
-    names = [part for part in WEIGHTED if (path / part).is_dir()]
+    names = [part for part in WEIGHTED if (path / part).exists()]
     if names:
-        if (path / "model_index.json").is_file():
-            check_components(path, names_in(path))
+        if (path / "model_index.json").is_file() or all((path / part).exists() for part in COMPONENTS):
+            check_layout(path)
         headers = {name: part_headers(path / name) for name in names}
         found = {
             name: examine(name, path / name, header, path / name / "config.json")

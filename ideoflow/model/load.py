@@ -21,8 +21,7 @@ from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, WRONG_WEIGHTS
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear, ScaledLinear
 from ideoflow.model.checkpoint import Checkpoint
-from ideoflow.model.files import AGAIN, part_headers
-from ideoflow.model.fit import some
+from ideoflow.model.files import AGAIN, part_headers, some
 from ideoflow.model.forms import infer_transformer
 from ideoflow.model.quiet import disable_progress_bars, import_library
 from ideoflow.model.sides import weight_shapes
@@ -274,22 +273,28 @@ def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor
     return (args[0].to(module.weight.dtype),)
 
 
-def _load(read: Callable[[], tuple[T, dict[str, Any]]], part: Path) -> T:
-    with told(part):
-        model, info = read()
-    complete(part, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    return model.requires_grad_(False).eval()  # type: ignore[attr-defined,no-any-return]
-
-
 def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> AutoencoderKLFlux2:
     """The frozen autoencoder."""
-    model = _load(
-        lambda: AutoencoderKLFlux2.from_pretrained(
-            folder, subfolder="vae", torch_dtype=dtype, output_loading_info=True, use_safetensors=True
-        ),
-        folder / "vae",
-    )
-    return model.to(device)
+    part = folder / "vae"
+    with told(part):
+        with init_empty_weights(include_buffers=False):
+            model = AutoencoderKLFlux2.from_config(AutoencoderKLFlux2.load_config(part))
+        empty = model.state_dict()
+        checkpoint = Checkpoint(part)
+        names = set(checkpoint.names())
+        complete(part, empty.keys() - names, names - empty.keys(), ())
+        state = {
+            name: checkpoint.dense(name, dtype if value.is_floating_point() else value.dtype, device)
+            for name, value in empty.items()
+        }
+        odd = [
+            f"{n} ({list(v.shape)}, not {list(empty[n].shape)})"
+            for n, v in state.items()
+            if v.shape != empty[n].shape
+        ]
+        complete(part, (), (), odd)
+        model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval().to(device)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

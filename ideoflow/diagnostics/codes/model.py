@@ -32,9 +32,9 @@ BAD_CONFIG = define(
     "a file of the base model is damaged",
     """
     A `config.json` is missing or unreadable or has a value that the part cannot be built with, the tokenizer
-    lacks its words or its chat template, or a weight file is cut short. The message names the file, and the
-    key where there is one. The usual cause is a download that was interrupted: remove the file and download
-    again.
+    lacks its words or its chat template, or a weight file is cut short or its header or index says what is
+    not so. The message names the file, and the key where there is one. The usual cause is a download that
+    was interrupted: remove the file and download again.
     """,
 )
 NO_ACCESS = define(
