@@ -89,17 +89,25 @@ _TEXT_MODEL = "qwen3_vl"
 _GROUPS = 32  # norm_num_groups of an autoencoder that does not say
 
 
-def read_json(file: Path, span: Span | None = None) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_text(file: Path, span: Span | None = None) -> str:
+    """The text in a file.
 
     Raises:
         IdeoflowError: when there is none.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         fail(BAD_CONFIG, f"{file} {reason}", span, cure=AGAIN)
+
+
+def read_json(file: Path, span: Span | None = None) -> dict[str, Any]:
+    """The JSON object in a file; raises like :func:`read_text`."""
+    try:
+        data = json.loads(read_text(file, span))
+    except (ValueError, RecursionError) as error:
+        fail(BAD_CONFIG, f"{file} cannot be read: {error}", span, cure=AGAIN)
     if not isinstance(data, dict):
         fail(BAD_CONFIG, f"{file} is not a JSON object", span, cure=AGAIN)
     return data

@@ -189,8 +189,9 @@ def test_tokenizers_that_cannot_be_used(copy):
         ("tokenizer.json", "{}", "has no vocabulary"),
         ("tokenizer.json", '{"model": {"vocab": {"a": "1"}}, "added_tokens": []}', "has no vocabulary"),
         ("chat_template.jinja", None, "is missing: the tokenizer has no chat template"),
+        ("chat_template.jinja", "{% for x in %}", "the chat template is none, in line 1: Expected"),
     ):
         whole = (folder / name).read_text()
         (folder / name).unlink() if content is None else (folder / name).write_text(content)
-        refused(copy, f"{folder / name} {told}", code=codes.BAD_CONFIG)
+        refused(copy, folder / name, told, code=codes.BAD_CONFIG)
         (folder / name).write_text(whole)

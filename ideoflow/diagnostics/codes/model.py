@@ -21,10 +21,11 @@ UNSUPPORTED_FORM = define(
     bitsandbytes' NF4, with q, k and v apart or fused. A transformer may also be a single `.safetensors` file
     in one of these forms, as ComfyUI has them; of several in one folder, name one.
 
-    GGUF, SDNQ, NVFP4 and third parties' INT8 are not read: they are made for inference, in layouts of their
-    own. Take the official release in FP8 or NF4; `memory.precision` holds any base in int8, if that is what
-    you want. Pickled files (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs whatever code the file
-    holds. `ideoflow model inspect PATH` tells the form of a file or folder.
+    GGUF, SDNQ, NVFP4, third parties' INT8 and ComfyUI's older FP8 (`scaled_fp8`, with scales called
+    `scale_weight`) are not read: they are made for inference, in layouts of their own. Take the official
+    release in FP8 or NF4; `memory.precision` holds any base in int8, if that is what you want. Pickled files
+    (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs whatever code the file holds. `ideoflow model
+    inspect PATH` tells the form of a file or folder.
     """,
 )
 BAD_CONFIG = define(
