@@ -10,6 +10,7 @@ from typing import Any
 from ideoflow.diagnostics import Span, fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, UNSUPPORTED_FORM
 from ideoflow.model.files import AGAIN
+from ideoflow.model.spec import TextEncoderSpec, TransformerSpec
 
 # What a value must be, and whether it is.
 Rule = tuple[str, Callable[[Any], bool]]
@@ -32,53 +33,39 @@ def _list_of(good: Callable[[Any], bool], length: int | None = None) -> Callable
     return is_list
 
 
-def _one_of(*known: str) -> Rule:
-    return f"of {' or '.join(known)}", lambda value: value in known
+def _one_of(*known: Any) -> Rule:
+    return " or ".join(map(json.dumps, known)), lambda value: any(
+        type(value) is type(one) and value == one for one in known
+    )
 
 
 _COUNT: Rule = "a whole number above 0", _is_count
 _POSITIVE: Rule = "a number above 0", _is_positive
+_COUNTS: Rule = "a list of whole numbers above 0", _list_of(_is_count)
 _AXES: Rule = "a list of three whole numbers above 0", _list_of(_is_count, 3)
 _SILU = _one_of("silu", "swish")
 _TRANSFORMER: Mapping[str, Rule] = {
-    **dict.fromkeys(
-        (
-            "in_channels",
-            "num_layers",
-            "attention_head_dim",
-            "num_attention_heads",
-            "intermediate_size",
-            "adaln_dim",
-            "llm_features_dim",
-        ),
-        _COUNT,
-    ),
+    **dict.fromkeys(TransformerSpec.__slots__, _COUNT),
     "norm_eps": _POSITIVE,
     "rope_theta": _POSITIVE,
     "mrope_section": _AXES,
 }
 _TEXT: Mapping[str, Rule] = {
-    **dict.fromkeys(
-        (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "vocab_size",
-        ),
-        _COUNT,
-    ),
+    **dict.fromkeys(TextEncoderSpec.__slots__, _COUNT),
     "rms_norm_eps": _POSITIVE,
     "hidden_act": _SILU,
 }
 _ROPE: Mapping[str, Rule] = {"rope_theta": _POSITIVE, "mrope_section": _AXES}
 _VAE: Mapping[str, Rule] = {
+    **dict.fromkeys(("in_channels", "out_channels"), _one_of(3)),  # red, green, blue
+    **dict.fromkeys(
+        ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), _one_of(True, False)
+    ),
+    "patch_size": _one_of([2, 2]),
     **dict.fromkeys(("latent_channels", "layers_per_block", "norm_num_groups"), _COUNT),
     "batch_norm_eps": _POSITIVE,
     "act_fn": _SILU,
-    "block_out_channels": ("a list of whole numbers above 0", _list_of(_is_count)),
+    "block_out_channels": _COUNTS,
     "down_block_types": (
         "a list of DownEncoderBlock2D",
         _list_of(lambda value: value == "DownEncoderBlock2D"),
@@ -160,6 +147,8 @@ def _check_vae(config: Mapping[str, Any], file: Path) -> None:
     groups = config.get("norm_num_groups", _GROUPS)
     if any(channels % groups for channels in blocks):
         _refuse(file, "norm_num_groups", groups, f"a divisor of all block_out_channels, {blocks}")
+    if (decoder := config.get("decoder_block_out_channels")) is not None:
+        _check({"decoder_block_out_channels": decoder}, {"decoder_block_out_channels": _COUNTS}, file)
     for key in ("down_block_types", "up_block_types"):
         if blocks and key in config and len(config[key]) != len(blocks):
             _refuse(file, key, config[key], f"as many as block_out_channels, {len(blocks)}")

@@ -44,9 +44,6 @@ _ANOTHER = "download the model again, or give a base of Ideogram 4"
 _ADAPTER = re.compile(r"\.(lora_(A|B|up|down)|lokr_w|hada_w)")
 # Autoencoders that are built otherwise have other tensors, which only diffusers' class knows.
 _VAE_OPTIONS = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": [2, 2],
     "decoder_block_out_channels": None,
     "mid_block_add_attention": True,
     "use_quant_conv": True,
