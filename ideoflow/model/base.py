@@ -369,6 +369,8 @@ def check_layout(folder: Path, files: Collection[str] = (), span: Span | None = 
         if not made_for.startswith("Ideogram4"):
             message = f"{index}: _class_name is {made_for}, and a base of Ideogram 4 has {PIPELINE}"
             fail(UNSUPPORTED_FORM, message, span, cure="give a base of Ideogram 4")
+    if (scheduler := folder / "scheduler" / "scheduler_config.json").exists():
+        read_json(scheduler, span)  # it is built in the midst of training, for the first samples
 
 
 def _examined(places: Mapping[str, Path], folder: Path | None, span: Span | None) -> dict[str, Examined]:

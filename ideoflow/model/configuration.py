@@ -66,6 +66,7 @@ _VAE: Mapping[str, Rule] = {
     "batch_norm_eps": _POSITIVE,
     "act_fn": _SILU,
     "block_out_channels": _COUNTS,
+    "decoder_block_out_channels": (_COUNTS[0], lambda value: value is None or _COUNTS[1](value)),
     "down_block_types": (
         "a list of DownEncoderBlock2D",
         _list_of(lambda value: value == "DownEncoderBlock2D"),
@@ -147,8 +148,6 @@ def _check_vae(config: Mapping[str, Any], file: Path) -> None:
     groups = config.get("norm_num_groups", _GROUPS)
     if any(channels % groups for channels in blocks):
         _refuse(file, "norm_num_groups", groups, f"a divisor of all block_out_channels, {blocks}")
-    if (decoder := config.get("decoder_block_out_channels")) is not None:
-        _check({"decoder_block_out_channels": decoder}, {"decoder_block_out_channels": _COUNTS}, file)
     for key in ("down_block_types", "up_block_types"):
         if blocks and key in config and len(config[key]) != len(blocks):
             _refuse(file, key, config[key], f"as many as block_out_channels, {len(blocks)}")

@@ -56,16 +56,22 @@ def weight_files(part: Path) -> list[Path]:
     """
     if part.is_file():
         return [part]
-    for own in (part / name for name in _OWN_NAMES):
-        if own.is_file():
-            return [own]
+    if own := _own_file(part):
+        return [own]
     if index := _index_of(part):
         return sorted({part / name for name in _read_index(index).values()})
     return sorted(part.glob("*.safetensors"))
 
 
+def _own_file(part: Path) -> Path | None:
+    """The file that the part's library reads, whatever lies beside it."""
+    return next((part / name for name in _OWN_NAMES if (part / name).is_file()), None)
+
+
 def _index_of(part: Path) -> Path | None:
-    """The index that counts in a folder of shards."""
+    """The index that says which shards are read, if one does."""
+    if part.is_file() or _own_file(part):
+        return None
     own = [part / f"{name}.index.json" for name in _OWN_NAMES]
     return next((i for i in (*own, *sorted(part.glob("*.safetensors.index.json"))) if i.is_file()), None)
 
@@ -111,11 +117,10 @@ def safetensors_header(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except (ValueError, LookupError, TypeError, OverflowError):
         check_tensors(tensors)
         raise
-    whole = 8 + length + end
-    if size < whole:
-        raise ValueError(f"cut short: {size} bytes where its header promises {whole}")
-    if size > whole:
-        raise ValueError(f"{size - whole} bytes are left over: {size} where its header promises {whole}")
+    if size != (whole := 8 + length + end):
+        check_tensors(tensors)
+        what = "cut short" if size < whole else f"{size - whole} bytes are left over"
+        raise ValueError(f"{what}: {size} bytes where its header promises {whole}")
     return tensors, metadata
 
 
@@ -185,7 +190,7 @@ def part_headers(place: Path, span: Span | None = None) -> dict[str, Stored]:
             span,
             cure="ideoflow reads safetensors only; it never unpickles a .bin or .pt",
         )
-    if len(files) > 1 and (index := _index_of(place)):
+    if index := _index_of(place):
         _check_index(index, tensors, span)
     return tensors
 

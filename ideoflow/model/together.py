@@ -31,8 +31,8 @@ def _messages(found: Mapping[str, Examined], tokenizer: tuple[Path, int] | None)
     if text:
         layers, taps = text.spec.num_hidden_layers, len(TAPPED_LAYERS)
         if layers <= TAPPED_LAYERS[-1]:
-            of = f", the llm_features_dim of {first.source}," if first else ""
-            needed = f"text features{of} are taken from {TAPPED_LAYERS[-1] + 1} layers"
+            of = f" (llm_features_dim of {first.source})" if first else ""
+            needed = f"text features{of} are taken from the first {TAPPED_LAYERS[-1] + 1}"
             yield f"{text.source}: num_hidden_layers is {layers}, and {needed}"
         elif first and first.spec.llm_features_dim != taps * text.spec.hidden_size:
             yield (

@@ -38,6 +38,7 @@ HEADERS = {
     "with a gap": (moved(4), "lies at bytes"),
     "negative": (lambda t: {**t, "data_offsets": [-4, 4]}, "has the data_offsets [-4, 4]"),
     "backwards": (lambda t: {**t, "data_offsets": t["data_offsets"][::-1]}, "lies at bytes"),
+    "past the end": (moved(1 << 40), "lies at bytes"),
     "strings": (moved(0, str), 'has the data_offsets ["'),
     "floats": (moved(0, float), "has the data_offsets ["),
     "one offset": (lambda t: {**t, "data_offsets": [4]}, "has the data_offsets [4]"),
@@ -154,6 +155,12 @@ PIPELINES = {
 def test_a_folder_of_another_pipeline(copy, content, told):
     (copy / "model_index.json").write_text(content)
     refused(copy, copy / "model_index.json", told[0], code=told[1])
+
+
+def test_a_scheduler_that_is_damaged(copy):
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text("[]")
+    refused(copy, f"{file} is not a JSON object", code=codes.BAD_CONFIG)
 
 
 def test_folders_that_are_no_base(copy):

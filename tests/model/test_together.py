@@ -59,7 +59,11 @@ def fewer_blocks(folder):
 STRANGERS = {
     "a shallow text encoder": (
         fewer_layers,
-        ("text_encoder/config.json: num_hidden_layers is 20", "llm_features_dim of", "taken from 36 layers"),
+        (
+            "text_encoder/config.json: num_hidden_layers is 20",
+            "llm_features_dim of",
+            "taken from the first 36",
+        ),
     ),
     "other text features": (
         other_features,
