@@ -118,7 +118,7 @@ def odd_scales(header: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
         if not name.endswith(".weight_scale"):
             continue
         weight = header[name.removesuffix("_scale")]
-        if weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
+        if weight.dtype != "F8_E4M3" or len(weight.shape) < 2:
             yield name, f"stands beside {weight.dtype} {list(weight.shape)}, which has no scale"
         elif scale.dtype != "F8_E4M3" and not _all_positive(scale):
             yield name, "holds scales that are not finite or not above 0"
