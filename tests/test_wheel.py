@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # All that recipes, captions and plans need; torch and its family are left out on purpose.
-LIGHT = ["huggingface_hub", "jsonschema", "lark", "pillow", "psutil", "rich", "tomli"]
+LIGHT = ["huggingface_hub", "jinja2", "jsonschema", "lark", "pillow", "psutil", "rich", "tomli"]
 OFFLINE = ("Temporary failure in name resolution", "Max retries exceeded", "Network is unreachable")
 
 CAPTION = """A lone wooden sailboat on a glassy lake at sunset.

@@ -34,6 +34,7 @@ def execute(args: argparse.Namespace) -> int:
         data = asdict(found)
         for part, report in zip(data["parts"], found.parts, strict=True):
             part["problems"] = [problem.as_dict() for problem in report.problems]
+        data["mismatches"] = [problem.as_dict() for problem in found.mismatches]
         print(json.dumps(data, indent=1))
     else:
         print(_page(found))

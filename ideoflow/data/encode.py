@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,8 @@ from ideoflow.data.captions import caption_variants
 from ideoflow.data.keys import DIGESTS, Keys, PictureDigests, share_of
 from ideoflow.data.pixels import load_pixels
 from ideoflow.data.survey import Sample
-from ideoflow.diagnostics import Diagnostic, IdeoflowError
+from ideoflow.diagnostics import Diagnostic, IdeoflowError, fail
+from ideoflow.diagnostics.codes.model import NOT_FINITE
 from ideoflow.model.base import BaseFacts
 from ideoflow.model.latents import encode_pixels
 from ideoflow.model.load import load_vae
@@ -95,7 +97,8 @@ class Encoder:
         """Encodes the captions (canonical JSON) that are not cached yet; says how many they were.
 
         Raises:
-            IdeoflowError: with every caption that is too long; all the others are cached by then.
+            IdeoflowError: with every caption that is too long; all the others are cached by then. With the
+                first whose features are not finite.
         """
         missing = self._missing({self.keys.caption(c): c for c in captions})
         if not missing:
@@ -139,7 +142,9 @@ class Encoder:
         keys = iter(tokens)
         for features in groups:
             for value in features:
-                self.cache.put(next(keys), value, kind="text", base=self.keys.text)
+                key = next(keys)
+                _refuse_odd(value, f"the caption {captions[key][:80]}", encoder.part)
+                self.cache.put(key, value, kind="text", base=self.keys.text)
             self.cache.close()  # and is written while the next ones are encoded
         return problems
 
@@ -147,7 +152,8 @@ class Encoder:
         """Encodes the pictures that are not cached yet; says how many they were.
 
         Raises:
-            IdeoflowError: with every picture that cannot be decoded; all the others are cached by then.
+            IdeoflowError: with every picture that cannot be decoded; all the others are cached by then. With
+                the first whose latents are not finite.
         """
         missing = self._missing(dict(zip(self._latents_keys(samples), samples, strict=True)))
         if not missing:
@@ -161,6 +167,7 @@ class Encoder:
                 if isinstance(latents, IdeoflowError):
                     problems.extend(latents.diagnostics)  # one bad picture must not hide the next
                 else:
+                    _refuse_odd(latents, f"the picture {missing[key].picture}", self.folder / "vae")
                     self.cache.put(key, latents, kind="latents", base=self.keys.vae)
                 self.progress("pictures", done, len(missing))
         finally:
@@ -194,6 +201,13 @@ class Encoder:
         """What of this process's share is not cached."""
         mine = [key for key in wanted if share_of(key, self.rank, self.ranks)]
         return {key: wanted[key] for key, gone in zip(mine, self.cache.missing(mine), strict=True) if gone}
+
+
+def _refuse_odd(value: Tensor, what: str, part: Path) -> None:
+    """What is not finite is never cached: a repaired base need not have another digest."""
+    if not value.isfinite().all():
+        message = f"{what} came out of {part} as numbers that are not finite"
+        fail(NOT_FINITE, message, cure=f"remove the files in {part} and download them again")
 
 
 def encode_in_turn(

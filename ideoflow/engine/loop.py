@@ -192,17 +192,19 @@ class Trainer:
         loss, norm = outcome.values()
         if math.isfinite(loss) and math.isfinite(norm):
             return [loss, norm]
+        message = f"at step {outcome.step} the loss is {loss} and the gradient norm {norm}"
+        if outcome.step == 1:  # before any update
+            note = (
+                "nothing has been learnt yet: the base, or what is cached, holds numbers that are not finite"
+            )
+            cure = "download the base again; if that does not help, name another cache.folder"
+            fail(LOSS_EXPLODED, message, cure=cure, notes=[note])
         kept = (
             f"the last checkpoint is of step {self.saved_at}"
             if self.saved_at
             else "there is no checkpoint yet"
         )
-        fail(
-            LOSS_EXPLODED,
-            f"at step {outcome.step} the loss is {loss} and the gradient norm {norm}",
-            cure="lower train.learning_rate, or add a train.warmup",
-            notes=[kept],
-        )
+        fail(LOSS_EXPLODED, message, cure="lower train.learning_rate, or add a train.warmup", notes=[kept])
 
     def _gradient_norm(self) -> Tensor:
         """The global norm before clipping; clips if the plan asks for it."""

@@ -23,7 +23,7 @@ from ideoflow.engine.schedule import PRESETS, sampling_sigmas
 from ideoflow.engine.setup import Trainable, UnpaddedAttention, plan_device, plan_dtype, plan_quantizer
 from ideoflow.engine.step import predict_velocity
 from ideoflow.model.latents import decode_tokens
-from ideoflow.model.load import load_transformer, load_vae
+from ideoflow.model.load import load_transformer, load_vae, told
 from ideoflow.model.spec import PIXELS_PER_TOKEN
 from ideoflow.plan.document import Plan
 
@@ -62,11 +62,12 @@ class Sampler:
         self.device, self.dtype = plan_device(plan), plan_dtype(plan)
         host = torch.device("cpu")
         own = self.folder / "scheduler"  # the parts beside a single file may come without one
-        self.scheduler = (
-            FlowMatchEulerDiscreteScheduler.from_pretrained(own)
-            if own.is_dir()
-            else FlowMatchEulerDiscreteScheduler()
-        )
+        with told(own):
+            self.scheduler = (
+                FlowMatchEulerDiscreteScheduler.from_pretrained(own)
+                if own.is_dir()
+                else FlowMatchEulerDiscreteScheduler()
+            )
         self.vae = load_vae(self.folder, dtype=self.dtype, device=host)
         self.unconditional, self.stream = None, None
         if plan.value("unconditional") != "proxy":

@@ -6,18 +6,21 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
-from ideoflow.diagnostics import IdeoflowError, Span, fail
+from ideoflow.diagnostics import Diagnostic, IdeoflowError, Span, fail
 from ideoflow.diagnostics.codes.model import NO_PARTS, NO_REVISION, NOT_A_BASE, UNSUPPORTED_FORM
+from ideoflow.model.configuration import read_json
 from ideoflow.model.digest import sampled_digest
 from ideoflow.model.files import part_headers, weight_files
 from ideoflow.model.fit import Examined, examine
 from ideoflow.model.forms import unread_file
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
+from ideoflow.model.together import mismatches
+from ideoflow.model.tokens import largest_id
 from ideoflow.resources import user_cache
 
 NANO = "nano"
@@ -44,6 +47,7 @@ NANO_VAE = VaeSpec(block_out_channels=(16, 32, 32, 32), layers_per_block=1, late
 
 # What a base in diffusers' layout has, apart from the scheduler; the second transformer may be absent.
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae")
+PIPELINE = "Ideogram4Pipeline"
 # What a single file leaves out: all but the transformers.
 PARTS = ("text_encoder", "tokenizer", "vae")
 # An id that huggingface_hub takes without question; of others it says itself what is wrong.
@@ -196,7 +200,12 @@ def _single_file(
     )
     if companion.present and companion.folder is not None:
         return read_base(name, companion.folder, span, files=files, parts=parts)
-    transformer = _examined(files, None, span)["transformer"]
+    found = _examined(files, None, span)
+    if companion.folder is not None:  # nano, which is not made yet
+        for part, spec in (("text_encoder", companion.text_encoder), ("vae", companion.vae)):
+            found[part] = Examined(companion.storage, spec, companion.folder / part / "config.json")
+        _refuse(mismatches(found), span)
+    transformer = found["transformer"]
     return replace(
         companion,
         name=name,
@@ -302,12 +311,13 @@ def read_base(
         IdeoflowError: when a part is missing, damaged, or in a form that cannot be trained on.
     """
     files = files or {}
-    check_components(folder, names_in(folder), files, span)
+    check_layout(folder, files, span)
     # Beside single files, a second transformer from somewhere else would be of another model.
     second = () if files and "unconditional_transformer" not in files else ("unconditional_transformer",)
     places = {part: files.get(part, folder / part) for part in (*WEIGHTED[:3], *second)}
     places = {part: place for part, place in places.items() if place.exists()}
     found = _examined(places, folder, span)
+    _refuse(mismatches(found, largest_id(folder / "tokenizer", span)), span)
     transformer, text_encoder, vae = (found[part] for part in WEIGHTED[:3])
     return BaseFacts(
         name,
@@ -349,9 +359,18 @@ def check_components(
         fail(UNSUPPORTED_FORM, f"{place} {what}", span, cure=cure or layout)
 
 
-def names_in(folder: Path) -> set[str]:
-    """The sub-folders of a base, and its index."""
-    return {path.name for path in folder.iterdir() if path.is_dir() or path.name == "model_index.json"}
+def check_layout(folder: Path, files: Collection[str] = (), span: Span | None = None) -> None:
+    """Refuses a folder that is no base, as :func:`check_components` says, or of another pipeline."""
+    names = {path.name for path in folder.iterdir() if path.is_dir() or path.name == "model_index.json"}
+    check_components(folder, names, files, span)
+    index = folder / "model_index.json"
+    if index.name in names:
+        made_for = str(read_json(index, span).get("_class_name", PIPELINE))
+        if not made_for.startswith("Ideogram4"):
+            message = f"{index}: _class_name is {made_for}, and a base of Ideogram 4 has {PIPELINE}"
+            fail(UNSUPPORTED_FORM, message, span, cure="give a base of Ideogram 4")
+    if (scheduler := folder / "scheduler" / "scheduler_config.json").exists():
+        read_json(scheduler, span)  # it is built in the midst of training, for the first samples
 
 
 def _examined(places: Mapping[str, Path], folder: Path | None, span: Span | None) -> dict[str, Examined]:
@@ -364,6 +383,10 @@ def _examined(places: Mapping[str, Path], folder: Path | None, span: Span | None
         part: examine(part, place, part_headers(place, span), folder and folder / part / "config.json")
         for part, place in places.items()
     }
-    if problems := [replace(p, span=span) for part in found.values() for p in part.problems]:
-        raise IdeoflowError(problems)
+    _refuse([problem for part in found.values() for problem in part.problems], span)
     return found
+
+
+def _refuse(problems: Sequence[Diagnostic], span: Span | None) -> None:
+    if problems:
+        raise IdeoflowError([replace(problem, span=span) for problem in problems])

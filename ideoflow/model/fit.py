@@ -3,17 +3,20 @@ the architecture, told from headers and small files alone (torch-free)."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ideoflow.diagnostics import Diagnostic, IdeoflowError, fail
+from ideoflow.diagnostics.codes import Code
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, UNSUPPORTED_FORM, WRONG_WEIGHTS
-from ideoflow.model.files import AGAIN, Stored
+from ideoflow.model.configuration import check_values, read_json
+from ideoflow.model.files import AGAIN, Stored, some
 from ideoflow.model.forms import (
+    FLOATS,
     form_of,
     infer_transformer,
     instead,
@@ -22,7 +25,15 @@ from ideoflow.model.forms import (
     plain_name,
     readable,
 )
-from ideoflow.model.sides import is_side, missing_sides, odd_four_bit, odd_scales, weight_shapes
+from ideoflow.model.sides import (
+    is_side,
+    missing_sides,
+    numbers,
+    odd_four_bit,
+    odd_scales,
+    odd_shapes,
+    weight_shapes,
+)
 from ideoflow.model.spec import TextEncoderSpec, TransformerSpec, VaeSpec
 
 Header = Mapping[str, Stored]
@@ -33,9 +44,6 @@ _ANOTHER = "download the model again, or give a base of Ideogram 4"
 _ADAPTER = re.compile(r"\.(lora_(A|B|up|down)|lokr_w|hada_w)")
 # Autoencoders that are built otherwise have other tensors, which only diffusers' class knows.
 _VAE_OPTIONS = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": [2, 2],
     "decoder_block_out_channels": None,
     "mid_block_add_attention": True,
     "use_quant_conv": True,
@@ -45,10 +53,14 @@ _VAE_OPTIONS = {
 
 @dataclass(frozen=True)
 class Examined:
-    """A part's form and sizes, and why it cannot be trained on; ``spec`` is None where nothing tells them."""
+    """A part's form and sizes, and why it cannot be trained on; ``spec`` is None where nothing tells them.
+
+    ``source`` is the file or folder that told the sizes.
+    """
 
     form: str
     spec: Any
+    source: Path
     problems: tuple[Diagnostic, ...] = ()
 
 
@@ -60,26 +72,21 @@ def examine(part: str, place: Path, header: Header, config: Path | None) -> Exam
         place: the folder or single file that ``header`` is of.
         config: where its config.json belongs, if anywhere; a transformer's shapes may stand in for it.
     """
-    form, spec = form_of(header), None
+    form, spec, source = form_of(header), None, place
     try:
         problems = _form_problems(part, place, header, form)
         if not problems:
-            facts = _config(part, place, header, config)
+            facts, source = _config(part, place, header, config)
             _check_config(part, place, facts)
-            spec = _spec(part, facts, config or place)
-            problems = _misfits(part, place, header, spec, facts)
+            check_values(part, facts, source)
+            spec = _spec(part, facts)
+            _check_layers(spec, place, header, source)
+            problems = _misfits(part, place, header, spec, facts) or _number_problems(part, header, form)
     except IdeoflowError as error:
         problems = list(error.diagnostics)
     except OSError as error:
         problems = [Diagnostic(BAD_CONFIG, f"{place} cannot be read: {error}", cure=AGAIN)]
-    return Examined(form, spec, tuple(problems))
-
-
-def some(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
-    listed = sorted(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
+    return Examined(form, spec, source, tuple(problems))
 
 
 def decoder_prefix(names: Iterable[str]) -> str:
@@ -98,20 +105,44 @@ def beside_decoder(name: str) -> bool:
 
 def _form_problems(part: str, place: Path, header: Header, form: str) -> list[Diagnostic]:
     """Numbers that cannot be read, or not as what they were."""
-    cure = _cure(part, form)
     if form not in readable(part):
-        return [Diagnostic(UNSUPPORTED_FORM, f"{place} is stored as {form}", cure=cure)]
+        return [Diagnostic(UNSUPPORTED_FORM, f"{place} is stored as {form}", cure=_cure(part, form))]
     if missing := missing_sides(header):
         return [_missing(place, header, missing)]
-    odd = [(UNSUPPORTED_FORM, key, what, cure) for key, what in odd_scales(header)]
-    odd += [(WRONG_WEIGHTS, key, what, _ANOTHER) for key, what in odd_four_bit(header)]
+    odd = list(odd_four_bit(header))
     if key := no_number(header):
-        what = f"is stored as {header[key].dtype}, which is no floating point"
-        odd.append((WRONG_WEIGHTS, key, what, _ANOTHER))
-    problems = [Diagnostic(code, f"{header[k].file}: {k} {what}", cure=cure) for code, k, what, cure in odd]
+        odd.append((key, f"is stored as {header[key].dtype}, which no weight is read from"))
+    return _odd(header, odd)
+
+
+def _number_problems(part: str, header: Header, form: str) -> list[Diagnostic]:
+    """Scales and statistics that nothing can be computed with, of tensors that fit."""
+    if shapes := list(odd_shapes(header)):
+        return _odd(header, shapes, UNSUPPORTED_FORM, _cure(part, form))
+    return _odd(header, [*odd_scales(header), *(_odd_statistics(header) if part == "vae" else ())])
+
+
+def _odd(
+    header: Header, odd: Sequence[tuple[str, str]], code: Code = WRONG_WEIGHTS, cure: str = _ANOTHER
+) -> list[Diagnostic]:
+    """A diagnostic of each (name, what is wrong), the first three of many."""
+    problems = [Diagnostic(code, f"{header[key].file}: {key} {what}", cure=cure) for key, what in odd]
     if len(problems) > 3:
         problems[2:] = [replace(problems[2], notes=(f"and {len(problems) - 3} more like it",))]
     return problems
+
+
+def _odd_statistics(header: Header) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of the statistics that latents are normalised with."""
+    for name, least in (("bn.running_mean", -math.inf), ("bn.running_var", 0.0)):
+        if name not in header:  # of an autoencoder that only diffusers' class knows
+            continue
+        if header[name].dtype not in FLOATS:
+            yield name, f"is stored as {header[name].dtype}, which is no floating point"
+            continue
+        values = numbers(header[name])
+        if not ((values > least) & (values < math.inf)).all():
+            yield name, f"holds numbers that are not finite{' or not above 0' if least == 0 else ''}"
 
 
 def _cure(part: str, form: str) -> str:
@@ -127,8 +158,9 @@ def _missing(place: Path, header: Header, names: Iterable[str]) -> Diagnostic:
 # Configurations -------------------------------------------------------------------------------------------
 
 
-def _config(part: str, place: Path, header: Header, file: Path | None) -> Mapping[str, Any]:
-    """A part's configuration; that of a transformer may be told by its shapes, or lie with its parts."""
+def _config(part: str, place: Path, header: Header, file: Path | None) -> tuple[Mapping[str, Any], Path]:
+    """A part's configuration and what tells it; that of a transformer may be told by its shapes, or lie with
+    its parts."""
     there = file is not None and file.exists()
     if part.endswith("transformer") and (
         file is None or place.is_file() or (not there and is_original_layout(header))
@@ -140,21 +172,10 @@ def _config(part: str, place: Path, header: Header, file: Path | None) -> Mappin
                 _no_sizes(place, header, error)
         else:
             if file is not None and there:
-                _same_sizes(place, inferred, file)
-            return inferred
+                _same_sizes(part, place, inferred, file)
+            return inferred, place
     assert file is not None
-    data = _read_json(file)
-    if not isinstance(data, dict):
-        fail(BAD_CONFIG, f"{file} is not a JSON object", cure=AGAIN)
-    return data
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        fail(BAD_CONFIG, f"{file} {reason}", cure=AGAIN)
+    return read_json(file), file
 
 
 def _no_sizes(place: Path, header: Header, error: Exception) -> NoReturn:
@@ -170,11 +191,10 @@ def _no_sizes(place: Path, header: Header, error: Exception) -> NoReturn:
     fail(WRONG_WEIGHTS, f"{place} is no transformer of Ideogram 4", cure=_ANOTHER)
 
 
-def _same_sizes(place: Path, inferred: Mapping[str, Any], file: Path) -> None:
+def _same_sizes(part: str, place: Path, inferred: Mapping[str, Any], file: Path) -> None:
     """A single file and the config.json among its parts must be of one model."""
-    config = _read_json(file)
-    if not isinstance(config, dict):
-        fail(BAD_CONFIG, f"{file} is not a JSON object", cure=AGAIN)
+    config = read_json(file)
+    check_values(part, config, file)
     if other := [k for k, v in inferred.items() if k in config and config[k] != v]:
         message = f"{place} has {other[0]} = {inferred[other[0]]}, and {file} says {config[other[0]]}"
         fail(WRONG_WEIGHTS, message, cure="give model.parts of the same model as the file")
@@ -193,13 +213,18 @@ def _check_config(part: str, place: Path, config: Mapping[str, Any]) -> None:
         fail(UNSUPPORTED_FORM, message, cure="give a base of Ideogram 4")
 
 
-def _spec(part: str, config: Mapping[str, Any], where: Path) -> Spec:
-    try:
-        if part == "text_encoder":
-            return TextEncoderSpec.from_config(dict(config.get("text_config", config)))
-        return (VaeSpec if part == "vae" else TransformerSpec).from_config(config)
-    except (TypeError, ValueError, AttributeError) as error:
-        fail(BAD_CONFIG, f"{where} cannot be used: {error}", cure=AGAIN)
+def _check_layers(spec: Spec, place: Path, header: Header, source: Path) -> None:
+    """Refuses more layers than there are tensors, before names are made for all of them."""
+    for key in ("num_layers", "num_hidden_layers", "layers_per_block"):
+        if (count := getattr(spec, key, 0)) > len(header):
+            message = f"{source}: {key} is {count}, and {place} has {len(header)} tensors in all"
+            fail(WRONG_WEIGHTS, message, cure=_ANOTHER)
+
+
+def _spec(part: str, config: Mapping[str, Any]) -> Spec:
+    if part == "text_encoder":
+        return TextEncoderSpec.from_config(config.get("text_config", {}))
+    return (VaeSpec if part == "vae" else TransformerSpec).from_config(config)
 
 
 # Tensors --------------------------------------------------------------------------------------------------

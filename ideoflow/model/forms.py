@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from ideoflow.model.files import Stored
 
 DENSE = ("float32", "bf16", "float16")
+FLOATS = ("F64", "F32", "BF16", "F16")
 READABLE = (*DENSE, "fp8", "nf4")
 _DTYPES = {"F32": "float32", "BF16": "bf16", "F16": "float16", "F8_E4M3": "fp8", "I8": "int8"}
 _OFFICIAL = "the official release in FP8 (ideogram-ai/ideogram-4-fp8) or NF4 (ideogram-ai/ideogram-4-nf4)"
+_OLD_COMFY = "ComfyUI's older FP8 (scaled_fp8)"
 # What a form that is not read is called, and why it is not.
 _UNREAD = {
     "NVFP4": "its 4-bit numbers have scales for 16 at a time, made for inference on Blackwell",
     "INT8": "8-bit integers come in many layouts of scales",
     "SDNQ": "its numbers are packed in a way of its own",
+    _OLD_COMFY: "its scales are called scale_weight, where later files say weight_scale",
     "FP4": "bitsandbytes' NF4 is the 4-bit form that is read",
     "GGUF": "its blocks of mixed precision are made for inference",
 }
@@ -63,6 +66,8 @@ def form_of(header: Mapping[str, Stored]) -> str:
             return "NVFP4"
         if has(".zero_point") or has(".scale"):
             return "SDNQ"
+    if main == "F8_E4M3" and has(".scale_weight"):
+        return _OLD_COMFY
     if main == "I8" and has(".zero_point"):
         return "SDNQ"
     return _DTYPES.get(main, main)
@@ -72,7 +77,7 @@ def no_number(header: Mapping[str, Stored]) -> str | None:
     """The first plain weight, bias or scale whose type cannot hold it, such as an integer."""
     for name, tensor in header.items():
         plain = name.endswith((".weight", ".bias", "_scale")) and f"{name}.absmax" not in header
-        if plain and tensor.dtype not in ("F64", "F32", "BF16", "F16", "F8_E4M3"):
+        if plain and tensor.dtype not in (*FLOATS, "F8_E4M3"):
             return name
     return None
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor
 
-PATCH = 2
+from ideoflow.model.spec import PATCH
 
 
 def patchify(latents: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ from ideoflow.diagnostics import fail
 from ideoflow.diagnostics.codes.model import BAD_CONFIG, UNEVEN_ROWS, WRONG_WEIGHTS
 from ideoflow.kernels.float8 import Float8Linear, Int8Linear, ScaledLinear
 from ideoflow.model.checkpoint import Checkpoint
-from ideoflow.model.files import part_headers
-from ideoflow.model.fit import some
+from ideoflow.model.files import AGAIN, part_headers, some
 from ideoflow.model.forms import infer_transformer
 from ideoflow.model.quiet import disable_progress_bars, import_library
 from ideoflow.model.sides import weight_shapes
@@ -30,6 +29,10 @@ from ideoflow.model.spec import PRODUCTS, TransformerSpec
 
 # Type of everything that is not quantised, and of the arithmetic.
 PRECISIONS = {"float32": torch.float32, **dict.fromkeys(("bf16", "fp8", "int8", "nf4"), torch.bfloat16)}
+
+# What libraries raise about files that they cannot use.
+_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+           SafetensorError)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -42,12 +45,11 @@ def told(part: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+    except _ERRORS as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        cure = "download or export the model again"
-        fail(BAD_CONFIG, f"{part} cannot be loaded: {reason}", cure=cure)
+        fail(BAD_CONFIG, f"{part} cannot be loaded: {reason}", cure=AGAIN)
 
 
 def complete(part: Path, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[Any]) -> None:
@@ -275,31 +277,61 @@ def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor
     return (args[0].to(module.weight.dtype),)
 
 
-def _load(read: Callable[[], tuple[T, dict[str, Any]]], part: Path) -> T:
-    with told(part):
-        model, info = read()
-    complete(part, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    return model.requires_grad_(False).eval()  # type: ignore[attr-defined,no-any-return]
-
-
 def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> AutoencoderKLFlux2:
     """The frozen autoencoder."""
-    model = _load(
-        lambda: AutoencoderKLFlux2.from_pretrained(
-            folder, subfolder="vae", torch_dtype=dtype, output_loading_info=True, use_safetensors=True
-        ),
-        folder / "vae",
-    )
-    return model.to(device)
+    part = folder / "vae"
+    with told(part):
+        with init_empty_weights(include_buffers=False):
+            model = AutoencoderKLFlux2.from_config(AutoencoderKLFlux2.load_config(part))
+        empty = model.state_dict()
+        checkpoint = Checkpoint(part)
+        names = set(checkpoint.names())
+        complete(part, empty.keys() - names, names - empty.keys(), ())
+        state = {
+            name: checkpoint.dense(name, dtype if value.is_floating_point() else value.dtype, device)
+            for name, value in empty.items()
+        }
+        odd = [
+            f"{n} ({list(v.shape)}, not {list(empty[n].shape)})"
+            for n, v in state.items()
+            if v.shape != empty[n].shape
+        ]
+        complete(part, (), (), odd)
+        model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval().to(device)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer with its chat template."""
-    with told(folder / "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    """The tokenizer with its chat template.
+
+    Raises:
+        IdeoflowError: when its files cannot be used, or a caption gets lost in its template or its words.
+    """
+    part = folder / "tokenizer"
+    with told(part):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(part)
     if not tokenizer.chat_template:
-        fail(BAD_CONFIG, f"the tokenizer in {folder} has no chat template", cure="download the model again")
+        fail(BAD_CONFIG, f"the tokenizer in {folder} has no chat template", cure=AGAIN)
+    caption = '{"a caption":"of words"}'
+    try:
+        text = in_template(tokenizer, caption)
+    except Exception as error:  # a template is a program, and raises what it likes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fail(BAD_CONFIG, f"the chat template in {part} cannot be used: {reason}", cure=AGAIN)
+    if caption not in text:
+        fail(BAD_CONFIG, f"the chat template in {part} leaves the caption out of the text", cure=AGAIN)
+    with told(part):
+        words = tokenizer.decode(tokenizer(caption, add_special_tokens=False)["input_ids"])
+    if words != caption:
+        fail(BAD_CONFIG, f"the tokenizer in {part} makes {words!r} of {caption!r}", cure=AGAIN)
     return tokenizer
+
+
+def in_template(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
+    """The text that a caption is encoded as."""
+    messages = [{"role": "user", "content": [{"type": "text", "text": caption}]}]
+    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return text
 
 
 def read_tensors(

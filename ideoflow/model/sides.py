@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from math import isfinite, prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ideoflow.model.files import Stored
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 # A weight, and what stands beside it and belongs to it.
@@ -81,13 +82,56 @@ def weight_shapes(header: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def odd_scales(header: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
+def numbers(stored: Stored) -> np.ndarray:
+    """A tensor of a floating type, flat; float8 as its codes without the sign.
+
+    Raises:
+        OSError: when the file cannot be read.
+        KeyError: when the type is another.
+    """
+    import numpy as np  # plans of bases that are not quantised do without
+
+    if stored.dtype == "BF16":
+        return (np.frombuffer(stored.read(), "<u2").astype("<u4") << 16).view("<f4")
+    if stored.dtype == "F8_E4M3":
+        return np.frombuffer(stored.read(), "u1") & 0x7F
+    return np.frombuffer(stored.read(), {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[stored.dtype])
+
+
+def odd_shapes(header: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
     """(name, what is wrong) of scales whose shape is not [], [1], [out] or [out, 1] of their weight."""
     for name, scale in header.items():
         if name.endswith(".weight_scale") and prod(scale.shape) != 1:
             rows = header[name.removesuffix("_scale")].shape[:1]
             if not rows or not prod(scale.shape) == scale.shape[0] == rows[0]:
-                yield name, f"has the shape {list(scale.shape)}, which is no scale a row or a tensor"
+                yield name, f"has the shape {list(scale.shape)}, not a scale a row or one for all"
+
+
+def odd_scales(header: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of scales that are not numbers above 0, or of no FP8 matrix, or not there.
+
+    Raises:
+        OSError: when a file cannot be read.
+    """
+    eight = [n for n, stored in header.items() if stored.dtype == "F8_E4M3" and n.endswith(".weight")]
+    for name, scale in header.items():
+        if not name.endswith(".weight_scale"):
+            continue
+        weight = header[name.removesuffix("_scale")]
+        if weight.dtype != "F8_E4M3" or len(weight.shape) < 2:
+            yield name, f"stands beside {weight.dtype} {list(weight.shape)}, which has no scale"
+        elif scale.dtype != "F8_E4M3" and not _all_positive(scale):
+            yield name, "holds scales that are not finite or not above 0"
+    if eight and not any(f"{name}_scale" in header for name in eight):
+        # Numbers that were scaled reach up to 448; plain weights stay far below 128, whose code this is.
+        smallest = min(eight, key=lambda name: header[name].size)
+        if numbers(header[smallest]).max(initial=0) >= 0x70:
+            yield smallest, "holds numbers of 128 and above, and has no scale"
+
+
+def _all_positive(stored: Stored) -> bool:
+    values = numbers(stored)
+    return bool((values > 0).all() and (values < float("inf")).all())
 
 
 def odd_four_bit(header: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
@@ -111,8 +155,8 @@ def odd_four_bit(header: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
                 of = f"{list(packed.shape)} in blocks of {packed.block}"
                 what = f"is {found.dtype} {list(found.shape)}, and {count} of {dtype} belong to {of}"
                 yield weight + side, what
-            elif side.endswith("quant_map") and not _ascends(found):
-                yield weight + side, "is damaged: its numbers do not ascend"
+            elif side and found.dtype == "F32" and (what := _odd_numbers(side, found)):
+                yield weight + side, f"is damaged: its numbers {what}"
 
 
 def _sides_of(packed: Packed) -> dict[str, tuple[str, int]]:
@@ -127,8 +171,16 @@ def _sides_of(packed: Packed) -> dict[str, tuple[str, int]]:
     return sides
 
 
-def _ascends(table: Stored) -> bool:
-    return all(low < high for low, high in pairwise(struct.unpack(f"<{prod(table.shape)}f", table.read())))
+def _odd_numbers(side: str, stored: Stored) -> str:
+    """What is wrong with a table or with scales; "" where nothing is."""
+    values = numbers(stored)
+    if side.endswith("quant_map"):
+        if not (values[1:] > values[:-1]).all():
+            return "do not ascend"
+        return "" if abs(values).max() <= 1 else "are not within -1 and 1"
+    if not ((values >= 0).all() and (values < float("inf")).all()):
+        return "are not finite or below 0"
+    return "are all 0" if side == ".absmax" and not values.any() else ""
 
 
 def read_packed(stored: Stored, *, nested: bool) -> Packed:

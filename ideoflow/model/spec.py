@@ -17,7 +17,8 @@ from typing import Any
 # Decoder layers of the text encoder whose outputs are the text features (diffusers'
 # QWEN3_VL_ACTIVATION_LAYERS); the layer index varies fastest in the feature vector.
 TAPPED_LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)
-# Pixels per image token and side: the VAE's factor 8 times the 2 x 2 patches.
+# Latents per image token and side; and pixels: the VAE's factor 8 times these patches.
+PATCH = 2
 PIXELS_PER_TOKEN = 16
 MAX_TEXT_TOKENS = 2048
 # A block's products: what each is called, and the Linears that share its input.
@@ -177,9 +178,12 @@ class VaeSpec:
         known: dict[str, Any] = {k: int(str(config[k])) for k in cls.__slots__[1:] if k in config}
         if "block_out_channels" in config:
             known["block_out_channels"] = tuple(map(int, config["block_out_channels"]))  # type: ignore[call-overload]
-            if not known["block_out_channels"]:
-                raise ValueError("block_out_channels is empty")
         return cls(**known)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent and side: each block but the last halves both."""
+        return 1 << len(self.block_out_channels) - 1
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter and of the latents' statistics, by diffusers' name."""

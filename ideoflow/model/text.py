@@ -28,10 +28,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask
 
 from ideoflow.diagnostics import Span, fail
-from ideoflow.diagnostics.codes.model import TOO_LONG
+from ideoflow.diagnostics.codes.model import NOT_FINITE, TOO_LONG
 from ideoflow.model.checkpoint import Checkpoint
 from ideoflow.model.fit import beside_decoder, decoder_prefix
-from ideoflow.model.load import complete, load_tokenizer, read_tensors, told
+from ideoflow.model.load import complete, in_template, load_tokenizer, read_tensors, told
 from ideoflow.model.spec import TAPPED_LAYERS
 
 # Tokens of the captions that go through a layer in turn. Their states and sums take 26 KB a token at the true
@@ -52,8 +52,7 @@ def tokenize(
     Raises:
         IdeoflowError: when there are more than ``max_tokens``.
     """
-    messages = [{"role": "user", "content": [{"type": "text", "text": caption}]}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = in_template(tokenizer, caption)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > max_tokens:
         cure = "shorten descriptions, or drop the least important elements"
@@ -94,9 +93,13 @@ class TextEncoder:
             self.weights = Checkpoint(self.part)
         self.shapes = {name: p.shape for name, p in self.decoder.named_parameters()}
         self.prefix = self._find_prefix()
-        norm, weight, bias = read_tensors(
-            transformer or folder / "transformer", _PROJECTION, dtype=torch.float32, device=device
-        ).values()
+        place = transformer or folder / "transformer"
+        projection = read_tensors(place, _PROJECTION, dtype=torch.float32, device=device)
+        for name, value in projection.items():
+            if not value.isfinite().all():
+                cure = "remove the file and download it again"
+                fail(NOT_FINITE, f"{place}: {name} holds numbers that are not finite", cure=cure)
+        norm, weight, bias = projection.values()
         taps = len(TAPPED_LAYERS)
         # The layer index varies fastest in a feature vector: column h * 13 + k is unit h after the k-th tap.
         self.norm_by_tap = norm.unflatten(0, (-1, taps)).T.contiguous()

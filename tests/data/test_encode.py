@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -324,3 +325,40 @@ def test_kills_at_any_moment_cost_at_most_a_shard(nano_base, folder, picture, re
     for sample, where in list(zip(samples, made.encoded(samples), strict=True))[::20]:
         assert torch.equal(truth.get(where.latents), encode_pixels(vae, load_pixels(sample)[None])[0])
         assert torch.equal(truth.get(where.texts[0]), text.encode(sample.caption))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "named"),
+    [
+        ("text_encoder", "language_model.layers.3.mlp.up_proj.weight", "the caption {"),
+        ("transformer", "llm_cond_proj.bias", "transformer: llm_cond_proj.bias holds"),
+        ("vae", "encoder.conv_in.weight", "the picture "),
+    ],
+)
+def test_what_is_not_finite_is_named_and_never_cached(
+    nano_base, tmp_path, encoder_for, samples, part, key, named
+):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(nano_base.folder, tmp_path / "base")
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    whole = tensors[key].clone()
+    tensors[key].view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    encoder = encoder_for()
+    encoder.folder = folder
+    captions = {caption for sample in samples for caption in encoder.texts(sample)}
+    for work in (lambda: encoder.encode_captions(captions), lambda: encoder.encode_pictures(samples)):
+        try:
+            work()
+        except IdeoflowError as error:
+            (told,) = error.diagnostics
+    assert (
+        told.code is model_codes.NOT_FINITE and named in told.message and str(folder / part) in told.message
+    )
+    save_file({**tensors, key: whole}, file)  # with the same digest, as far as samples tell
+    encoder.encode_captions(captions)
+    encoder.encode_pictures(samples)
+    for sample in encoder.encoded(samples):
+        assert all(encoder.cache.get(k).isfinite().all() for k in (sample.latents, *sample.texts))

@@ -141,7 +141,12 @@ def test_a_step_that_is_not_a_number_is_told(prepared: Any, tmp_path: Path, monk
         monkeypatch.undo()
         messages.append(caught.value.diagnostics[0])
     assert messages[0] == messages[1] and messages[0].code.id == "IE003"
-    assert "at step 2" in messages[0].message
+    assert "at step 2" in messages[0].message and "learning_rate" in messages[0].cure
+    drawn = batches.draw
+    monkeypatch.setattr(batches, "draw", lambda n, *a: _spoilt(drawn(n, *a)))
+    with pytest.raises(IdeoflowError) as caught:
+        carried_out(start, tmp_path / "first", "float32")
+    assert "at step 1" in str(caught.value) and "base" in caught.value.diagnostics[0].cure
 
 
 def _spoilt(draw: Draw) -> Draw:

@@ -282,14 +282,6 @@ def test_fp8_storage(copy, part, shape):
     assert facts.storage == ("fp8" if part == "transformer" else "float32")
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (4, 2), (3,), (2, 2, 2)])
-def test_scales_that_belong_to_no_row(copy, shape):
-    """Blocks of 128 x 128 or columns: other ways to quantise, whose weights would be read wrongly."""
-    store(copy, "transformer", {"w.weight": torch.zeros(8, 8).to(FP8), "w.weight_scale": torch.ones(shape)})
-    diagnostic = located(copy)
-    assert diagnostic.code is codes.UNSUPPORTED_FORM and "w.weight_scale" in diagnostic.message
-
-
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
 def test_a_scale_that_is_missing_among_others(copy, part):
     """One that is read without its scale is hundreds of times too large."""
@@ -428,6 +420,32 @@ def test_a_tokenizer_without_a_chat_template(copy):
     (copy / "tokenizer" / "chat_template.jinja").unlink()
     diagnostic = refused(load_tokenizer, copy)
     assert diagnostic.code is codes.BAD_CONFIG and "no chat template" in diagnostic.message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("chat_template.jinja", "{% for x in %}", "cannot be used: Expected an expression"),
+        (
+            "chat_template.jinja",
+            "{{ messages[3].content.text }}",
+            "cannot be used: list object has no element 3",
+        ),
+        ("chat_template.jinja", "<|im_start|>user", "leaves the caption out"),
+        ("tokenizer_config.json", "[]", "cannot be loaded"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "cannot be loaded"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}',
+            " makes 'a",
+        ),
+    ],
+)
+def test_a_tokenizer_that_loses_the_caption(copy, file, content, told):
+    (copy / "tokenizer" / file).write_text(content)
+    diagnostic = refused(load_tokenizer, copy)
+    assert diagnostic.code is codes.BAD_CONFIG and diagnostic.cure
+    assert str(copy / "tokenizer") in diagnostic.message and told in diagnostic.message
 
 
 def test_tensors_by_name_that_are_missing(nano_folder):

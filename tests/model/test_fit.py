@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 from checkpoint_forms import FORMS
+from damage import SPAN, edit, refused, store, weights
 from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file, save_file
 
-from ideoflow.diagnostics import IdeoflowError, Span
+from ideoflow.diagnostics import IdeoflowError
 from ideoflow.diagnostics.codes import model as codes
 from ideoflow.model.base import locate_base
 from ideoflow.model.inspect import inspect
 
-SPAN = Span("recipe.toml", 2, 8, 2, 14, 'base = "base"')
 W1 = "layers.1.feed_forward.w1.weight"
 STATE = f"{W1}.quant_state.bitsandbytes__nf4"
 
@@ -31,29 +31,6 @@ def forms(nano_folder):
         return dict(made[name])
 
     return form
-
-
-def weights(folder, part):
-    return next((folder / part).glob("*.safetensors"))
-
-
-def store(folder, part, tensors):
-    file = weights(folder, part)
-    file.unlink()
-    save_file(tensors, file, metadata={"format": "pt"})
-    return file
-
-
-def refused(folder, *wanted, code=codes.WRONG_WEIGHTS):
-    """Both refuse it, in the same words; the base's reader points at the recipe."""
-    with pytest.raises(IdeoflowError) as caught:
-        locate_base(str(folder), span=SPAN)
-    (read,) = caught.value.diagnostics
-    (inspected,) = inspect(folder).problems
-    assert (read.code, read.message) == (inspected.code, inspected.message)
-    assert read.code is code and read.span is SPAN and read.cure
-    for text in wanted:
-        assert str(text) in read.message
 
 
 # Names and shapes -----------------------------------------------------------------------------------------
@@ -153,11 +130,67 @@ def test_a_part_that_a_base_lacks(copy):
         inspect(copy)
 
 
-@pytest.mark.parametrize("shape", [(575,), (1, 576), (5, 2)])
+@pytest.mark.parametrize("shape", [(575,), (1, 576), (5, 2), (2, 2, 144)])
 def test_a_scale_that_belongs_to_no_row(copy, forms, shape):
+    """Blocks of 128 x 128 or columns: other ways to quantise, whose weights would be read wrongly."""
     whole = forms("split, FP8, [out]")
     file = store(copy, "transformer", {**whole, f"{W1}_scale": torch.ones(shape)})
     refused(copy, f"{file}: {W1}_scale has the shape {list(shape)}", code=codes.UNSUPPORTED_FORM)
+
+
+SCALES = {
+    "not a number": lambda t: spoilt(t, "_scale", torch.nan),
+    "infinite": lambda t: spoilt(t, "_scale", torch.inf),
+    "zero": lambda t: spoilt(t, "_scale", 0),
+    "in bfloat16": lambda t: {k: v.bfloat16() for k, v in spoilt(t, "_scale", -1).items()},
+}
+
+
+@pytest.mark.parametrize("damage", SCALES.values(), ids=SCALES)
+def test_a_scale_that_is_no_number_above_0(copy, forms, damage):
+    whole = forms("split, FP8, [out]")
+    file = store(copy, "transformer", whole | damage(whole))
+    refused(copy, f"{file}: {W1}_scale holds scales that are not finite or not above 0")
+
+
+def test_scales_that_are_all_missing(copy, forms):
+    whole = forms("split, FP8, [out]")
+    store(copy, "transformer", {k: v for k, v in whole.items() if not k.endswith("_scale")})
+    refused(copy, "numbers of 128 and above, and has no scale")
+    cast = {
+        k: v.to(v.dtype if v.ndim < 2 else torch.float8_e4m3fn) for k, v in forms("diffusers, bf16").items()
+    }
+    store(copy, "transformer", cast)
+    assert locate_base(str(copy)).storage == "fp8", "plain numbers in e4m3 need none"
+
+
+def test_a_scale_of_what_has_none(copy, forms):
+    whole = forms("split, FP8, [out]")
+    norm = "layers.1.attention_norm1.weight"
+    file = store(copy, "transformer", {**whole, f"{norm}_scale": torch.ones(192)})
+    refused(copy, f"{file}: {norm}_scale stands beside F32 [192], which has no scale")
+    store(copy, "transformer", {**whole, W1: whole[W1].float()})
+    refused(copy, f"{file}: {W1}_scale stands beside F32 [512, 192]")
+
+
+@pytest.mark.parametrize("turn", [lambda w: w[1:], lambda w: w.T])
+def test_a_weight_of_another_shape_beside_its_scale(copy, forms, turn):
+    whole = forms("split, FP8, [out]")
+    file = store(copy, "transformer", {**whole, W1: turn(whole[W1]).contiguous()})
+    refused(copy, f"{file}: tensors are of the wrong shape: {W1} (")
+
+
+STATISTICS = {
+    "negative": ("bn.running_var", lambda v: v - 9, "not finite or not above 0"),
+    "not a number": ("bn.running_mean", lambda v: v * torch.nan, "not finite"),
+    "integers": ("bn.running_var", lambda v: v.int(), "is stored as I32"),
+}
+
+
+@pytest.mark.parametrize(("key", "damage", "told"), STATISTICS.values(), ids=STATISTICS)
+def test_statistics_that_no_latents_have(copy, key, damage, told):
+    file = edit(copy, "vae", lambda tensors: {**tensors, key: damage(tensors[key])})
+    refused(copy, f"{file}: {key} ", told)
 
 
 # What stands beside 4-bit codes ---------------------------------------------------------------------------
@@ -177,6 +210,13 @@ def cut(tensors, side, count):
     return {W1 + side: tensors[W1 + side][:-count].contiguous()}
 
 
+def spoilt(tensors, side, value, place=0):
+    """One number of a tensor replaced."""
+    changed = tensors[W1 + side].clone()
+    changed[place] = value
+    return {W1 + side: changed}
+
+
 GONE = [".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", STATE.removeprefix(W1), ""]
 # nested or not, what replaces tensors, and which is told to be wrong, how
 ODD = {
@@ -192,6 +232,15 @@ ODD = {
     "numbers zero": (False, lambda t: {f"{W1}.quant_map": torch.zeros(16)}, ".quant_map", "do not ascend"),
     "numbers of scales zero": (
         True, lambda t: {f"{W1}.nested_quant_map": torch.zeros(256)}, ".nested_quant_map", "do not ascend"
+    ),
+    "scales not finite": (False, lambda t: spoilt(t, ".absmax", torch.nan), ".absmax", "not finite"),
+    "scales below 0": (False, lambda t: spoilt(t, ".absmax", -1), ".absmax", "not finite or below 0"),
+    "scales zero": (False, lambda t: {f"{W1}.absmax": 0 * t[f"{W1}.absmax"]}, ".absmax", "are all 0"),
+    "their scales infinite": (
+        True, lambda t: spoilt(t, ".nested_absmax", torch.inf), ".nested_absmax", "not finite"
+    ),
+    "numbers infinite": (
+        False, lambda t: spoilt(t, ".quant_map", torch.inf, -1), ".quant_map", "are not within -1 and 1"
     ),
     "state zero": (False, lambda t: {STATE: torch.zeros_like(t[STATE])}, STATE, "is damaged: Expecting"),
     "state of no object": (False, lambda t: text("[1]"), STATE, "no JSON object"),

@@ -27,6 +27,10 @@ LOSS_EXPLODED = define(
     The loss or the gradients became infinite or NaN, so every further step would train noise. The usual cause
     is a learning rate that is too high. The last checkpoint is from before.
 
+    In the very first step nothing has been learnt yet, so no learning rate is the cause: the base's weights,
+    or what is cached of captions and pictures, hold numbers that are not finite. Download the base again; if
+    that does not help, name another `cache.folder`, and everything is encoded anew.
+
     A loss between 0.3 and 1.3 that jumps about is normal for Ideogram 4, and no sign of this.
     """,
 )

@@ -21,18 +21,21 @@ UNSUPPORTED_FORM = define(
     bitsandbytes' NF4, with q, k and v apart or fused. A transformer may also be a single `.safetensors` file
     in one of these forms, as ComfyUI has them; of several in one folder, name one.
 
-    GGUF, SDNQ, NVFP4 and third parties' INT8 are not read: they are made for inference, in layouts of their
-    own. Take the official release in FP8 or NF4; `memory.precision` holds any base in int8, if that is what
-    you want. Pickled files (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs whatever code the file
-    holds. `ideoflow model inspect PATH` tells the form of a file or folder.
+    GGUF, SDNQ, NVFP4, third parties' INT8 and ComfyUI's older FP8 (`scaled_fp8`, with scales called
+    `scale_weight`) are not read: they are made for inference, in layouts of their own. Take the official
+    release in FP8 or NF4; `memory.precision` holds any base in int8, if that is what you want. Pickled files
+    (`.bin`, `.pt`, `.ckpt`) are never opened: unpickling runs whatever code the file holds. `ideoflow model
+    inspect PATH` tells the form of a file or folder.
     """,
 )
 BAD_CONFIG = define(
     "IM003",
     "a file of the base model is damaged",
     """
-    A `config.json` is missing or unreadable, or a weight file is cut short. The usual cause is a download
-    that was interrupted: remove the file and download again.
+    A `config.json` is missing or unreadable or has a value that the part cannot be built with, the tokenizer
+    lacks its words or its chat template, or a weight file is cut short or its header or index says what is
+    not so. The message names the file, and the key where there is one. The usual cause is a download that
+    was interrupted: remove the file and download again.
     """,
 )
 NO_ACCESS = define(
@@ -58,11 +61,17 @@ WRONG_WEIGHTS = define(
     "IM006",
     "weights do not fit the model",
     """
-    A tensor is missing, left over, or of another shape than the configuration asks for; or what stands beside
-    quantised weights does not belong to them: FP8 has a scale beside each weight, and bitsandbytes' NF4 has
-    `absmax`, `quant_map` and `quant_state`, whose lengths follow from the weight's shape. The message names
-    the file and the tensor. The usual cause is a download that was put together from two revisions: remove
-    the file and download again.
+    A tensor is missing, left over, or of another shape than the configuration asks for; or what stands
+    beside quantised weights does not belong to them: FP8 has a scale beside each weight, and bitsandbytes'
+    NF4 has `absmax`, `quant_map` and `quant_state`, whose lengths follow from the weight's shape, and whose
+    numbers are finite. The message names the file and the tensor. The usual cause is a download that was put
+    together from two revisions: remove the file and download again.
+
+    Or the parts are whole, and of different models, as when `model.parts` names another one than the file's:
+    `llm_features_dim` of the transformer is 13 times `hidden_size` of the text encoder, which has at least
+    36 layers and a word for every id of the tokenizer; `in_channels` is 4 times `latent_channels` of the
+    autoencoder, whose latents are 8 pixels wide; and the second transformer has the sizes of the first. The
+    message names both files and keys.
 
     All of it is told from the files' headers, before anything is encoded; `ideoflow model inspect PATH` tells
     the same of a file or folder. Nothing is trained on a model that is partly random.
@@ -124,5 +133,14 @@ UNEVEN_ROWS = define(
     processors with AVX-512 its kernel begins each row with a scale of its own. The released models have such
     rows. Another base, also one that is stored in NF4, can be held in any other precision: its 4-bit numbers
     are then looked up in one run, whatever the rows' length.
+    """,
+)
+NOT_FINITE = define(
+    "IM012",
+    "the base model gives numbers that are not finite",
+    """
+    A caption's features or a picture's latents came out as NaN or infinite. Nothing of the kind is cached, so
+    that a repaired base encodes it anew. The weights of the part that the message names are damaged: remove
+    its files and download them again.
     """,
 )
