@@ -23,7 +23,7 @@ from ideoflow.plan.sizes import Choice
 _EQUAL = 1.03
 # Each thing that is rounded must make the run this much shorter. So must having anything wait on the host,
 # and once more having weights wait: that takes host memory, its time hangs on the link, and steps that fetch
-# weights take 4 % longer than told (benchmarks/results/plan-accuracy.json).
+# weights take 4 % longer than told (benchmarks/results/plan-accuracy.json). Moments in 8 bits count as both.
 WORTH = 1.1
 _PRECISION_BITS = {"nf4": 4, "fp8": 8, "int8": 8, "float16": 16, "bf16": 16, "float32": 32}
 # How far weights are from those that are stored: kept, rounded to 8 bits, rounded to 4. Of what is FP8, wider
@@ -33,6 +33,9 @@ _LOSS = {
     "nf4": {"nf4": 0, "bf16": 0, "float32": 0, "int8": 1, "fp8": 1},
     "dense": {"bf16": 0, "float32": 0, "int8": 1, "fp8": 1, "nf4": 2},
 }
+
+_NAMES = tuple(f.name for f in fields(Choice) if f.name != "activation_budget")
+_others = attrgetter(*_NAMES)
 
 
 def candidates(problem: Problem, released: str = "") -> list[Series]:
@@ -67,13 +70,10 @@ def alternatives(problem: Problem, best: Evaluation, decision: str) -> dict[str 
     found = {}
     for value, every in groups.items():
         unlike = [sum(map(ne, rest(s.first), rest(here))) for s in every]
-        near = [s for s, n in zip(every, unlike, strict=True) if n == min(unlike)]
+        least = min(unlike)
+        near = [s for s, n in zip(every, unlike, strict=True) if n == least]
         found[value] = choose([e for s in near for e in _worth_looking_at(problem, s)], problem.base.storage)
     return found
-
-
-_NAMES = tuple(f.name for f in fields(Choice) if f.name != "activation_budget")
-_others = attrgetter(*_NAMES)
 
 
 def excluded_by(problem: Problem, decision: str, value: str | float) -> str:
@@ -143,10 +143,8 @@ def _plainness(choice: Choice, storage: str) -> tuple[int, bool, bool, int, bool
     # Row by row, int8 is a third of e4m3's rounding away; but what is e4m3 already is that exactly.
     coarse = choice.precision == "fp8" and storage not in ("fp8", "nf4")
     fp8 = choice.matmul == "fp8"
-    usual = ("float32", "none", "none")
-    away = sum(map(ne, (choice.optimizer_state, choice.offload, choice.activation_offload), usual))
     adapter = choice.optimizer_state == "offload"
-    return rounded, fp8, coarse, away, choice.compiled, choice.checkpointing == "on", adapter
+    return rounded, fp8, coarse, choice.savings, choice.compiled, choice.checkpointing == "on", adapter
 
 
 def solve(problem: Problem) -> Evaluation:
@@ -166,18 +164,16 @@ def _promising(problem: Problem, every: Iterable[Series]) -> list[Evaluation]:
     """What can come of them: with true guidance where that is possible, and nothing that would take too long
     even if it kept all activations."""
     found: list[Evaluation] = []
-    parted: tuple[list[Evaluation], list[Evaluation]] = [], []
-    series_of = {}
+    parted: tuple[list[tuple[Evaluation, Series]], ...] = [], []
     for series in every:
         most = Evaluation(problem, series.at(series.budgets[-1]))
-        parted[most.choice.unconditional == "proxy"].append(most)
-        series_of[most.choice] = series
+        parted[most.choice.unconditional == "proxy"].append((most, series))
     for some in parted:
         least = math.inf
-        for most in sorted(some, key=cost):
+        for most, series in sorted(some, key=lambda pair: cost(pair[0])):
             if cost(most) > _EQUAL * least:
                 break
-            here = _worth_looking_at(problem, series_of[most.choice])
+            here = _worth_looking_at(problem, series)
             found += here
             least = min([least, *(cost(e) for e in here if _room(e) == 3)])
         if least < math.inf:

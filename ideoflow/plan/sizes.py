@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from operator import ne
 
 from ideoflow.model.spec import TransformerSpec
 
@@ -51,10 +52,15 @@ class Choice:
     exact_blocks: int = 0
 
     @property
-    def lean(self) -> bool:
-        """Whether something waits on the host, or is smaller than it might be, for want of memory."""
+    def savings(self) -> int:
+        """How many things wait on the host, or are smaller than they might be, for want of memory."""
         plain = ("float32", "none", "none")
-        return (self.optimizer_state, self.offload, self.activation_offload) != plain
+        return sum(map(ne, (self.optimizer_state, self.offload, self.activation_offload), plain))
+
+    @property
+    def lean(self) -> bool:
+        """Whether there are any such things."""
+        return self.savings > 0
 
     @property
     def element(self) -> int:

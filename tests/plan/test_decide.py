@@ -14,7 +14,7 @@ from ideoflow.plan.search import candidates
 
 GIB = 1 << 30
 SAMPLES = '[validate]\nprompts = ["a.icap"]\n'
-LONG, SHORT = "[train]\nsteps = 2000\n", "[train]\nsteps = 20\ncheckpoint_every = 10\n"
+LONG = "[train]\nsteps = 2000\n"
 
 
 def memory(text):
